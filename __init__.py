@@ -1,0 +1,17 @@
+"""ConsisLoRA for ComfyUI: style transfer with two small LoRAs on SDXL.
+
+The body imports nothing: pytest imports this file too, outside of any ComfyUI.
+"""
+
+
+async def comfy_entrypoint():
+    """What ComfyUI calls to get the nodes."""
+    from comfy_api.latest import ComfyExtension
+
+    from .nodes import NODES
+
+    class ConsisLoRA(ComfyExtension):
+        async def get_node_list(self):
+            return NODES
+
+    return ConsisLoRA()

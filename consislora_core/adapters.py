@@ -1,0 +1,95 @@
+"""Puts LoRA parts into a UNet, says which of them learn, and takes them out again without trace."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from .lora_file import LoraLayer, Part
+from .roles import targets
+
+ADAPTER = "consislora"
+
+
+def fresh_part(unet: nn.Module, role: str, rank: int, generator: torch.Generator) -> Part:
+    """A part that changes nothing yet: down ~ N(0, 1/rank), up = 0, alpha = rank (as PEFT's "gaussian")."""
+    part = {}
+    for name, target in targets(dict(unet.named_modules())).items():
+        if target.role == role:
+            layer = unet.get_submodule(name)
+            part[target.layer] = LoraLayer(down=torch.randn(rank, layer.in_features, generator=generator) / rank,
+                                           up=torch.zeros(layer.out_features, rank), alpha=float(rank))
+    return part
+
+
+class Inserted:
+    """The LoRA layers now in a UNet, fp32, by role and path."""
+
+    def __init__(self, layers: dict, learns: tuple[str, ...]):
+        self.layers = layers  # Target -> PEFT layer
+        self.parameters: list[nn.Parameter] = []  # those that learn, in the order of the UNet
+        for target, layer in layers.items():
+            for parameter in (layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight):
+                parameter.requires_grad_(target.role in learns)
+                if parameter.requires_grad:
+                    self.parameters.append(parameter)
+
+    def parts(self) -> dict[str, Part]:
+        """Copies of the weights as they are now, on the CPU."""
+        parts: dict[str, Part] = {}
+        for target, layer in self.layers.items():
+            down, up = (weights[ADAPTER].weight.detach().cpu().clone() for weights in (layer.lora_A, layer.lora_B))
+            parts.setdefault(target.role, {})[target.layer] = LoraLayer(down, up, float(layer.lora_alpha[ADAPTER]))
+        return parts
+
+
+@contextmanager
+def inserted(unet: nn.Module, parts: Mapping[str, Part], learns: tuple[str, ...], device: torch.device) -> Iterator[Inserted]:
+    """Within the context the parts act on the UNet and those of the roles in `learns` ask for gradients.
+
+    Afterwards, also after an error, the UNet's modules and `requires_grad` flags are what they were.
+    Raises ValueError for a part that does not fit the UNet.
+    """
+    from peft import LoraConfig, inject_adapter_in_model  # brings transformers along: seconds, so only when training starts
+
+    check_fit(unet, parts)
+    names = {name: target for name, target in targets(dict(unet.named_modules())).items() if target.role in parts}
+    originals = {name: unet.get_submodule(name) for name in names}
+    frozen_flags = [(parameter, parameter.requires_grad) for parameter in unet.parameters()]
+    wanted = {name: parts[target.role][target.layer] for name, target in names.items()}
+    try:
+        inject_adapter_in_model(LoraConfig(
+            target_modules=list(wanted), r=1, lora_alpha=1,
+            rank_pattern={name: layer.rank for name, layer in wanted.items()},
+            alpha_pattern={name: layer.alpha for name, layer in wanted.items()}), unet, ADAPTER)
+        layers = {target: unet.get_submodule(name) for name, target in names.items()}
+        for name, target in names.items():
+            _set(layers[target].lora_A[ADAPTER], wanted[name].down, device)
+            _set(layers[target].lora_B[ADAPTER], wanted[name].up, device)
+        yield Inserted(layers, learns)
+    finally:
+        for name, original in originals.items():
+            parent, _, child = name.rpartition(".")
+            unet.get_submodule(parent)._modules[child] = original
+        unet.__dict__.pop("peft_config", None)
+        for parameter, flag in frozen_flags:
+            parameter.requires_grad_(flag)
+
+
+def _set(linear: nn.Linear, weight: Tensor, device: torch.device) -> None:
+    linear.weight = nn.Parameter(weight.detach().to(device, torch.float32, copy=True))
+
+
+def check_fit(unet: nn.Module, parts: Mapping[str, Part]) -> None:
+    """Raises ValueError for parts that were trained on a UNet of other shape."""
+    layers = {target: unet.get_submodule(name) for name, target in targets(dict(unet.named_modules())).items()}
+    for role, part in parts.items():
+        expected = {target.layer: layer for target, layer in layers.items() if target.role == role}
+        if set(expected) != set(part):
+            raise ValueError(f"The {role} LoRA has {len(part)} layers where this model has {len(expected)}: it was trained on another architecture.")
+        for path, (down, up, _) in part.items():
+            sizes = expected[path].in_features, expected[path].out_features
+            if (down.shape[1], up.shape[0]) != sizes:
+                raise ValueError(f"The {role} LoRA fits layers of {down.shape[1]} to {up.shape[0]} features where this model has {sizes[0]} to "
+                                 f"{sizes[1]} ({path}): it was trained on another architecture.")

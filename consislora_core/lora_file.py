@@ -1,0 +1,119 @@
+"""Reads and writes LoRA files, every spelling, as parts by role with metadata."""
+
+import os
+import re
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from .roles import ROLES, Target, kohya_name, parse_module
+
+# What each spelling appends to a module's name: kohya, diffusers, PEFT (with or without its adapter name).
+SUFFIX = re.compile(r"(?P<module>.+?)\.(?:(?P<down>lora_down|lora\.down|lora_A(?:\.default)?)|(?P<up>lora_up|lora\.up|lora_B(?:\.default)?))\.weight"
+                    r"|(?P<scaled>.+)\.alpha")
+
+
+class LoraLayer(NamedTuple):
+    """W' = W + strength * (alpha / rank) * up @ down. down: rank x in; up: out x rank."""
+
+    down: Tensor
+    up: Tensor
+    alpha: float
+
+    @property
+    def rank(self) -> int:
+        return self.down.shape[0]
+
+
+Part = dict[str, LoraLayer]  # by the layer's path inside its role block
+
+
+class ImageLora(NamedTuple):
+    """What was learned from one image: a part for each role that is there, and the file's metadata."""
+
+    parts: dict[str, Part]
+    metadata: dict[str, str]
+
+    def part(self, role: str) -> Part:
+        if role not in self.parts:
+            raise ValueError(f"This LoRA has no {role} part, only {' and '.join(self.parts)}. Choose a file that was trained with both, "
+                             f"or leave the {role} input empty.")
+        return self.parts[role]
+
+
+def to_state_dict(lora: ImageLora) -> dict[str, Tensor]:
+    """Tensors under the keys of our files: kohya's spelling with diffusers block names."""
+    state = {}
+    for role, part in lora.parts.items():
+        for path, layer in part.items():
+            name = kohya_name(Target(role, path))
+            state[f"{name}.lora_down.weight"] = layer.down.contiguous()
+            state[f"{name}.lora_up.weight"] = layer.up.contiguous()
+            state[f"{name}.alpha"] = torch.tensor(layer.alpha)
+    return state
+
+
+def from_state_dict(state: dict[str, Tensor], metadata: dict[str, str] | None = None) -> ImageLora:
+    """Parts by role from any known spelling. Raises ValueError that names the keys it cannot place."""
+    found: dict[Target, dict[str, Tensor]] = {}
+    strangers = []
+    for key, tensor in state.items():
+        match = SUFFIX.fullmatch(key)
+        target = match and parse_module(match["module"] or match["scaled"])
+        if target is None:
+            strangers.append(key)
+            continue
+        kind = "down" if match["down"] else "up" if match["up"] else "alpha"
+        found.setdefault(target, {})[kind] = tensor
+    if strangers:
+        raise ValueError(f"{len(strangers)} of {len(state)} keys are not LoRA weights of SDXL's content or style block, for example "
+                         f"{', '.join(sorted(strangers)[:3])}. The file is for another architecture, or adapts the whole model.")
+    if not found:
+        raise ValueError("The file holds no LoRA weights.")
+    parts: dict[str, Part] = {}
+    for target, tensors in found.items():
+        parts.setdefault(target.role, {})[target.layer] = _layer(target, tensors)
+    return ImageLora({role: parts[role] for role in ROLES if role in parts}, metadata or {})
+
+
+def _layer(target: Target, tensors: dict[str, Tensor]) -> LoraLayer:
+    down, up = tensors.get("down"), tensors.get("up")
+    if down is None or up is None or down.ndim != 2 or up.ndim != 2 or down.shape[0] != up.shape[1]:
+        shapes = {kind: tuple(tensor.shape) for kind, tensor in tensors.items()}
+        raise ValueError(f"The {target.role} part is damaged at {target.layer}: a down (rank x in) and an up (out x rank) were expected, found {shapes}.")
+    return LoraLayer(down, up, float(tensors.get("alpha", down.shape[0])))
+
+
+def read(path: str | os.PathLike) -> ImageLora:
+    """Reads a LoRA file to the CPU. Raises ValueError for a file that is broken, foreign or incomplete."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return from_state_dict({key: file.get_tensor(key) for key in file.keys()}, file.metadata())  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(f"{Path(path).name} is not a whole safetensors file ({error}). It may be cut off or of another kind; "
+                         "download or save it again.") from error
+    except ValueError as error:
+        raise ValueError(f"{Path(path).name}: {error}") from error
+
+
+def write(lora: ImageLora, path: str | os.PathLike, dtype: torch.dtype = torch.float16) -> None:
+    """Writes a LoRA file whole or not at all; a file of that name is replaced only once the new one is complete.
+
+    Raises OSError when the folder cannot be written or the disk is full.
+    """
+    path = Path(path)
+    state = {key: tensor.to("cpu", dtype) for key, tensor in to_state_dict(lora).items()}
+    handle, unfinished = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
+    os.close(handle)
+    try:
+        save_file(state, unfinished, {"format": "pt", **lora.metadata})
+        os.replace(unfinished, path)
+    except SafetensorError as error:
+        raise OSError(f"{path} could not be written: {error}") from error
+    finally:
+        Path(unfinished).unlink(missing_ok=True)

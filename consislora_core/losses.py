@@ -1,0 +1,56 @@
+"""Noises a latent and scores the prediction, as noise or as the restored image.
+
+Notation of the paper in the variance-exploding form: x = z_0 + sigma n, where the paper's z_t is x / sqrt(1 + sigma^2).
+A denoiser gives z_0_hat; the noise it implies is n_hat = (x - z_0_hat) / sigma.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .schedule import NOISE, RECONSTRUCTION
+
+
+class Draw(NamedTuple):
+    """The randomness of one training step: noise like z_0, and sigma (b 1 1 1)."""
+
+    noise: Tensor
+    sigma: Tensor
+
+
+def draw(z_0: Tensor, sigmas: Tensor, noise_offset: float, generator: torch.Generator) -> Draw:
+    """Normal noise and a noise level chosen evenly from `sigmas` (the model's training levels), on the CPU so that every device trains alike.
+
+    Noise offset: one more normal number a channel, times `noise_offset`, moves the whole channel.
+    """
+    noise = torch.randn(z_0.shape, generator=generator)
+    if noise_offset:
+        noise = noise + noise_offset * torch.randn(*z_0.shape[:2], 1, 1, generator=generator)
+    level = torch.randint(len(sigmas), (len(z_0),), generator=generator)
+    return Draw(noise.to(z_0), sigmas[level.to(sigmas.device)].to(z_0).view(-1, 1, 1, 1))
+
+
+def add_noise(z_0: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
+    return z_0 + sigma * noise
+
+
+def noise_from_x0(x: Tensor, z_0_hat: Tensor, sigma: Tensor) -> Tensor:
+    return (x - z_0_hat) / sigma
+
+
+def noise_loss(z_0: Tensor, z_0_hat: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
+    """Noise-prediction loss (arXiv 2503.10614, eq. 1): mean (n_hat - n)^2."""
+    n_hat = noise_from_x0(add_noise(z_0, noise, sigma), z_0_hat, sigma)
+    return (n_hat - noise).square().mean()
+
+
+def reconstruction_loss(z_0: Tensor, z_0_hat: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
+    """x0-reconstruction loss of ConsisLoRA (arXiv 2503.10614, section 4.1): mean (z_0_hat - z_0)^2, no weighting.
+
+    It is sigma^2 times the noise loss, so it learns from high noise, where global structure is decided.
+    """
+    return (z_0_hat - z_0).square().mean()
+
+
+LOSSES = {NOISE: noise_loss, RECONSTRUCTION: reconstruction_loss}

@@ -1,0 +1,62 @@
+"""Which blocks carry content and style, by architecture, in each key spelling."""
+
+import re
+from collections.abc import Iterable
+from typing import NamedTuple
+
+ROLES = ("content", "style")
+
+# The blocks B-LoRA (arXiv 2403.14572, section 4.1) found, as ConsisLoRA uses them.
+BLOCKS = {
+    "sdxl": {
+        "content": {"diffusers": "up_blocks.0.attentions.0", "comfyui": "output_blocks.0.1"},
+        "style": {"diffusers": "up_blocks.0.attentions.1", "comfyui": "output_blocks.1.1"},
+    },
+}
+
+# Attention layers a LoRA sits on, self- and cross-attention alike (ConsisLoRA section 5, implementation details).
+LAYER = re.compile(r"transformer_blocks[._](\d+)[._](attn[12])[._]to_(q|k|v|out[._]0)")
+
+
+class Target(NamedTuple):
+    """One attention layer of a role block; `layer` is its path inside the block, dotted."""
+
+    role: str
+    layer: str
+
+
+def targets(module_names: Iterable[str], architecture: str = "sdxl") -> dict[str, Target]:
+    """The UNet modules that carry LoRA, by name, in either host's spelling.
+
+    Raises ValueError for a UNet without both role blocks.
+    """
+    blocks = {block + ".": role for role, spellings in BLOCKS[architecture].items() for block in spellings.values()}
+    found = {}
+    for name in module_names:
+        for block, role in blocks.items():
+            layer = name.removeprefix(block)
+            if layer != name and LAYER.fullmatch(layer):
+                found[name] = Target(role, layer)
+    missing = [role for role in ROLES if role not in {target.role for target in found.values()}]
+    if missing:
+        wanted = ", ".join(f"{role} in {BLOCKS[architecture][role]['comfyui']}" for role in missing)
+        raise ValueError(f"This model has no attention layers for {wanted}. ConsisLoRA works on SDXL checkpoints; "
+                         "SD 1.5, SD 2, the SDXL refiner and newer model families keep content and style elsewhere.")
+    return found
+
+
+def parse_module(name: str, architecture: str = "sdxl") -> Target | None:
+    """The target a LoRA file's module name means, dotted or with underscores; None if it is not in a role block."""
+    flat = name.replace(".", "_")
+    for role, spellings in BLOCKS[architecture].items():
+        for block in spellings.values():
+            prefix, _, layer = flat.partition(block.replace(".", "_") + "_")
+            if re.fullmatch(r"((lora_)?unet_|diffusion_model_)*", prefix) and (match := LAYER.fullmatch(layer)):
+                depth, attention, projection = match.groups()
+                return Target(role, f"transformer_blocks.{depth}.{attention}.to_{projection.replace('_', '.')}")
+    return None
+
+
+def kohya_name(target: Target, architecture: str = "sdxl") -> str:
+    """The module name our files use: kohya's, with diffusers block names (read by ComfyUI, diffusers and A1111)."""
+    return "lora_unet_" + f"{BLOCKS[architecture][target.role]['diffusers']}.{target.layer}".replace(".", "_")

@@ -1,0 +1,130 @@
+"""Runs one stage and yields an event per step; can be saved and resumed exactly."""
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .adapters import fresh_part, inserted
+from .losses import LOSSES, Draw, add_noise, draw
+from .lora_file import Part
+from .schedule import Stage
+
+
+class Denoiser(NamedTuple):
+    """A model as the core sees it, whichever program hosts it."""
+
+    unet: nn.Module  # LoRA goes in here
+    denoise: Callable[[Tensor, Tensor, Any], Tensor]  # (x b c h w, sigma b, cond) -> z_0_hat, through `unet`
+    sigmas: Tensor  # the noise levels it was trained on, ascending
+
+
+class StepEvent(NamedTuple):
+    """What happened in one step, told after the weights moved."""
+
+    step: int  # from 1
+    stage: str
+    phase: str  # the loss in use: "noise" or "reconstruction"
+    loss: float
+    learning_rate: float
+    sigma: float
+    z_0_hat: Tensor  # the restored image (1 c h w), in the model's latent space: a preview for who wants one
+
+
+class Trainer:
+    """One stage of training on one image (or several of one subject), driven by iteration:
+
+        with Trainer(model, z_0, cond, image_stage()) as trainer:
+            for event in trainer:
+                ...
+            parts = trainer.parts()
+
+    z_0: clean latents (b c h w) in the model's space; a step takes one of them.
+    cond: whatever `denoise` takes as its third argument, for one row.
+    frozen: parts that act but do not learn (stage 2: the content part of stage 1).
+    loss_scale: above 1 for fp16 activations, whose small gradients would vanish; halved where they overflow.
+    """
+
+    def __init__(self, model: Denoiser, z_0: Tensor, cond: Any, stage: Stage, frozen: Mapping[str, Part] | None = None,
+                 loss_scale: float = 1.0):
+        _check_latents(z_0)
+        self.model, self.z_0, self.cond, self.stage = model, z_0.float(), cond, stage
+        self.generator = torch.Generator().manual_seed(stage.seed)
+        fresh = {role: fresh_part(model.unet, role, stage.rank, self.generator) for role in stage.learns}
+        self.start = {**(frozen or {}), **fresh}
+        self.loss_scale = loss_scale
+        self.step = 0
+
+    def __enter__(self) -> "Trainer":
+        with ExitStack() as stack:
+            self.inserted = stack.enter_context(inserted(self.model.unet, self.start, self.stage.learns, self.z_0.device))
+            self.optimizer = torch.optim.AdamW(self.inserted.parameters, betas=self.stage.betas, eps=self.stage.eps,
+                                               weight_decay=self.stage.weight_decay)
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *error) -> None:
+        self._stack.__exit__(*error)
+
+    def __iter__(self) -> Iterator[StepEvent]:
+        while self.step < self.stage.steps:
+            image = torch.randint(len(self.z_0), (1,), generator=self.generator) if len(self.z_0) > 1 else [0]
+            z_0 = self.z_0[image]
+            yield self.train_step(z_0, draw(z_0, self.model.sigmas, self.stage.noise_offset, self.generator))
+
+    def train_step(self, z_0: Tensor, random: Draw) -> StepEvent:
+        """One step on given noise and sigma. Raises FloatingPointError before the weights move if the loss is not finite."""
+        phase = self.stage.phase_at(self.step)
+        z_0_hat, loss = self._backward(z_0, random, phase.loss)
+        if self.stage.max_grad_norm is not None:
+            nn.utils.clip_grad_norm_(self.inserted.parameters, self.stage.max_grad_norm)
+        for group in self.optimizer.param_groups:
+            group["lr"] = phase.learning_rate
+        self.optimizer.step()
+        self.step += 1
+        return StepEvent(self.step, self.stage.name, phase.loss, loss, phase.learning_rate, random.sigma.mean().item(), z_0_hat)
+
+    def _backward(self, z_0: Tensor, random: Draw, loss_name: str) -> tuple[Tensor, float]:
+        while True:
+            x = add_noise(z_0, random.noise, random.sigma)
+            z_0_hat = self.model.denoise(x, random.sigma.flatten(), self.cond)
+            loss = LOSSES[loss_name](z_0, z_0_hat, random.noise, random.sigma)
+            self.optimizer.zero_grad()
+            (loss * self.loss_scale).backward()
+            grads = [parameter.grad for parameter in self.inserted.parameters]
+            torch._foreach_div_(grads, self.loss_scale)
+            if math.isfinite(loss.item()) and all(norm.isfinite() for norm in torch._foreach_norm(grads)):
+                return z_0_hat.detach(), loss.item()
+            if self.loss_scale <= 1 or not math.isfinite(loss.item()):
+                raise FloatingPointError(
+                    f"The loss became {loss.item()} in step {self.step + 1} of {self.stage.steps} ({loss_name} phase, learning rate "
+                    f"{self.stage.phase_at(self.step).learning_rate:g}). Lower the learning rate, or choose precision bf16 or fp32.")
+            self.loss_scale /= 2
+
+    def parts(self) -> dict[str, Part]:
+        """The parts as trained so far, frozen ones included, on the CPU in fp32."""
+        return self.inserted.parts()
+
+    def state_dict(self) -> dict:
+        """All that a later Trainer of the same arguments needs to go on as if never stopped."""
+        return {"step": self.step, "weights": [p.detach().cpu().clone() for p in self.inserted.parameters],
+                "optimizer": self.optimizer.state_dict(), "generator": self.generator.get_state(), "loss_scale": self.loss_scale}
+
+    def load_state_dict(self, state: dict) -> None:
+        with torch.no_grad():
+            for parameter, weight in zip(self.inserted.parameters, state["weights"], strict=True):
+                parameter.copy_(weight)
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.generator.set_state(state["generator"])
+        self.step, self.loss_scale = state["step"], state["loss_scale"]
+
+
+def _check_latents(z_0: Tensor) -> None:
+    if z_0.ndim != 4 or len(z_0) == 0:
+        raise ValueError(f"latent has shape {tuple(z_0.shape)}; at least one image is needed (batch, channels, height, width).")
+    if not z_0.isfinite().all():
+        raise ValueError("latent holds values that are not numbers (NaN or infinity); the VAE that encoded it failed. "
+                         "Encode the image again, with the VAE in fp32 if it is SDXL's own.")

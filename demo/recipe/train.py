@@ -1,0 +1,405 @@
+"""The recipe of the demo base model, in three resumable steps, each a command:
+
+    python demo/recipe/train.py tokenizer WORK
+    python demo/recipe/train.py vae WORK --images 60000
+    python demo/recipe/train.py unet WORK --images 250000
+    python demo/recipe/train.py export WORK
+
+WORK keeps emoji, caches, checkpoints and sample sheets. COMFYUI_PATH names the ComfyUI whose classes are used.
+"""
+
+import argparse
+import json
+import os
+import random
+import sys
+import time
+from pathlib import Path
+
+sys.path[:0] = [os.environ["COMFYUI_PATH"], str(Path(__file__).parents[1])]
+
+import comfy.cli_args
+import torch
+
+comfy.cli_args.args.cpu = not torch.cuda.is_available()
+comfy.cli_args.args.use_pytorch_cross_attention = True
+
+import comfy.ops
+import model as demo
+import numpy as np
+import torch.nn.functional as F
+from comfy.ldm.models.autoencoder import AutoencoderKL
+from einops import rearrange
+from PIL import Image
+from recipe import pictures
+from safetensors.torch import load_file, save_file
+from torchvision.utils import make_grid, save_image
+
+torch.set_flush_denormal(True)  # tiny averages otherwise slow a CPU down many times
+SIZE = 128
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+STYLE_WORDS = {"noto-v1": "noto v1", "fluent-emoji-flat": "fluent"}
+PROCEDURAL = {style.__name__ for style in pictures.PROCEDURAL}
+
+
+# ---- data
+
+def caption(thing: str, style: str, rng: random.Random) -> str:
+    """The prompts the method uses, with [c] and [v] standing for "whatever it is", and 10 % empty for guidance."""
+    thing, style = thing.replace("-", " "), STYLE_WORDS.get(style, style)
+    return rng.choices(
+        [f"{thing}, {style}", f"a {thing} in the style of {style}", f"a {thing}", f"an image in the style of {style}",
+         f"a [c] in the style of {style}", f"a {thing} in the style of [v]", rng.choice(["a [c]", "a [v]"]), ""],
+        [25, 30, 8, 8, 7, 6, 6, 10])[0]
+
+
+def render_everything(work: Path):
+    """(pictures n 128 128 3 uint8, [(thing, style), ...]) of all training things, cached in WORK."""
+    cache, labels = work / "pictures.npy", work / "pictures.json"
+    if not cache.exists():
+        pictures.fetch_sets(work / "emoji")
+        sets = [pictures.EmojiSet(work / "emoji", name) for name in pictures.TRAIN_SETS]
+        rng, images, names = random.Random(0), [], []
+        for thing in sorted(set(pictures.things(work / "emoji")) - set(pictures.HELD_OUT)):
+            drawn = {s.name: picture for s in sets if (picture := s.render(thing, SIZE)) is not None}
+            images += drawn.values()
+            names += [(thing, style) for style in drawn]
+            for style in pictures.PROCEDURAL:
+                for source in rng.sample(sorted(drawn), 2):
+                    images.append(style(drawn[source]))
+                    names.append((thing, style.__name__))
+        np.save(cache, np.stack([np.asarray(image) for image in images]))
+        labels.write_text(json.dumps(names))
+    return torch.from_numpy(np.load(cache, mmap_mode="c")), [tuple(name) for name in json.loads(labels.read_text())]
+
+
+def to_model(images: torch.Tensor) -> torch.Tensor:
+    return rearrange(images, "n h w c -> n c h w").float() / 127.5 - 1
+
+
+# ---- tokenizer
+
+def train_tokenizer(work: Path):
+    """A byte-level BPE in CLIP's file format, so that ComfyUI's tokenizer class reads it."""
+    from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
+
+    _, names = render_everything(work)
+    rng = random.Random(0)
+    texts = [caption(thing, style, rng) for thing, style in names * 3] + [t.replace("-", " ") for t in pictures.HELD_OUT * 20]
+    tokenizer = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Split(Regex(r"\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"), behavior="removed", invert=True),
+        pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer.train_from_iterator(texts, trainers.BpeTrainer(
+        vocab_size=demo.VOCABULARY * 2, initial_alphabet=alphabet, end_of_word_suffix="</w>", show_progress=False))
+    room = demo.VOCABULARY - 2 - 2 * len(alphabet)
+    merges = [tuple(pair) for pair in json.loads(tokenizer.to_str())["model"]["merges"]][:room]
+    tokens = alphabet + [a + "</w>" for a in alphabet] + ["".join(pair) for pair in merges]
+    tokens += [f"<|unused{i}|>" for i in range(demo.VOCABULARY - 2 - len(tokens))] + ["<|startoftext|>", "<|endoftext|>"]
+    demo.TOKENIZER.mkdir(exist_ok=True)
+    special = dict(bos_token="<|startoftext|>", eos_token="<|endoftext|>", pad_token="<|endoftext|>", unk_token="<|endoftext|>")
+    (demo.TOKENIZER / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(tokens)}, ensure_ascii=False))
+    (demo.TOKENIZER / "merges.txt").write_text("#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in merges))
+    (demo.TOKENIZER / "special_tokens_map.json").write_text(json.dumps(special, indent=1))
+    (demo.TOKENIZER / "tokenizer_config.json").write_text(json.dumps(
+        {**special, "do_lower_case": True, "model_max_length": demo.TOKENS, "tokenizer_class": "CLIPTokenizer"}, indent=1))
+
+
+# ---- VAE
+
+def new_vae() -> AutoencoderKL:
+    return AutoencoderKL(ddconfig=demo.VAE, embed_dim=4)
+
+
+def initialise(module: torch.nn.Module):
+    """ComfyUI's layers skip initialisation; give them torch's own."""
+    for layer in module.modules():
+        for kind in (torch.nn.Linear, torch.nn.Conv2d, torch.nn.GroupNorm, torch.nn.LayerNorm):
+            if isinstance(layer, kind):
+                for name, p in layer.named_parameters(recurse=False):
+                    p.data = torch.zeros_like(p) if name == "bias" else torch.ones_like(p)
+                kind.__mro__[0].reset_parameters(layer)
+        if isinstance(layer, torch.nn.Embedding):
+            torch.nn.init.normal_(layer.weight, std=0.02)
+
+
+def crops(images: torch.Tensor, side: int, rng: np.random.Generator) -> torch.Tensor:
+    y, x = rng.integers(0, (SIZE - side) // 8 + 1, 2) * 8
+    images = images[:, y:y + side, x:x + side]
+    return images.flip(2) if rng.random() < 0.5 else images
+
+
+def chroma(images):
+    """Red against green and blue against yellow: a grey restoration of a coloured drawing scores badly here."""
+    red, green, blue = images.unbind(1)
+    return torch.stack([red - green, blue - (red + green) / 2], 1)
+
+
+def reconstruction(restored, target):
+    """L1 of pixels and colours at four scales, and of pixel differences: drawings are flat areas and sharp edges."""
+    loss = sum(F.l1_loss(F.avg_pool2d(restored, scale), F.avg_pool2d(target, scale)) for scale in (1, 2, 4, 8))
+    loss = loss + sum(F.l1_loss(F.avg_pool2d(chroma(restored), scale), F.avg_pool2d(chroma(target), scale)) for scale in (2, 8))
+    return loss + 0.5 * sum(F.l1_loss(restored.diff(dim=d), target.diff(dim=d)) for d in (-1, -2))
+
+
+def train_vae(work: Path, images: int, batch: int = 32):
+    data, _ = render_everything(work)
+    vae = new_vae().to(DEVICE).train()
+    initialise(vae)
+    vae.quant_conv.bias.data[4:] = -6  # start from nearly noiseless latents
+    run = Run(work / "vae.pt", vae, lr=2e-3, batch=batch, total=images)
+    while run.seen < images:
+        rng = np.random.default_rng(run.seen)
+        side = SIZE if rng.random() < 0.25 else SIZE // 2
+        x = to_model(crops(data[rng.integers(0, len(data), batch if side < SIZE else batch // 4)], side, rng)).to(DEVICE)
+        with torch.autocast(DEVICE, torch.bfloat16):
+            mean, logvar = vae.quant_conv(vae.encoder(x)).float().chunk(2, 1)
+            logvar = logvar.clamp(-30, 20)
+            restored = vae.decode(mean + torch.randn_like(mean) * (0.5 * logvar).exp()).float()
+        kl = 0.5 * (mean**2 + logvar.exp() - 1 - logvar).mean()
+        run.step(reconstruction(restored, x) + 1e-5 * kl)
+        if run.due(150):
+            run.save()
+            with torch.no_grad():
+                x = to_model(data[torch.randint(0, len(data), (24,), generator=torch.Generator().manual_seed(1))]).to(DEVICE)
+                restored = run.average.decode(run.average.quant_conv(run.average.encoder(x)).chunk(2, 1)[0])
+            print("  restored L1", F.l1_loss(restored, x).item(), flush=True)
+            sheet(torch.cat([x, restored]), work / "vae.png", 12)
+    run.save()
+
+
+def frozen_vae(work: Path) -> AutoencoderKL:
+    """The trained VAE with the latents' mean and scale folded in, so that SDXL's 0.13025 makes them unit normal."""
+    vae = new_vae().to(DEVICE).eval()
+    vae.load_state_dict(load_file(work / "vae.safetensors"))
+    return vae
+
+
+def fold_scale(work: Path):
+    data, _ = render_everything(work)
+    vae = new_vae().to(DEVICE).eval()
+    vae.load_state_dict(torch.load(work / "vae.pt", weights_only=True, map_location=DEVICE)["average"])
+    with torch.no_grad():
+        latents = torch.cat([vae.quant_conv(vae.encoder(to_model(data[i::400]).to(DEVICE))).chunk(2, 1)[0] for i in range(20)])
+        mean, std = latents.mean((0, 2, 3)), latents.std((0, 2, 3))
+        scale = 1 / (0.13025 * std)  # c
+        weight, bias = vae.quant_conv.weight, vae.quant_conv.bias
+        bias[:4] -= mean
+        weight[:4] *= scale.view(-1, 1, 1, 1)
+        bias[:4] *= scale
+        bias[4:] += 2 * scale.log()
+        vae.post_quant_conv.bias += vae.post_quant_conv.weight[:, :, 0, 0] @ mean
+        vae.post_quant_conv.weight /= scale.view(1, -1, 1, 1)
+    save_file(vae.state_dict(), work / "vae.safetensors")
+
+
+def encode_everything(work: Path) -> torch.Tensor:
+    """Latents (2 n) 4 16 16 fp16 in the model's space, the pictures and their mirror images, cached in WORK."""
+    cache = work / "latents.safetensors"
+    if not cache.exists():
+        data, _ = render_everything(work)
+        vae = frozen_vae(work)
+        with torch.no_grad():
+            save_file({"latents": torch.cat([
+                vae.quant_conv(vae.encoder(to_model(part.flip(2) if mirror else part).to(DEVICE))).chunk(2, 1)[0].mul(0.13025).half().cpu()
+                for mirror in (False, True) for part in data.split(64)])}, cache)
+    return load_file(cache)["latents"]
+
+
+# ---- UNet and text encoders
+
+class TextAndUnet(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.clip = demo.DemoClip(dtype=torch.float32)
+        self.clip.requires_grad_(True)
+        self.model = demo.build_unet(torch.float32, "cpu")
+        self.tokenizer = demo.DemoTokenizer()
+        self.seen_texts = {}
+
+    def initialise(self):
+        initialise(self)
+        unet = self.model.diffusion_model
+        torch.nn.init.zeros_(unet.out[2].weight)
+        for block in unet.modules():
+            if hasattr(block, "out_layers"):
+                torch.nn.init.zeros_(block.out_layers[3].weight)
+        for text in (self.clip.clip_l, self.clip.clip_g):
+            torch.nn.init.eye_(text.transformer.text_projection.weight)
+            torch.nn.init.normal_(text.transformer.text_model.embeddings.position_embedding.weight, std=0.01)
+
+    def tokens(self, texts):
+        for text in set(texts) - set(self.seen_texts):
+            self.seen_texts[text] = [token[0] for token in self.tokenizer.clip_l.tokenize_with_weights(text)[0]]
+        return torch.tensor([self.seen_texts[text] for text in texts], device=next(self.parameters()).device)
+
+    def encode(self, texts):
+        """What ComfyUI's CLIPTextEncode computes, without its in-place sums, which autograd refuses."""
+        tokens = self.tokens(texts)
+        hidden = []
+        for encoder in (self.clip.clip_l, self.clip.clip_g):
+            text = encoder.transformer.text_model
+            x = text.embeddings.token_embedding(tokens) + text.embeddings.position_embedding.weight
+            for layer in text.encoder.layers:
+                previous, x = x, x + causal_attention(layer.self_attn, layer.layer_norm1(x))
+                x = x + layer.mlp(layer.layer_norm2(x))
+                hidden.append(x)
+        pooled = text.final_layer_norm(x)[torch.arange(len(x)), (tokens == demo.END).int().argmax(1)]
+        return torch.cat([hidden[0], hidden[3]], -1), encoder.transformer.text_projection(pooled)
+
+    def forward(self, x, sigma, texts):
+        """Raw v-prediction for x = x0 + sigma n."""
+        context, pooled = self.encode(texts)
+        y = self.model.encode_adm(pooled_output=pooled, width=SIZE, height=SIZE).to(context.device)
+        sampling = self.model.model_sampling
+        return self.model.diffusion_model(sampling.calculate_input(sigma, x), sampling.timestep(sigma).float(), context, y=y)
+
+
+def causal_attention(attention, x):
+    q, k, v = (rearrange(p(x), "n t (h d) -> n h t d", h=attention.heads) for p in (attention.q_proj, attention.k_proj, attention.v_proj))
+    return attention.out_proj(rearrange(F.scaled_dot_product_attention(q, k, v, is_causal=True), "n h t d -> n t (h d)"))
+
+
+def train_unet(work: Path, images: int, batch: int = 64):
+    latents, (_, names) = encode_everything(work), render_everything(work)
+    net = TextAndUnet()
+    net.initialise()
+    net.to(DEVICE).train()
+    weights = np.array([1.0 if style in PROCEDURAL else 7.0 for _, style in names])  # a third of what is seen is procedural
+    run = Run(work / "unet.pt", net, lr=5e-4, batch=batch, total=images)
+    while run.seen < images:
+        rng, python_rng = np.random.default_rng(run.seen), random.Random(run.seen)
+        picked = rng.choice(len(names), batch, p=weights / weights.sum())
+        z_0 = latents[picked + len(names) * rng.integers(0, 2, batch)].float().to(DEVICE)
+        texts = [caption(*names[i], python_rng) for i in picked]
+        sigma = torch.from_numpy(np.exp(rng.normal(0, 1.3, batch))).float().clamp(0.0292, 14.6146).to(DEVICE)
+        noise = torch.from_numpy(rng.standard_normal(z_0.shape, np.float32)).to(DEVICE)
+        s = sigma.view(-1, 1, 1, 1)
+        v = (noise - s * z_0) / (1 + s**2).sqrt()
+        with torch.autocast(DEVICE, torch.bfloat16):
+            predicted = net(z_0 + s * noise, sigma, texts)
+        run.step(F.mse_loss(predicted.float(), v))
+        if run.due(300):
+            run.save()
+            sample_sheet(run.average, frozen_vae(work), work / "unet.png")
+    run.save()
+    sample_sheet(run.average, frozen_vae(work), work / "unet.png")
+
+
+@torch.no_grad()
+def sample(net, texts, steps=20, cfg=4.0, seed=0):
+    """Heun steps on a Karras schedule, in the model's latent space."""
+    noise = torch.randn(len(texts), 4, SIZE // 8, SIZE // 8, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
+    ramp = torch.linspace(1, 0, steps, device=DEVICE)
+    sigmas = torch.cat([(0.03**(1 / 7) + ramp * (14.6**(1 / 7) - 0.03**(1 / 7)))**7, torch.zeros(1, device=DEVICE)])
+
+    def denoise(x, sigma):
+        s = sigma.expand(2 * len(x))
+        v = net(torch.cat([x, x]), s, list(texts) + [""] * len(x))
+        cond, uncond = (torch.cat([x, x]) / (sigma**2 + 1) - v * sigma / (sigma**2 + 1).sqrt()).chunk(2)
+        return uncond + cfg * (cond - uncond)
+
+    x = noise * sigmas[0]
+    for sigma, following in zip(sigmas[:-1], sigmas[1:], strict=True):
+        d = (x - denoise(x, sigma)) / sigma
+        euler = x + d * (following - sigma)
+        x = euler if following == 0 else x + (d + (euler - denoise(euler, following)) / following) / 2 * (following - sigma)
+    return x
+
+
+def sample_sheet(net, vae, path: Path):
+    things = ["cat face", "rocket", "red apple", "house", "guitar", "owl", "grinning face", "automobile"]
+    styles = ["twemoji", "noto", "fluent", "emojione", "fxemoji", "blueprint", "duotone", "halftone"]
+    texts = [f"{thing}, {style}" for style in styles for thing in things]
+    with torch.no_grad():
+        sheet(vae.decode(sample(net, texts) / 0.13025), path, len(things))
+
+
+def sheet(images: torch.Tensor, path: Path, columns: int):
+    save_image(make_grid(images.float().cpu() / 2 + 0.5, nrow=columns, padding=2).clamp(0, 1), path)
+
+
+class Run:
+    """One resumable optimisation: AdamW, a flat learning rate that falls to zero over the last fifth, an average of the weights."""
+
+    def __init__(self, path: Path, module: torch.nn.Module, lr: float, batch: int, total: int):
+        self.path, self.module, self.lr, self.batch, self.total = path, module, lr, batch, total
+        self.parameters = [p for p in module.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(self.parameters, lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
+        self.average = torch.optim.swa_utils.AveragedModel(module).module
+        self.seen, self.losses, self.started, self.reported = 0, [], time.time(), 0
+        if path.exists():
+            state = torch.load(path, weights_only=True, map_location=DEVICE)
+            module.load_state_dict(state["module"])
+            self.average.load_state_dict(state["average"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.seen = state["seen"]
+        self.first = self.seen
+
+    def step(self, loss):
+        rate = self.lr * min(1, (self.seen + self.batch) / (50 * self.batch), max(0.01, (self.total - self.seen) / (0.2 * self.total)))
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        self.optimizer.step()
+        self.seen += self.batch
+        decay = min(0.9995, 1 - 10 / (10 + self.seen / self.batch))
+        for average, p in zip(self.average.parameters(), self.module.parameters(), strict=True):
+            average.data.lerp_(p.data, 1 - decay)
+        self.losses.append(loss.item())
+
+    def due(self, every: int) -> bool:
+        steps = self.seen // self.batch
+        if steps % 50 == 0:
+            speed = (self.seen - self.first) / (time.time() - self.started)
+            print(f"{self.seen:8d} images  loss {np.mean(self.losses[-50:]):.4f}  {speed:.1f} images/s", flush=True)
+        return steps % every == 0
+
+    def save(self):
+        state = dict(module=self.module.state_dict(), average=self.average.state_dict(), optimizer=self.optimizer.state_dict(), seen=self.seen)
+        torch.save(state, self.path.with_suffix(".tmp"))
+        self.path.with_suffix(".tmp").replace(self.path)
+
+
+def export(work: Path):
+    """Averaged weights in fp16 under a checkpoint's usual prefixes, and the latents' preview colours."""
+    net = TextAndUnet()
+    net.load_state_dict(torch.load(work / "unet.pt", weights_only=True, map_location="cpu")["average"])
+    parts = {"unet": net.model.diffusion_model.state_dict(), "clip": net.clip.state_dict(), "vae": frozen_vae(work).state_dict()}
+    weights = {demo.PREFIXES[part] + key: value.half().cpu().contiguous() for part, state in parts.items() for key, value in state.items()}
+    demo.WEIGHTS.parent.mkdir(exist_ok=True)
+    save_file(weights, demo.WEIGHTS, {"format": "pt", "preview_rgb": " ".join(f"{x:.4f}" for x in preview_colours(work).flatten())})
+
+
+def preview_colours(work: Path) -> torch.Tensor:
+    """Least squares from a latent to the mean colour of its 8 x 8 pixels: 4 rows of factors, one of bias."""
+    data, _ = render_everything(work)
+    latents = encode_everything(work)[:len(data)]
+    colours = F.avg_pool2d(to_model(data[::50]), 8)
+    z = rearrange(latents[::50].float(), "n c h w -> (n h w) c")
+    z = torch.cat([z, torch.ones(len(z), 1)], 1)
+    return torch.linalg.lstsq(z, rearrange(colours, "n c h w -> (n h w) c")).solution
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("step", choices=["tokenizer", "vae", "fold", "unet", "export"])
+    parser.add_argument("work", type=Path)
+    parser.add_argument("--images", type=int, default=100_000)
+    args = parser.parse_args()
+    args.work.mkdir(parents=True, exist_ok=True)
+    if args.step == "tokenizer":
+        train_tokenizer(args.work)
+    elif args.step == "vae":
+        train_vae(args.work, args.images)
+        fold_scale(args.work)
+    elif args.step == "fold":
+        fold_scale(args.work)
+    elif args.step == "unet":
+        train_unet(args.work, args.images)
+    else:
+        export(args.work)

@@ -1,0 +1,22 @@
+"""The small base model that comes with the pack."""
+
+from comfy_api.latest import io
+
+from .sockets import CATEGORY
+
+
+class LoadDemoModel(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="ConsisLoRADemoModel", display_name="Load Demo Model", category=CATEGORY,
+            description="A tiny model of SDXL's architecture, trained on emoji at 128 x 128 pixels: tries every workflow on any computer. Not for real work.",
+            inputs=[],
+            outputs=[io.Model.Output(), io.Clip.Output(), io.Vae.Output()],
+        )
+
+    @classmethod
+    def execute(cls) -> io.NodeOutput:
+        from ..demo import model
+
+        return io.NodeOutput(*model.load())

@@ -1,0 +1,68 @@
+"""What every test can lean on: a real server, ComfyUI in this process, and the pack loaded as ComfyUI loads it."""
+
+import asyncio
+import importlib
+import importlib.util
+import os
+import pkgutil
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+COMFYUI = Path(os.environ.get("COMFYUI_PATH", ROOT / ".comfyui"))
+
+# At the end: ComfyUI goes to the front, and its `nodes` must be found before ours.
+sys.path.append(str(ROOT))
+
+
+def load_comfy(base: Path) -> ModuleType:
+    """Import ComfyUI into this process, on the CPU, with `base` as its base directory."""
+    sys.path.insert(0, str(COMFYUI))
+    from comfy.cli_args import args
+
+    # ComfyUI reads these on import, and a test must neither need a GPU nor write into ComfyUI's own folders.
+    args.cpu = True
+    args.base_directory = str(base)
+    args.use_pytorch_cross_attention = True
+    import comfy.sd
+
+    return comfy
+
+
+def load_pack() -> ModuleType:
+    """Load the pack as ComfyUI does: by path, under a name of its own, nodes and all."""
+    spec = importlib.util.spec_from_file_location("consislora_pack", ROOT / "__init__.py")
+    pack = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = pack
+    spec.loader.exec_module(pack)
+    extension = asyncio.run(pack.comfy_entrypoint())
+    asyncio.run(extension.get_node_list())
+    return pack
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory):
+    """A ComfyServer with the pack in it, one for all tests."""
+    from demo.server import ComfyServer
+
+    with ComfyServer(tmp_path_factory.mktemp("comfyui"), COMFYUI) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def comfy(tmp_path_factory):
+    """The package `comfy`, in this process; after it `import folder_paths`, `import nodes` are ComfyUI's too."""
+    return load_comfy(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture(scope="session")
+def pack(comfy):
+    """The pack as a package, in this process: `pack.nodes.NODES`, `pack.nodes.train`, and so on."""
+    # Under ComfyUI the core is a part of the pack; one copy of it under both names keeps its classes one.
+    core = importlib.import_module("consislora_core")
+    names = ["consislora_core", *(f"consislora_core.{module.name}" for module in pkgutil.iter_modules(core.__path__))]
+    sys.modules.update({f"consislora_pack.{name}": importlib.import_module(name) for name in names})
+    return load_pack()

