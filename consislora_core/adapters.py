@@ -18,8 +18,11 @@ def fresh_part(unet: nn.Module, role: str, rank: int, generator: torch.Generator
     for name, target in targets(dict(unet.named_modules())).items():
         if target.role == role:
             layer = unet.get_submodule(name)
-            part[target.layer] = LoraLayer(down=torch.randn(rank, layer.in_features, generator=generator) / rank,
-                                           up=torch.zeros(layer.out_features, rank), alpha=float(rank))
+            part[target.layer] = LoraLayer(
+                down=torch.randn(rank, layer.in_features, generator=generator) / rank,
+                up=torch.zeros(layer.out_features, rank),
+                alpha=float(rank),
+            )
     return part
 
 
@@ -45,13 +48,18 @@ class Inserted:
 
 
 @contextmanager
-def inserted(unet: nn.Module, parts: Mapping[str, Part], learns: tuple[str, ...], device: torch.device) -> Iterator[Inserted]:
+def inserted(
+    unet: nn.Module, parts: Mapping[str, Part], learns: tuple[str, ...], device: torch.device
+) -> Iterator[Inserted]:
     """Within the context the parts act on the UNet and those of the roles in `learns` ask for gradients.
 
     Afterwards, also after an error, the UNet's modules and `requires_grad` flags are what they were.
     Raises ValueError for a part that does not fit the UNet.
     """
-    from peft import LoraConfig, inject_adapter_in_model  # brings transformers along: seconds, so only when training starts
+    from peft import (  # brings transformers along: seconds, so only when training starts
+        LoraConfig,
+        inject_adapter_in_model,
+    )
 
     check_fit(unet, parts)
     names = {name: target for name, target in targets(dict(unet.named_modules())).items() if target.role in parts}
@@ -59,10 +67,17 @@ def inserted(unet: nn.Module, parts: Mapping[str, Part], learns: tuple[str, ...]
     frozen_flags = [(parameter, parameter.requires_grad) for parameter in unet.parameters()]
     wanted = {name: parts[target.role][target.layer] for name, target in names.items()}
     try:
-        inject_adapter_in_model(LoraConfig(
-            target_modules=list(wanted), r=1, lora_alpha=1,
-            rank_pattern={name: layer.rank for name, layer in wanted.items()},
-            alpha_pattern={name: layer.alpha for name, layer in wanted.items()}), unet, ADAPTER)
+        inject_adapter_in_model(
+            LoraConfig(
+                target_modules=list(wanted),
+                r=1,
+                lora_alpha=1,
+                rank_pattern={name: layer.rank for name, layer in wanted.items()},
+                alpha_pattern={name: layer.alpha for name, layer in wanted.items()},
+            ),
+            unet,
+            ADAPTER,
+        )
         layers = {target: unet.get_submodule(name) for name, target in names.items()}
         for name, target in names.items():
             _set(layers[target].lora_A[ADAPTER], wanted[name].down, device)
@@ -87,9 +102,14 @@ def check_fit(unet: nn.Module, parts: Mapping[str, Part]) -> None:
     for role, part in parts.items():
         expected = {target.layer: layer for target, layer in layers.items() if target.role == role}
         if set(expected) != set(part):
-            raise ValueError(f"The {role} LoRA has {len(part)} layers where this model has {len(expected)}: it was trained on another architecture.")
+            raise ValueError(
+                f"The {role} LoRA has {len(part)} layers where this model has {len(expected)}: "
+                "it was trained on another architecture."
+            )
         for path, (down, up, _) in part.items():
             sizes = expected[path].in_features, expected[path].out_features
             if (down.shape[1], up.shape[0]) != sizes:
-                raise ValueError(f"The {role} LoRA fits layers of {down.shape[1]} to {up.shape[0]} features where this model has {sizes[0]} to "
-                                 f"{sizes[1]} ({path}): it was trained on another architecture.")
+                raise ValueError(
+                    f"The {role} LoRA fits layers of {down.shape[1]} to {up.shape[0]} features where this model has "
+                    f"{sizes[0]} to {sizes[1]} ({path}): it was trained on another architecture."
+                )

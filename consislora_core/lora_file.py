@@ -14,8 +14,13 @@ from torch import Tensor
 from .roles import ROLES, Target, kohya_name, parse_module
 
 # What each spelling appends to a module's name: kohya, diffusers, PEFT (with or without its adapter name).
-SUFFIX = re.compile(r"(?P<module>.+?)\.(?:(?P<down>lora_down|lora\.down|lora_A(?:\.default)?)|(?P<up>lora_up|lora\.up|lora_B(?:\.default)?))\.weight"
-                    r"|(?P<scaled>.+)\.alpha")
+SUFFIX = re.compile(
+    r"(?P<module>.+?)\.(?:(?P<down>lora_down|lora\.down|lora_A(?:\.default)?)|(?P<up>lora_up|lora\.up|lora_B(?:\.default)?))\.weight"
+    r"|(?P<scaled>.+)\.alpha"
+)
+
+# ModelSpec, by which model managers sort files.
+MODEL_SPEC = {"modelspec.sai_model_spec": "1.0.1", "modelspec.architecture": "stable-diffusion-xl-v1-base/lora"}
 
 
 class LoraLayer(NamedTuple):
@@ -41,8 +46,10 @@ class ImageLora(NamedTuple):
 
     def part(self, role: str) -> Part:
         if role not in self.parts:
-            raise ValueError(f"This LoRA has no {role} part, only {' and '.join(self.parts)}. Choose a file that was trained with both, "
-                             f"or leave the {role} input empty.")
+            raise ValueError(
+                f"This LoRA has no {role} part, only {' and '.join(self.parts)}. Choose a file that was trained "
+                f"with both, or leave the {role} input empty."
+            )
         return self.parts[role]
 
 
@@ -71,8 +78,10 @@ def from_state_dict(state: dict[str, Tensor], metadata: dict[str, str] | None = 
         kind = "down" if match["down"] else "up" if match["up"] else "alpha"
         found.setdefault(target, {})[kind] = tensor
     if strangers:
-        raise ValueError(f"{len(strangers)} of {len(state)} keys are not LoRA weights of SDXL's content or style block, for example "
-                         f"{', '.join(sorted(strangers)[:3])}. The file is for another architecture, or adapts the whole model.")
+        raise ValueError(
+            f"{len(strangers)} of {len(state)} keys are not LoRA weights of SDXL's content or style block, for example "
+            f"{', '.join(sorted(strangers)[:3])}. The file is for another architecture, or adapts the whole model."
+        )
     if not found:
         raise ValueError("The file holds no LoRA weights.")
     parts: dict[str, Part] = {}
@@ -85,7 +94,10 @@ def _layer(target: Target, tensors: dict[str, Tensor]) -> LoraLayer:
     down, up = tensors.get("down"), tensors.get("up")
     if down is None or up is None or down.ndim != 2 or up.ndim != 2 or down.shape[0] != up.shape[1]:
         shapes = {kind: tuple(tensor.shape) for kind, tensor in tensors.items()}
-        raise ValueError(f"The {target.role} part is damaged at {target.layer}: a down (rank x in) and an up (out x rank) were expected, found {shapes}.")
+        raise ValueError(
+            f"The {target.role} part is damaged at {target.layer}: a down (rank x in) and an up (out x rank) "
+            f"were expected, found {shapes}."
+        )
     return LoraLayer(down, up, float(tensors.get("alpha", down.shape[0])))
 
 
@@ -95,8 +107,10 @@ def read(path: str | os.PathLike) -> ImageLora:
         with safe_open(path, framework="pt") as file:
             return from_state_dict({key: file.get_tensor(key) for key in file.keys()}, file.metadata())  # noqa: SIM118
     except SafetensorError as error:
-        raise ValueError(f"{Path(path).name} is not a whole safetensors file ({error}). It may be cut off or of another kind; "
-                         "download or save it again.") from error
+        raise ValueError(
+            f"{Path(path).name} is not a whole safetensors file ({error}). It may be cut off or of another kind; "
+            "download or save it again."
+        ) from error
     except ValueError as error:
         raise ValueError(f"{Path(path).name}: {error}") from error
 
@@ -111,7 +125,7 @@ def write(lora: ImageLora, path: str | os.PathLike, dtype: torch.dtype = torch.f
     handle, unfinished = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
     os.close(handle)
     try:
-        save_file(state, unfinished, {"format": "pt", **lora.metadata})
+        save_file(state, unfinished, {"format": "pt", **MODEL_SPEC, "modelspec.title": path.stem, **lora.metadata})
         os.replace(unfinished, path)
     except SafetensorError as error:
         raise OSError(f"{path} could not be written: {error}") from error

@@ -20,7 +20,9 @@ class Draw(NamedTuple):
 
 
 def draw(z_0: Tensor, sigmas: Tensor, noise_offset: float, generator: torch.Generator) -> Draw:
-    """Normal noise and a noise level chosen evenly from `sigmas` (the model's training levels), on the CPU so that every device trains alike.
+    """Normal noise and a noise level chosen evenly from `sigmas`, the model's training levels.
+
+    Drawn on the CPU, so that every device trains alike.
 
     Noise offset: one more normal number a channel, times `noise_offset`, moves the whole channel.
     """

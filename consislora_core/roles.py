@@ -40,8 +40,10 @@ def targets(module_names: Iterable[str], architecture: str = "sdxl") -> dict[str
     missing = [role for role in ROLES if role not in {target.role for target in found.values()}]
     if missing:
         wanted = ", ".join(f"{role} in {BLOCKS[architecture][role]['comfyui']}" for role in missing)
-        raise ValueError(f"This model has no attention layers for {wanted}. ConsisLoRA works on SDXL checkpoints; "
-                         "SD 1.5, SD 2, the SDXL refiner and newer model families keep content and style elsewhere.")
+        raise ValueError(
+            f"This model has no attention layers for {wanted}. ConsisLoRA works on SDXL checkpoints; "
+            "SD 1.5, SD 2, the SDXL refiner and newer model families keep content and style elsewhere."
+        )
     return found
 
 

@@ -36,18 +36,36 @@ class Stage:
         for phase in self.phases:
             _check("steps", phase.steps, _is_count(phase.steps), "a whole number of at least 1")
             _check("loss", phase.loss, phase.loss in (NOISE, RECONSTRUCTION), f"{NOISE} or {RECONSTRUCTION}")
-            _check("learning_rate", phase.learning_rate, _is_between(phase.learning_rate, 0, 1, open_below=True),
-                   "a number above 0 and at most 1")
+            _check(
+                "learning_rate",
+                phase.learning_rate,
+                _is_between(phase.learning_rate, 0, 1, open_below=True),
+                "a number above 0 and at most 1",
+            )
         _check("phases", self.phases, len(self.phases) > 0, "at least one phase")
         _check("learns", self.learns, self.learns and set(self.learns) <= set(ROLES), f"some of {ROLES}")
         _check("rank", self.rank, _is_count(self.rank) and self.rank <= 1024, "a whole number from 1 to 1024")
-        _check("seed", self.seed, isinstance(self.seed, int) and 0 <= self.seed < 2**64, "a whole number from 0 to 2^64 - 1")
+        _check(
+            "seed",
+            self.seed,
+            isinstance(self.seed, int) and 0 <= self.seed < 2**64,
+            "a whole number from 0 to 2^64 - 1",
+        )
         _check("noise_offset", self.noise_offset, _is_between(self.noise_offset, 0, 1), "a number from 0 to 1")
-        _check("betas", self.betas, all(_is_between(b, 0, 1) and b < 1 for b in self.betas), "two numbers from 0 to below 1")
+        _check(
+            "betas",
+            self.betas,
+            all(_is_between(b, 0, 1) and b < 1 for b in self.betas),
+            "two numbers from 0 to below 1",
+        )
         _check("eps", self.eps, _is_between(self.eps, 0, 1, open_below=True), "a number above 0")
         _check("weight_decay", self.weight_decay, _is_between(self.weight_decay, 0, 1), "a number from 0 to 1")
-        _check("max_grad_norm", self.max_grad_norm,
-               self.max_grad_norm is None or _is_between(self.max_grad_norm, 0, math.inf, open_below=True), "none, or a number above 0")
+        _check(
+            "max_grad_norm",
+            self.max_grad_norm,
+            self.max_grad_norm is None or _is_between(self.max_grad_norm, 0, math.inf, open_below=True),
+            "none, or a number above 0",
+        )
 
     @property
     def steps(self) -> int:
@@ -62,22 +80,42 @@ class Stage:
         raise IndexError("step is past the end of the stage")
 
 
-def image_stage(steps: int = 1500, transition_step: int = 500, learning_rate: float = 2e-4,
-                reconstruction_learning_rate: float = 1e-4, **settings) -> Stage:
+def image_stage(
+    steps: int = 1500,
+    transition_step: int = 500,
+    learning_rate: float = 2e-4,
+    reconstruction_learning_rate: float = 1e-4,
+    **settings,
+) -> Stage:
     """Stage 1: content and style together, with the stepwise loss transition (section 4.2).
 
     `transition_step` 0 is reconstruction loss only; equal to `steps` it is noise loss only (B-LoRA).
     """
     _check("steps", steps, _is_count(steps), "a whole number of at least 1")
-    _check("transition_step", transition_step, isinstance(transition_step, int) and 0 <= transition_step <= steps,
-           f"a whole number from 0 to steps ({steps})")
-    phases = (Phase(transition_step, NOISE, learning_rate), Phase(steps - transition_step, RECONSTRUCTION, reconstruction_learning_rate))
+    _check(
+        "transition_step",
+        transition_step,
+        isinstance(transition_step, int) and 0 <= transition_step <= steps,
+        f"a whole number from 0 to steps ({steps})",
+    )
+    phases = (
+        Phase(transition_step, NOISE, learning_rate),
+        Phase(steps - transition_step, RECONSTRUCTION, reconstruction_learning_rate),
+    )
     return Stage("image", ROLES, tuple(phase for phase in phases if phase.steps), **settings)
 
 
-def style_stage(steps: int = 1000, reconstruction_learning_rate: float = 1e-4, noise_offset: float = 0.03, **settings) -> Stage:
+def style_stage(
+    steps: int = 1000, reconstruction_learning_rate: float = 1e-4, noise_offset: float = 0.03, **settings
+) -> Stage:
     """Stage 2: a fresh style LoRA beside the frozen content LoRA of stage 1 (section 4.2)."""
-    return Stage("style", ("style",), (Phase(steps, RECONSTRUCTION, reconstruction_learning_rate),), noise_offset=noise_offset, **settings)
+    return Stage(
+        "style",
+        ("style",),
+        (Phase(steps, RECONSTRUCTION, reconstruction_learning_rate),),
+        noise_offset=noise_offset,
+        **settings,
+    )
 
 
 def _check(field: str, value, allowed: bool, what: str) -> None:

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from .adapters import fresh_part, inserted
-from .losses import LOSSES, Draw, add_noise, draw
 from .lora_file import Part
+from .losses import LOSSES, Draw, add_noise, draw
 from .schedule import Stage
 
 
@@ -48,8 +48,15 @@ class Trainer:
     loss_scale: above 1 for fp16 activations, whose small gradients would vanish; halved where they overflow.
     """
 
-    def __init__(self, model: Denoiser, z_0: Tensor, cond: Any, stage: Stage, frozen: Mapping[str, Part] | None = None,
-                 loss_scale: float = 1.0):
+    def __init__(
+        self,
+        model: Denoiser,
+        z_0: Tensor,
+        cond: Any,
+        stage: Stage,
+        frozen: Mapping[str, Part] | None = None,
+        loss_scale: float = 1.0,
+    ):
         _check_latents(z_0)
         self.model, self.z_0, self.cond, self.stage = model, z_0.float(), cond, stage
         self.generator = torch.Generator().manual_seed(stage.seed)
@@ -60,9 +67,15 @@ class Trainer:
 
     def __enter__(self) -> "Trainer":
         with ExitStack() as stack:
-            self.inserted = stack.enter_context(inserted(self.model.unet, self.start, self.stage.learns, self.z_0.device))
-            self.optimizer = torch.optim.AdamW(self.inserted.parameters, betas=self.stage.betas, eps=self.stage.eps,
-                                               weight_decay=self.stage.weight_decay)
+            self.inserted = stack.enter_context(
+                inserted(self.model.unet, self.start, self.stage.learns, self.z_0.device)
+            )
+            self.optimizer = torch.optim.AdamW(
+                self.inserted.parameters,
+                betas=self.stage.betas,
+                eps=self.stage.eps,
+                weight_decay=self.stage.weight_decay,
+            )
             self._stack = stack.pop_all()
         return self
 
@@ -76,7 +89,10 @@ class Trainer:
             yield self.train_step(z_0, draw(z_0, self.model.sigmas, self.stage.noise_offset, self.generator))
 
     def train_step(self, z_0: Tensor, random: Draw) -> StepEvent:
-        """One step on given noise and sigma. Raises FloatingPointError before the weights move if the loss is not finite."""
+        """One step on given noise and sigma.
+
+        Raises FloatingPointError before the weights move if the loss is not finite.
+        """
         phase = self.stage.phase_at(self.step)
         z_0_hat, loss = self._backward(z_0, random, phase.loss)
         if self.stage.max_grad_norm is not None:
@@ -85,7 +101,9 @@ class Trainer:
             group["lr"] = phase.learning_rate
         self.optimizer.step()
         self.step += 1
-        return StepEvent(self.step, self.stage.name, phase.loss, loss, phase.learning_rate, random.sigma.mean().item(), z_0_hat)
+        return StepEvent(
+            self.step, self.stage.name, phase.loss, loss, phase.learning_rate, random.sigma.mean().item(), z_0_hat
+        )
 
     def _backward(self, z_0: Tensor, random: Draw, loss_name: str) -> tuple[Tensor, float]:
         while True:
@@ -100,8 +118,10 @@ class Trainer:
                 return z_0_hat.detach(), loss.item()
             if self.loss_scale <= 1 or not math.isfinite(loss.item()):
                 raise FloatingPointError(
-                    f"The loss became {loss.item()} in step {self.step + 1} of {self.stage.steps} ({loss_name} phase, learning rate "
-                    f"{self.stage.phase_at(self.step).learning_rate:g}). Lower the learning rate, or choose precision bf16 or fp32.")
+                    f"The loss became {loss.item()} in step {self.step + 1} of {self.stage.steps} "
+                    f"({loss_name} phase, learning rate {self.stage.phase_at(self.step).learning_rate:g}). "
+                    "Lower the learning rate, or choose precision bf16 or fp32."
+                )
             self.loss_scale /= 2
 
     def parts(self) -> dict[str, Part]:
@@ -110,8 +130,13 @@ class Trainer:
 
     def state_dict(self) -> dict:
         """All that a later Trainer of the same arguments needs to go on as if never stopped."""
-        return {"step": self.step, "weights": [p.detach().cpu().clone() for p in self.inserted.parameters],
-                "optimizer": self.optimizer.state_dict(), "generator": self.generator.get_state(), "loss_scale": self.loss_scale}
+        return {
+            "step": self.step,
+            "weights": [p.detach().cpu().clone() for p in self.inserted.parameters],
+            "optimizer": self.optimizer.state_dict(),
+            "generator": self.generator.get_state(),
+            "loss_scale": self.loss_scale,
+        }
 
     def load_state_dict(self, state: dict) -> None:
         with torch.no_grad():
@@ -124,7 +149,11 @@ class Trainer:
 
 def _check_latents(z_0: Tensor) -> None:
     if z_0.ndim != 4 or len(z_0) == 0:
-        raise ValueError(f"latent has shape {tuple(z_0.shape)}; at least one image is needed (batch, channels, height, width).")
+        raise ValueError(
+            f"latent has shape {tuple(z_0.shape)}; at least one image is needed (batch, channels, height, width)."
+        )
     if not z_0.isfinite().all():
-        raise ValueError("latent holds values that are not numbers (NaN or infinity); the VAE that encoded it failed. "
-                         "Encode the image again, with the VAE in fp32 if it is SDXL's own.")
+        raise ValueError(
+            "latent holds values that are not numbers (NaN or infinity); the VAE that encoded it failed. "
+            "Encode the image again, with the VAE in fp32 if it is SDXL's own."
+        )

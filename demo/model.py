@@ -15,6 +15,7 @@ import comfy.sd
 import comfy.sd1_clip
 import comfy.supported_models
 import comfy.supported_models_base
+import comfy.utils
 import torch
 from safetensors import safe_open
 
@@ -22,19 +23,50 @@ WEIGHTS = Path(__file__).parent / "weights" / "consislora_demo.safetensors"
 TOKENIZER = Path(__file__).parent / "tokenizer"
 PREFIXES = {"unet": "model.diffusion_model.", "vae": "first_stage_model.", "clip": "conditioner."}
 
-UNET = dict(image_size=32, in_channels=4, out_channels=4, model_channels=64, channel_mult=[1, 3], num_res_blocks=[1, 1],
-            transformer_depth=[0, 1], transformer_depth_middle=1, transformer_depth_output=[0, 0, 2, 2],
-            context_dim=192, adm_in_channels=128 + 6 * 256, num_classes="sequential", use_spatial_transformer=True,
-            use_linear_in_transformer=True, use_temporal_attention=False, legacy=False)
-VAE = dict(double_z=True, z_channels=4, resolution=128, in_channels=3, out_ch=3, ch=32, ch_mult=[1, 1, 2, 2],
-           num_res_blocks=1, attn_resolutions=[], dropout=0.0)
+UNET = dict(
+    image_size=32,
+    in_channels=4,
+    out_channels=4,
+    model_channels=64,
+    channel_mult=[1, 3],
+    num_res_blocks=[1, 1],
+    transformer_depth=[0, 1],
+    transformer_depth_middle=1,
+    transformer_depth_output=[0, 0, 2, 2],
+    context_dim=192,
+    adm_in_channels=128 + 6 * 256,
+    num_classes="sequential",
+    use_spatial_transformer=True,
+    use_linear_in_transformer=True,
+    use_temporal_attention=False,
+    legacy=False,
+)
+VAE = dict(
+    double_z=True,
+    z_channels=4,
+    resolution=128,
+    in_channels=3,
+    out_ch=3,
+    ch=32,
+    ch_mult=[1, 1, 2, 2],
+    num_res_blocks=1,
+    attn_resolutions=[],
+    dropout=0.0,
+)
 VOCABULARY, START, END = 2048, 2046, 2047
 TOKENS = 32  # a prompt longer than this is read in several pieces, as ComfyUI does with CLIP's 77
 
 
 def _text_model(width: int, layers: int) -> dict:
-    return dict(hidden_size=width, num_hidden_layers=layers, num_attention_heads=width // 64, intermediate_size=4 * width,
-                hidden_act="gelu", max_position_embeddings=TOKENS, eos_token_id=END)
+    return dict(
+        hidden_size=width,
+        num_hidden_layers=layers,
+        num_attention_heads=width // 64,
+        intermediate_size=4 * width,
+        hidden_act="gelu",
+        max_position_embeddings=TOKENS,
+        eos_token_id=END,
+    )
 
 
 class _TextTransformer(comfy.clip_model.CLIPTextModel):
@@ -43,7 +75,8 @@ class _TextTransformer(comfy.clip_model.CLIPTextModel):
     def __init__(self, config_dict, dtype, device, operations):
         super().__init__(config_dict, dtype, device, operations)
         self.text_model.embeddings.token_embedding = operations.Embedding(
-            VOCABULARY, config_dict["hidden_size"], dtype=dtype, device=device)
+            VOCABULARY, config_dict["hidden_size"], dtype=dtype, device=device
+        )
 
 
 class DemoClip(torch.nn.Module):
@@ -51,10 +84,18 @@ class DemoClip(torch.nn.Module):
 
     def __init__(self, device="cpu", dtype=None, model_options=None):
         super().__init__()
-        common = dict(device=device, dtype=dtype, max_length=TOKENS, model_class=_TextTransformer, layer="hidden", layer_idx=-2,
-                      special_tokens={"start": START, "end": END, "pad": END}, layer_norm_hidden_state=False,
-                      model_options=model_options or {})
-        self.clip_l = comfy.sd1_clip.SDClipModel(textmodel_json_config=_text_model(64, 2), **common)
+        common = dict(
+            device=device,
+            dtype=dtype,
+            max_length=TOKENS,
+            model_class=_TextTransformer,
+            layer="hidden",
+            layer_idx=-2,
+            special_tokens={"start": START, "end": END, "pad": END},
+            layer_norm_hidden_state=False,
+            model_options=model_options or {},
+        )
+        self.clip_l = comfy.sd1_clip.SDClipModel(textmodel_json_config=_text_model(64, 3), **common)
         self.clip_g = comfy.sd1_clip.SDClipModel(textmodel_json_config=_text_model(128, 3), **common)
         self.dtypes = {dtype}
 
@@ -74,14 +115,20 @@ class DemoClip(torch.nn.Module):
 
 class DemoTokenizer:
     def __init__(self, embedding_directory=None, tokenizer_data=None):
-        common = dict(tokenizer_path=str(TOKENIZER), max_length=TOKENS, embedding_directory=embedding_directory,
-                      tokenizer_data=tokenizer_data or {})
+        common = dict(
+            tokenizer_path=str(TOKENIZER),
+            max_length=TOKENS,
+            embedding_directory=embedding_directory,
+            tokenizer_data=tokenizer_data or {},
+        )
         self.clip_l = comfy.sd1_clip.SDTokenizer(embedding_size=64, embedding_key="clip_l", **common)
         self.clip_g = comfy.sd1_clip.SDTokenizer(embedding_size=128, embedding_key="clip_g", **common)
 
     def tokenize_with_weights(self, text, return_word_ids=False, **kwargs):
-        return {"l": self.clip_l.tokenize_with_weights(text, return_word_ids, **kwargs),
-                "g": self.clip_g.tokenize_with_weights(text, return_word_ids, **kwargs)}
+        return {
+            "l": self.clip_l.tokenize_with_weights(text, return_word_ids, **kwargs),
+            "g": self.clip_g.tokenize_with_weights(text, return_word_ids, **kwargs),
+        }
 
     def untokenize(self, token_weight_pair):
         return self.clip_g.untokenize(token_weight_pair)
@@ -96,6 +143,14 @@ class DemoLatents(comfy.latent_formats.SDXL):
     taesd_decoder_name = None
 
 
+def widen_groups(module: torch.nn.Module) -> torch.nn.Module:
+    """SDXL's 32 groups leave one or two of our few channels in each, and normalising those wipes out flat colour."""
+    for layer in module.modules():
+        if isinstance(layer, torch.nn.GroupNorm):
+            layer.num_groups = 4
+    return module
+
+
 def model_config() -> comfy.supported_models.SDXL:
     config = comfy.supported_models.SDXL(dict(UNET))
     config.latent_format = DemoLatents()
@@ -106,22 +161,26 @@ def build_unet(dtype: torch.dtype, device, manual_cast: torch.dtype | None = Non
     """ComfyUI's SDXL model object around our UNet, weights not yet loaded."""
     config = model_config()
     config.set_inference_dtype(dtype, manual_cast)
-    return config.get_model({"v_pred": torch.ones(1)}, device=device)
+    return widen_groups(config.get_model({"v_pred": torch.ones(1)}, device=device))
 
 
 def load(path: Path = WEIGHTS):
     """(MODEL, CLIP, VAE) as ComfyUI's CheckpointLoaderSimple would give them."""
     with safe_open(path, "pt") as file:
-        parts = {name: {key.removeprefix(prefix): file.get_tensor(key) for key in file.keys() if key.startswith(prefix)}
-                 for name, prefix in PREFIXES.items()}
-        preview = file.metadata()["preview_rgb"]
+        preview = [float(x) for x in file.metadata()["preview_rgb"].split()]
+        weights = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - the file is no dict
+    parts = {
+        name: comfy.utils.state_dict_prefix_replace(dict(weights), {prefix: ""}, filter_keys=True)
+        for name, prefix in PREFIXES.items()
+    }
     device, offload = comfy.model_management.get_torch_device(), comfy.model_management.unet_offload_device()
     dtype = comfy.model_management.unet_dtype(device=device, supported_dtypes=model_config().supported_inference_dtypes)
     model = build_unet(dtype, offload, comfy.model_management.unet_manual_cast(dtype, device))
     model.diffusion_model.load_state_dict(parts["unet"])
-    model.latent_format.latent_rgb_factors = torch.tensor([float(x) for x in preview.split()]).reshape(5, 3)[:4].tolist()
-    model.latent_format.latent_rgb_factors_bias = [float(x) for x in preview.split()[12:]]
+    model.latent_format.latent_rgb_factors = [preview[row : row + 3] for row in (0, 3, 6, 9)]
+    model.latent_format.latent_rgb_factors_bias = preview[12:]
     clip = comfy.sd.CLIP(comfy.supported_models_base.ClipTarget(DemoTokenizer, DemoClip), parameters=10**6)
     clip.cond_stage_model.load_state_dict(parts["clip"], strict=False)
     vae = comfy.sd.VAE(sd=parts["vae"], config={"params": {"ddconfig": VAE, "embed_dim": 4}})
+    widen_groups(vae.first_stage_model)
     return comfy.model_patcher.ModelPatcher(model, device, offload), clip, vae

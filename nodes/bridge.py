@@ -27,7 +27,10 @@ PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float
 
 
 def training_dtype(model: ModelPatcher, precision: str) -> torch.dtype:
-    """What to compute in. "auto" is what the model samples in, but for fp16, whose gradients overflow: bf16, or fp32 where bf16 is slow."""
+    """What to compute in.
+
+    "auto" is what the model samples in, but for fp16, whose gradients overflow: bf16, or fp32 where bf16 is slow.
+    """
     if precision != "auto":
         return PRECISIONS[precision]
     inference = model.model.manual_cast_dtype or model.model.get_dtype()
@@ -38,9 +41,9 @@ def training_dtype(model: ModelPatcher, precision: str) -> torch.dtype:
 
 @contextmanager
 def open_for_training(model: ModelPatcher, latent_shape: tuple[int, ...], dtype: torch.dtype) -> Iterator[Denoiser]:
-    """The model as the core trains it, its own weights in place, gradients on; afterwards as it was, also after an error.
+    """The model as the core trains it: its own weights in place, gradients on. Afterwards it is as it was.
 
-    Everything the trainer touches must be made inside: ComfyUI runs nodes in inference mode, whose tensors cannot be learnt through.
+    What the trainer touches must be made inside: ComfyUI runs nodes in inference mode, whose tensors autograd refuses.
     """
     base = model.model
     find_roles(model)
@@ -85,8 +88,12 @@ def _in_training() -> Iterator[None]:
 @contextmanager
 def _ordinary_parameters(unet: nn.Module) -> Iterator[None]:
     """Frozen parameters that share their bytes with the UNet's inference tensors, which autograd refuses."""
-    originals = [(module, name, parameter) for module in unet.modules() for name, parameter in module._parameters.items()
-                 if parameter is not None]
+    originals = [
+        (module, name, parameter)
+        for module in unet.modules()
+        for name, parameter in module._parameters.items()
+        if parameter is not None
+    ]
     try:
         for module, name, parameter in originals:
             shared = torch.empty(0, dtype=parameter.dtype, device=parameter.device)
@@ -123,41 +130,66 @@ def clean_latents(model: ModelPatcher, latent: dict) -> Tensor:
     samples = latent["samples"]
     channels = model.model.latent_format.latent_channels
     if samples.ndim != 4 or len(samples) == 0 or samples.shape[1] != channels:
-        raise ValueError(f"latent has shape {tuple(samples.shape)}; this model takes (batch of at least 1, {channels} channels, height, width). "
-                         "Connect VAE Encode, with the VAE of this checkpoint.")
+        raise ValueError(
+            f"latent has shape {tuple(samples.shape)}; "
+            f"this model takes (batch of at least 1, {channels} channels, height, width). "
+            "Connect VAE Encode, with the VAE of this checkpoint."
+        )
     return model.model.process_latent_in(samples.clone().to(model.load_device, torch.float32))
 
 
 def encoded_conditioning(model: ModelPatcher, positive: list, z_0: Tensor) -> dict[str, Tensor]:
-    """Cross-attention text and SDXL's pooled-and-size vector for `denoise`. Size conditioning is the latent's own size unless the
-    conditioning names one (CLIPTextEncodeSDXL). Call inside `open_for_training`."""
+    """Cross-attention text and SDXL's pooled-and-size vector, for `denoise`. Call inside `open_for_training`.
+
+    Size conditioning is the latent's own size unless the conditioning names one (CLIPTextEncodeSDXL).
+    """
     if len(positive) != 1:
-        raise ValueError(f"positive holds {len(positive)} conditionings; training takes one. Connect a single CLIP Text Encode.")
+        raise ValueError(
+            f"positive holds {len(positive)} conditionings; training takes one. Connect a single CLIP Text Encode."
+        )
     (text, extras), config = positive[0], model.model.model_config.unet_config
     if text.shape[-1] != config["context_dim"]:
-        raise ValueError(f"positive has text features of width {text.shape[-1]}, this model takes {config['context_dim']}: it was encoded with "
-                         "the CLIP of another base model. Connect the CLIP of this checkpoint.")
+        raise ValueError(
+            f"positive has text features of width {text.shape[-1]}, this model takes {config['context_dim']}: "
+            "it was encoded with the CLIP of another base model. Connect the CLIP of this checkpoint."
+        )
     if extras.get("pooled_output") is None:
-        raise ValueError("positive has no pooled text vector, which SDXL needs. Connect CLIP Text Encode with the CLIP of this checkpoint.")
+        raise ValueError(
+            "positive has no pooled text vector, which SDXL needs. "
+            "Connect CLIP Text Encode with the CLIP of this checkpoint."
+        )
     height, width = (8 * side for side in z_0.shape[-2:])
-    given = {"width": width, "height": height, "prompt_type": "positive", **extras, "cross_attn": text, "noise": z_0, "device": z_0.device}
-    conds = model.model.extra_conds(**{key: value.clone() if torch.is_tensor(value) else value for key, value in given.items()})
+    given = {
+        "width": width,
+        "height": height,
+        "prompt_type": "positive",
+        **extras,
+        "cross_attn": text,
+        "noise": z_0,
+        "device": z_0.device,
+    }
+    conds = model.model.extra_conds(
+        **{key: value.clone() if torch.is_tensor(value) else value for key, value in given.items()}
+    )
     encoded = {name: cond.cond.to(z_0.device) for name, cond in conds.items()}
     if encoded["y"].shape[-1] != config["adm_in_channels"]:
-        raise ValueError(f"positive has a pooled vector of width {extras['pooled_output'].shape[-1]}, which does not fit this model: it was encoded "
-                         "with the CLIP of another base model. Connect the CLIP of this checkpoint.")
+        raise ValueError(
+            f"positive has a pooled vector of width {extras['pooled_output'].shape[-1]}, which does not fit this "
+            "model: it was encoded with the CLIP of another base model. Connect the CLIP of this checkpoint."
+        )
     return encoded
 
 
 class Progress:
-    """Shows training on the node: a bar, every few steps the restored image as preview, and the loss in the log line."""
+    """Shows training on the node: a bar, every few steps the restored image, and the loss in the log."""
 
     def __init__(self, model: ModelPatcher, steps: int, preview_every: int = 20, log_every: int = 50):
         self.bar = comfy.utils.ProgressBar(steps)
         self.preview_every, self.log_every = preview_every, log_every
         factors = model.model.latent_format
         self.previewer = factors.latent_rgb_factors and latent_preview.Latent2RGBPreviewer(
-            factors.latent_rgb_factors, getattr(factors, "latent_rgb_factors_bias", None))
+            factors.latent_rgb_factors, getattr(factors, "latent_rgb_factors_bias", None)
+        )
 
     def show(self, event: StepEvent) -> None:
         """Raises ComfyUI's interrupt exception when the user pressed cancel."""
@@ -165,11 +197,24 @@ class Progress:
         preview = None
         if self.previewer and event.step % self.preview_every == 1:
             picture = self.previewer.decode_latent_to_preview(event.z_0_hat.float().cpu())
-            preview = ("JPEG", picture.resize((256 * picture.width // max(picture.size), 256 * picture.height // max(picture.size)), Image.NEAREST), 256)
+            preview = (
+                "JPEG",
+                picture.resize(
+                    (256 * picture.width // max(picture.size), 256 * picture.height // max(picture.size)), Image.NEAREST
+                ),
+                256,
+            )
         self.bar.update_absolute(event.step, preview=preview)
         if event.step % self.log_every == 0 or event.step == self.bar.total:
-            logging.info("ConsisLoRA %s stage, step %d of %d: %s loss %.4f, learning rate %g",
-                         event.stage, event.step, self.bar.total, event.phase, event.loss, event.learning_rate)
+            logging.info(
+                "ConsisLoRA %s stage, step %d of %d: %s loss %.4f, learning rate %g",
+                event.stage,
+                event.step,
+                self.bar.total,
+                event.phase,
+                event.loss,
+                event.learning_rate,
+            )
 
 
 def base_fingerprint(model: ModelPatcher) -> str:
@@ -186,15 +231,25 @@ def tensor_fingerprint(tensor: Tensor) -> str:
     return hashlib.sha256(tensor.detach().to("cpu", torch.float32).contiguous().numpy().tobytes()).hexdigest()[:16]
 
 
+def text_behind(hidden: Any, input_name: str) -> str:
+    """The words of the CLIP Text Encode that feeds an input of the running node; empty if something else feeds it."""
+    graph = (hidden and hidden.prompt) or {}
+    origin = graph.get(hidden and hidden.unique_id, {"inputs": {}})["inputs"].get(input_name, [None])[0]
+    text = graph[origin]["inputs"].get("text") if origin in graph else None
+    return text if isinstance(text, str) else ""
+
+
 def lora_files() -> list[str]:
     return [name for name in folder_paths.get_filename_list("loras") if name.endswith(".safetensors")]
 
 
 def lora_path(name: str) -> Path:
-    """The file of a name in models/loras; `get_full_path` keeps names inside. Raises ValueError for one that is not there."""
+    """The file of a name in models/loras; `get_full_path` keeps names inside. Raises ValueError if there is none."""
     found = folder_paths.get_full_path("loras", name)
     if found is None:
-        raise ValueError(f"There is no LoRA file {name!r} in models/loras. Choose one from the list, or press R to refresh it.")
+        raise ValueError(
+            f"There is no LoRA file {name!r} in models/loras. Choose one from the list, or press R to refresh it."
+        )
     return Path(found)
 
 
@@ -203,7 +258,9 @@ def new_lora_path(name: str) -> Path:
     folder = Path(folder_paths.get_folder_paths("loras")[0])
     wanted = (folder / f"{name.removesuffix('.safetensors')}.safetensors").resolve()
     if not name.strip() or not wanted.is_relative_to(folder.resolve()) or wanted.stem.startswith("."):
-        raise ValueError(f"filename is {name!r}; it must be a name inside models/loras, such as my_product or clients/my_product.")
+        raise ValueError(
+            f"filename is {name!r}; it must be a name inside models/loras, such as my_product or clients/my_product."
+        )
     numbered = (wanted.with_stem(f"{wanted.stem}_{i:05}") for i in range(1, 100_000))
     return next(path for path in numbered if not path.exists())
 
@@ -215,16 +272,20 @@ def save_lora(lora: ImageLora, name: str, precision: str) -> str:
         path.parent.mkdir(parents=True, exist_ok=True)
         lora_file.write(lora, path, PRECISIONS[precision])
     except OSError as error:
-        raise ValueError(f"The LoRA could not be saved to {path.parent}: {error.strerror or error}. Free some space or choose a folder that can be "
-                         "written, then queue again: the training itself is still cached.") from error
+        raise ValueError(
+            f"The LoRA could not be saved to {path.parent}: {error.strerror or error}. Free some space or "
+            "choose a folder that can be written, then queue again: the training itself is still cached."
+        ) from error
     return path.relative_to(folder_paths.get_folder_paths("loras")[0]).as_posix()
 
 
 def with_parts(model: ModelPatcher, wanted: dict[str, tuple[Part, float]]) -> ModelPatcher:
-    """A clone of the model whose weights carry the parts, each at its strength; ComfyUI merges them when it loads the model."""
+    """A clone of the model that carries the parts, each at its strength, as ordinary ComfyUI weight patches."""
     check_fit(model.model.diffusion_model, {role: part for role, (part, _) in wanted.items()})
     patched = model.clone()
     key_map = comfy.lora.model_lora_keys_unet(model.model, {})
     for role, (part, strength) in wanted.items():
-        patched.add_patches(comfy.lora.load_lora(lora_file.to_state_dict(ImageLora({role: part}, {})), key_map), strength)
+        patched.add_patches(
+            comfy.lora.load_lora(lora_file.to_state_dict(ImageLora({role: part}, {})), key_map), strength
+        )
     return patched

@@ -9,8 +9,11 @@ class LoadDemoModel(io.ComfyNode):
     @classmethod
     def define_schema(cls):
         return io.Schema(
-            node_id="ConsisLoRADemoModel", display_name="Load Demo Model", category=CATEGORY,
-            description="A tiny model of SDXL's architecture, trained on emoji at 128 x 128 pixels: tries every workflow on any computer. Not for real work.",
+            node_id="ConsisLoRADemoModel",
+            display_name="Load Demo Model",
+            category=CATEGORY,
+            description="A tiny model of SDXL's architecture that draws emoji at 128 x 128 pixels. "
+            "It tries every workflow on any computer; it is not for real work.",
             inputs=[],
             outputs=[io.Model.Output(), io.Clip.Output(), io.Vae.Output()],
         )

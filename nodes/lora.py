@@ -9,19 +9,34 @@ from . import bridge
 from .sockets import CATEGORY, ConsisLora
 
 
-
 class Save(io.ComfyNode):
     @classmethod
     def define_schema(cls):
         return io.Schema(
-            node_id="ConsisLoRASave", display_name="Save ConsisLoRA", category=CATEGORY, is_output_node=True,
+            node_id="ConsisLoRASave",
+            display_name="Save ConsisLoRA",
+            category=CATEGORY,
+            is_output_node=True,
             description="Writes a LoRA into models/loras. ComfyUI's Load LoRA, diffusers and A1111 read the file too.",
             inputs=[
                 ConsisLora.Input("consislora", tooltip="What to save."),
-                io.String.Input("filename", default="consislora/my_image", tooltip="Name inside models/loras; a number is added, so nothing is overwritten."),
-                io.Combo.Input("precision", options=["fp16", "fp32"], default="fp16", tooltip="fp16 halves the file and is enough for use; fp32 keeps every bit."),
+                io.String.Input(
+                    "filename",
+                    default="consislora/my_image",
+                    tooltip="Name inside models/loras; a number is added, so nothing is overwritten.",
+                ),
+                io.Combo.Input(
+                    "precision",
+                    options=["fp16", "fp32"],
+                    default="fp16",
+                    tooltip="fp16 halves the file and is enough for use; fp32 keeps every bit.",
+                ),
             ],
-            outputs=[io.String.Output(display_name="filename", tooltip="The name under which Load ConsisLoRA lists the file.")],
+            outputs=[
+                io.String.Output(
+                    display_name="filename", tooltip="The name under which Load ConsisLoRA lists the file."
+                )
+            ],
         )
 
     @classmethod
@@ -33,7 +48,9 @@ class Load(io.ComfyNode):
     @classmethod
     def define_schema(cls):
         return io.Schema(
-            node_id="ConsisLoRALoad", display_name="Load ConsisLoRA", category=CATEGORY,
+            node_id="ConsisLoRALoad",
+            display_name="Load ConsisLoRA",
+            category=CATEGORY,
             description="Reads a ConsisLoRA or B-LoRA from models/loras, in any published key spelling.",
             inputs=[io.Combo.Input("lora_name", options=bridge.lora_files(), tooltip="A file in models/loras.")],
             outputs=[ConsisLora.Output(display_name="consislora")],
@@ -53,11 +70,15 @@ class Apply(io.ComfyNode):
     def define_schema(cls):
         strength = dict(default=1.0, min=-10.0, max=10.0, step=0.05)
         return io.Schema(
-            node_id="ConsisLoRAApply", display_name="Apply ConsisLoRA", category=CATEGORY,
+            node_id="ConsisLoRAApply",
+            display_name="Apply ConsisLoRA",
+            category=CATEGORY,
             description="Gives a model the content of one image and the style of another, each as strong as you like.",
             inputs=[
                 io.Model.Input("model", tooltip="The SDXL model the LoRAs were trained on, or a relative of it."),
-                ConsisLora.Input("content", optional=True, tooltip="Trained on the content image; its content part is used."),
+                ConsisLora.Input(
+                    "content", optional=True, tooltip="Trained on the content image; its content part is used."
+                ),
                 ConsisLora.Input("style", optional=True, tooltip="Trained on the style image; its style part is used."),
                 io.Float.Input("content_strength", tooltip="1 is as trained, 0 is off.", **strength),
                 io.Float.Input("style_strength", tooltip="1 is as trained, 0 is off.", **strength),
@@ -66,8 +87,13 @@ class Apply(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, model, content_strength, style_strength, content: ImageLora | None = None, style: ImageLora | None = None) -> io.NodeOutput:
+    def execute(
+        cls, model, content_strength, style_strength, content: ImageLora | None = None, style: ImageLora | None = None
+    ) -> io.NodeOutput:
         bridge.find_roles(model)
-        wanted = {role: (lora.part(role), strength) for role, lora, strength
-                  in zip(ROLES, (content, style), (content_strength, style_strength), strict=True) if lora is not None and strength != 0}
+        wanted = {
+            role: (lora.part(role), strength)
+            for role, lora, strength in zip(ROLES, (content, style), (content_strength, style_strength), strict=True)
+            if lora is not None and strength != 0
+        }
         return io.NodeOutput(bridge.with_parts(model, wanted))

@@ -1,25 +1,43 @@
 """Train ConsisLoRA: one image to a content part and a style part, then the style part anew."""
 
-from comfy_api.latest import io
 from comfy.model_patcher import ModelPatcher
+from comfy_api.latest import io
 
-from ..consislora_core import lora_file
+from ..consislora_core import __version__, lora_file
 from ..consislora_core.lora_file import ImageLora
 from ..consislora_core.schedule import Stage, image_stage, style_stage
 from ..consislora_core.trainer import Trainer
 from . import bridge
 from .sockets import CATEGORY, ConsisLora, LoraModel, LossMap
 
-
-RANK = io.Int.Input("rank", default=64, min=1, max=1024, tooltip="Size of the LoRA. 64 is the paper's; 16 to 32 make smaller files that hold less detail.")
-SEED = io.Int.Input("seed", default=0, min=0, max=2**64 - 1, control_after_generate=False,
-                    tooltip="Fixes the first weights and all noise: the same seed and inputs train the same LoRA.")
-PRECISION = io.Combo.Input("precision", options=["auto", *bridge.PRECISIONS], default="auto",
-                           tooltip="What the model computes in. LoRA weights are always fp32. auto: what the model samples in, but bf16 or fp32 instead of fp16.")
+RANK = io.Int.Input(
+    "rank",
+    default=64,
+    min=1,
+    max=1024,
+    tooltip="Size of the LoRA. 64 is the paper's; 16 to 32 make smaller files that hold less detail.",
+)
+SEED = io.Int.Input(
+    "seed",
+    default=0,
+    min=0,
+    max=2**64 - 1,
+    control_after_generate=False,
+    tooltip="Fixes the first weights and all noise: the same seed and inputs train the same LoRA.",
+)
+PRECISION = io.Combo.Input(
+    "precision",
+    options=["auto", *bridge.PRECISIONS],
+    default="auto",
+    tooltip="What the model computes in; LoRA weights are always fp32. "
+    "auto: what the model samples in, but bf16 or fp32 instead of fp16.",
+)
 OUTPUTS = [
     ConsisLora.Output(display_name="consislora", tooltip="The trained content and style parts."),
     LossMap.Output(display_name="loss_map", tooltip="The loss of every step, for Plot Loss Graph."),
-    LoraModel.Output(display_name="lora_model", tooltip="The same LoRA for ComfyUI's own Save LoRA and Load LoRA Model nodes."),
+    LoraModel.Output(
+        display_name="lora_model", tooltip="The same LoRA for ComfyUI's own Save LoRA and Load LoRA Model nodes."
+    ),
 ]
 
 
@@ -31,55 +49,120 @@ class TrainImage(io.ComfyNode):
     @classmethod
     def define_schema(cls):
         return io.Schema(
-            node_id="ConsisLoRATrainImage", display_name="Train ConsisLoRA (image)", category=CATEGORY,
-            description="Learns one image as a content LoRA and a style LoRA (stage 1 of ConsisLoRA). Use it for the content image, and first for the style image.",
+            node_id="ConsisLoRATrainImage",
+            display_name="Train ConsisLoRA (image)",
+            category=CATEGORY,
+            description="Learns one image as a content LoRA and a style LoRA (stage 1 of ConsisLoRA). "
+            "Use it for the content image, and as the first step for the style image.",
             inputs=[
                 io.Model.Input("model", tooltip="An SDXL model. It is only read: after training it is as it was."),
-                io.Latent.Input("latent", tooltip="The image, from VAE Encode. 1024 x 1024 pixels suit SDXL; other sizes and shapes work."),
-                io.Conditioning.Input("positive", tooltip='The prompt: "A [c]" for a content image, "A [v]" for a style image.'),
+                io.Latent.Input(
+                    "latent",
+                    tooltip="The image, from VAE Encode. 1024 x 1024 pixels suit SDXL; other sizes and shapes work.",
+                ),
+                io.Conditioning.Input(
+                    "positive", tooltip='The prompt: "A [c]" for a content image, "A [v]" for a style image.'
+                ),
                 io.Int.Input("steps", default=1500, min=1, max=100_000, tooltip="Training steps in all."),
-                io.Int.Input("transition_step", default=500, min=0, max=100_000,
-                             tooltip="From this step on the loss compares restored images instead of noise. 0: always; equal to steps: never (B-LoRA)."),
+                io.Int.Input(
+                    "transition_step",
+                    default=500,
+                    min=0,
+                    max=100_000,
+                    tooltip="From this step on the loss compares restored images instead of noise. "
+                    "0: always; equal to steps: never (B-LoRA).",
+                ),
                 learning_rate("learning_rate", 2e-4, "Learning rate before the transition."),
                 learning_rate("reconstruction_learning_rate", 1e-4, "Learning rate after the transition."),
-                RANK, SEED, PRECISION,
+                RANK,
+                SEED,
+                PRECISION,
             ],
             outputs=OUTPUTS,
+            hidden=[io.Hidden.prompt, io.Hidden.unique_id],
         )
 
     @classmethod
-    def execute(cls, model, latent, positive, steps, transition_step, learning_rate, reconstruction_learning_rate, rank, seed, precision) -> io.NodeOutput:
+    def execute(
+        cls,
+        model,
+        latent,
+        positive,
+        steps,
+        transition_step,
+        learning_rate,
+        reconstruction_learning_rate,
+        rank,
+        seed,
+        precision,
+    ) -> io.NodeOutput:
         stage = image_stage(steps, transition_step, learning_rate, reconstruction_learning_rate, rank=rank, seed=seed)
-        return train(model, latent, positive, stage, precision)
+        return train(cls.hidden, model, latent, positive, stage, precision)
 
 
 class TrainStyle(io.ComfyNode):
     @classmethod
     def define_schema(cls):
         return io.Schema(
-            node_id="ConsisLoRATrainStyle", display_name="Train ConsisLoRA (style, stage 2)", category=CATEGORY,
-            description="Learns the style of an image anew while its content LoRA, from stage 1, explains the content away.",
+            node_id="ConsisLoRATrainStyle",
+            display_name="Train ConsisLoRA (style, stage 2)",
+            category=CATEGORY,
+            description="Learns the style of an image anew, while its content LoRA from stage 1 "
+            "explains the content away.",
             inputs=[
                 io.Model.Input("model", tooltip="The SDXL model that stage 1 was trained on."),
                 io.Latent.Input("latent", tooltip="The style image, from VAE Encode: the same as in stage 1."),
                 io.Conditioning.Input("positive", tooltip='The prompt: "An image in the style of [v]".'),
-                ConsisLora.Input("content_lora", tooltip="What stage 1 learned from this style image. Its content part is held fixed."),
+                ConsisLora.Input(
+                    "content_lora",
+                    tooltip="What stage 1 learned from this style image. Its content part is held fixed.",
+                ),
                 io.Int.Input("steps", default=1000, min=1, max=100_000, tooltip="Training steps."),
                 learning_rate("reconstruction_learning_rate", 1e-4, "Learning rate."),
-                io.Float.Input("noise_offset", default=0.03, min=0.0, max=1.0, step=0.01,
-                               tooltip="Moves whole channels of the noise a little, so that overall brightness and colour are learned too."),
-                RANK, SEED, PRECISION,
+                io.Float.Input(
+                    "noise_offset",
+                    default=0.03,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    tooltip="Moves whole channels of the noise a little, "
+                    "so that overall brightness and colour are learned too.",
+                ),
+                RANK,
+                SEED,
+                PRECISION,
             ],
             outputs=OUTPUTS,
+            hidden=[io.Hidden.prompt, io.Hidden.unique_id],
         )
 
     @classmethod
-    def execute(cls, model, latent, positive, content_lora, steps, reconstruction_learning_rate, noise_offset, rank, seed, precision) -> io.NodeOutput:
+    def execute(
+        cls,
+        model,
+        latent,
+        positive,
+        content_lora,
+        steps,
+        reconstruction_learning_rate,
+        noise_offset,
+        rank,
+        seed,
+        precision,
+    ) -> io.NodeOutput:
         stage = style_stage(steps, reconstruction_learning_rate, noise_offset, rank=rank, seed=seed)
-        return train(model, latent, positive, stage, precision, {"content": content_lora.part("content")})
+        return train(cls.hidden, model, latent, positive, stage, precision, {"content": content_lora.part("content")})
 
 
-def train(model: ModelPatcher, latent: dict, positive: list, stage: Stage, precision: str, frozen: dict | None = None) -> io.NodeOutput:
+def train(
+    hidden: io.HiddenHolder | None,
+    model: ModelPatcher,
+    latent: dict,
+    positive: list,
+    stage: Stage,
+    precision: str,
+    frozen: dict[str, lora_file.Part] | None = None,
+) -> io.NodeOutput:
     dtype = bridge.training_dtype(model, precision)
     progress, losses = bridge.Progress(model, stage.steps), []
     with bridge.open_for_training(model, latent["samples"].shape, dtype) as denoiser:
@@ -90,8 +173,15 @@ def train(model: ModelPatcher, latent: dict, positive: list, stage: Stage, preci
                 losses.append(event.loss)
                 progress.show(event)
             parts = trainer.parts()
-    lora = ImageLora(parts, {
-        "consislora.stage": stage.name, "consislora.steps": str(stage.steps), "consislora.rank": str(stage.rank),
-        "consislora.seed": str(stage.seed), "consislora.image_hash": bridge.tensor_fingerprint(latent["samples"]),
-        "consislora.base_model_hash": bridge.base_fingerprint(model)})
+    origin = {
+        "stage": stage.name,
+        "prompt": bridge.text_behind(hidden, "positive"),
+        "steps": str(stage.steps),
+        "rank": str(stage.rank),
+        "seed": str(stage.seed),
+        "image_hash": bridge.tensor_fingerprint(latent["samples"]),
+        "base_model_hash": bridge.base_fingerprint(model),
+        "version": __version__,
+    }
+    lora = ImageLora(parts, {f"consislora.{key}": value for key, value in origin.items()})
     return io.NodeOutput(lora, {"loss": losses}, lora_file.to_state_dict(lora))

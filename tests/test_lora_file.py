@@ -27,8 +27,15 @@ def peft(key):
     return key.replace("lora.down", "lora_A").replace("lora.up", "lora_B")
 
 
-SPELLINGS = {"diffusers": str, "B-LoRA": lambda key: "unet." + key, "PEFT": peft, "PEFT with adapter name": lambda key: peft(key).replace(".weight", ".default.weight"),
-             "kohya": kohya, "kohya sgm": sgm, "ComfyUI": lambda key: "diffusion_model." + sgm(key).removeprefix("lora_unet_")}
+SPELLINGS = {
+    "diffusers": str,
+    "B-LoRA": lambda key: "unet." + key,
+    "PEFT": peft,
+    "PEFT with adapter name": lambda key: peft(key).replace(".weight", ".default.weight"),
+    "kohya": kohya,
+    "kohya sgm": sgm,
+    "ComfyUI": lambda key: "diffusion_model." + sgm(key).removeprefix("lora_unet_"),
+}
 
 
 @pytest.mark.parametrize("spell", SPELLINGS.values(), ids=SPELLINGS)
@@ -39,41 +46,64 @@ def test_every_published_spelling_reads_as_the_same_parts(spell, tmp_path):
     assert {role: len(part) for role, part in read.items()} == {"content": 16, "style": 16}
     layer = read["style"]["transformer_blocks.1.attn2.to_out.0"]
     name = "unet.up_blocks.0.attentions.1.transformer_blocks.1.attn2.to_out.0.lora"
-    assert torch.equal(layer.down, authors[f"{name}.down.weight"]) and torch.equal(layer.up, authors[f"{name}.up.weight"])
+    assert torch.equal(layer.down, authors[f"{name}.down.weight"]) and torch.equal(
+        layer.up, authors[f"{name}.up.weight"]
+    )
     assert layer.alpha == layer.rank == 4
 
 
 def test_a_file_reads_back_as_it_was_written(tmp_path):
     lora = ImageLora(lora_file.read(AUTHORS).parts, {"consislora.stage": "style"})
-    lora.parts["style"]["transformer_blocks.0.attn1.to_q"] = lora.parts["style"]["transformer_blocks.0.attn1.to_q"]._replace(alpha=2.0)
+    lora.parts["style"]["transformer_blocks.0.attn1.to_q"] = lora.parts["style"][
+        "transformer_blocks.0.attn1.to_q"
+    ]._replace(alpha=2.0)
     lora_file.write(lora, tmp_path / "x.safetensors", torch.float32)
     again = lora_file.read(tmp_path / "x.safetensors")
     assert lora_file.to_state_dict(again).keys() == lora_file.to_state_dict(lora).keys()
-    assert all(torch.equal(a, b) for a, b in zip(lora_file.to_state_dict(again).values(), lora_file.to_state_dict(lora).values(), strict=True))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(lora_file.to_state_dict(again).values(), lora_file.to_state_dict(lora).values(), strict=True)
+    )
     assert again.metadata["consislora.stage"] == "style"
 
 
 def test_keys_are_kohyas_with_diffusers_block_names():
-    lora = ImageLora({"style": {"transformer_blocks.0.attn1.to_out.0": LoraLayer(torch.zeros(2, 3), torch.zeros(4, 2), 2.0)}}, {})
+    lora = ImageLora(
+        {"style": {"transformer_blocks.0.attn1.to_out.0": LoraLayer(torch.zeros(2, 3), torch.zeros(4, 2), 2.0)}}, {}
+    )
     assert set(lora_file.to_state_dict(lora)) == {
-        f"lora_unet_up_blocks_0_attentions_1_transformer_blocks_0_attn1_to_out_0.{end}" for end in ("lora_down.weight", "lora_up.weight", "alpha")}
+        f"lora_unet_up_blocks_0_attentions_1_transformer_blocks_0_attn1_to_out_0.{end}"
+        for end in ("lora_down.weight", "lora_up.weight", "alpha")
+    }
 
 
 def test_a_block_number_is_matched_whole():
     with pytest.raises(ValueError, match="attentions_10"):
-        lora_file.from_state_dict({"lora_unet_up_blocks_0_attentions_10_transformer_blocks_0_attn1_to_q.lora_down.weight": torch.zeros(2, 2)})
+        lora_file.from_state_dict(
+            {"lora_unet_up_blocks_0_attentions_10_transformer_blocks_0_attn1_to_q.lora_down.weight": torch.zeros(2, 2)}
+        )
 
 
 def broken_files():
     whole = load_file(AUTHORS)
     one = next(iter(whole))
-    yield "foreign key", {**whole, "lora_te1_text_model_encoder_layers_0.lora_up.weight": torch.zeros(2, 2)}, "1 of 65 keys.*lora_te1_text_model"
-    yield "half a layer", {key: value for key, value in whole.items() if key != one}, "content part is damaged at transformer_blocks.0.attn1.to_k"
+    yield (
+        "foreign key",
+        {**whole, "lora_te1_text_model_encoder_layers_0.lora_up.weight": torch.zeros(2, 2)},
+        "1 of 65 keys.*lora_te1_text_model",
+    )
+    yield (
+        "half a layer",
+        {key: value for key, value in whole.items() if key != one},
+        "content part is damaged at transformer_blocks.0.attn1.to_k",
+    )
     yield "shapes at odds", {**whole, one: torch.zeros(3, 128)}, "damaged"
     yield "nothing", {}, "no LoRA weights"
 
 
-@pytest.mark.parametrize(("state", "words"), [case[1:] for case in broken_files()], ids=[case[0] for case in broken_files()])
+@pytest.mark.parametrize(
+    ("state", "words"), [case[1:] for case in broken_files()], ids=[case[0] for case in broken_files()]
+)
 def test_a_file_that_cannot_be_used_says_why(state, words, tmp_path):
     save_file(state, tmp_path / "broken.safetensors")
     with pytest.raises(ValueError, match=f"broken.safetensors: .*{words}"):
@@ -111,6 +141,7 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path, monke
 
 
 # The same file in every program
+
 
 @pytest.fixture(scope="module")
 def question():
@@ -177,10 +208,15 @@ def test_apply_consislora_gives_the_same_answer(pack, question, ours, our_file):
 
 
 def test_apply_takes_each_role_from_its_own_image(pack, question):
-    content, style = (lora_file.read(DATA / "loras" / f"{name}.safetensors") for name in ("stage1_content", "stage2_style"))
+    content, style = (
+        lora_file.read(DATA / "loras" / f"{name}.safetensors") for name in ("stage1_content", "stage2_style")
+    )
     both = pack.nodes.lora.Apply.execute(comfy_model(), 1.0, 1.0, content=content, style=style).result[0]
     unet = diffusers_unet()
     x, sigma, cond, _ = question
-    with inserted(unet, {"content": content.parts["content"], "style": style.parts["style"]}, (), torch.device("cpu")), torch.no_grad():
+    with (
+        inserted(unet, {"content": content.parts["content"], "style": style.parts["style"]}, (), torch.device("cpu")),
+        torch.no_grad(),
+    ):
         expected = diffusers_denoiser(unet).denoise(x, sigma, cond)
     assert relative_error(comfy_answer(pack, both, question), expected) < 1e-4

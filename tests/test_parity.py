@@ -4,7 +4,18 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from reference import INDEX, change, comfy_conditioning, comfy_model, ddpm_sigmas, diffusers_denoiser, diffusers_unet, loras, relative_error, run
+from reference import (
+    INDEX,
+    change,
+    comfy_conditioning,
+    comfy_model,
+    ddpm_sigmas,
+    diffusers_denoiser,
+    diffusers_unet,
+    loras,
+    relative_error,
+    run,
+)
 
 from consislora_core.losses import Draw
 from consislora_core.schedule import image_stage, style_stage
@@ -35,8 +46,12 @@ HOSTS = pytest.mark.parametrize("host", [diffusers_host, comfy_host])
 def test_the_plain_unet_predicts_the_same_noise(host, request):
     tensors = run("forward")
     for row in range(2):
-        row_tensors = {"z_0": tensors["sample"][row, None], "prompt_embeds": tensors["encoder_hidden_states"][row, None],
-                       "pooled_prompt_embeds": tensors["pooled"][row, None], "time_ids": tensors["time_ids"][row]}
+        row_tensors = {
+            "z_0": tensors["sample"][row, None],
+            "prompt_embeds": tensors["encoder_hidden_states"][row, None],
+            "pooled_prompt_embeds": tensors["pooled"][row, None],
+            "time_ids": tensors["time_ids"][row],
+        }
         with host(row_tensors, request) as (model, _, cond), torch.no_grad():
             sigma = ddpm_sigmas()[tensors["timesteps"][row]]
             x = tensors["sample"][row, None] * (sigma**2 + 1).sqrt()
@@ -49,7 +64,9 @@ def stage_of(name):
     logged = INDEX["runs"][name]
     if name == "stage2_style":
         return style_stage(logged["steps"], logged["lr"], logged["noise_offset"], rank=logged["rank"])
-    return image_stage(logged["steps"], logged["start_x0_loss_steps"], logged["lr"], logged["second_lr"], rank=logged["rank"])
+    return image_stage(
+        logged["steps"], logged["start_x0_loss_steps"], logged["lr"], logged["second_lr"], rank=logged["rank"]
+    )
 
 
 @HOSTS

@@ -10,8 +10,15 @@ from consislora_core.schedule import NOISE, RECONSTRUCTION, Phase, Stage, image_
 def test_the_image_stage_is_the_papers():
     stage = image_stage()
     assert stage.phases == (Phase(500, NOISE, 2e-4), Phase(1000, RECONSTRUCTION, 1e-4))
-    assert (stage.learns, stage.rank, stage.betas, stage.eps, stage.weight_decay, stage.noise_offset, stage.max_grad_norm) == (
-        ("content", "style"), 64, (0.9, 0.999), 1e-8, 1e-4, 0.0, None)
+    assert (
+        stage.learns,
+        stage.rank,
+        stage.betas,
+        stage.eps,
+        stage.weight_decay,
+        stage.noise_offset,
+        stage.max_grad_norm,
+    ) == (("content", "style"), 64, (0.9, 0.999), 1e-8, 1e-4, 0.0, None)
 
 
 def test_the_style_stage_is_the_papers():
@@ -30,19 +37,25 @@ def test_a_transition_at_either_end_leaves_one_loss(transition_step, loss):
     assert [phase.loss for phase in image_stage(steps=4, transition_step=transition_step).phases] == [loss]
 
 
-@pytest.mark.parametrize(("settings", "words"), [
-    ({"steps": 0}, "steps is 0; it must be a whole number of at least 1"),
-    ({"steps": 10, "transition_step": 11}, r"transition_step is 11; it must be a whole number from 0 to steps \(10\)"),
-    ({"learning_rate": 0.0}, "learning_rate is 0.0; it must be a number above 0"),
-    ({"reconstruction_learning_rate": math.nan}, "learning_rate is nan"),
-    ({"rank": 0}, "rank is 0; it must be a whole number from 1 to 1024"),
-    ({"seed": -1}, "seed is -1"),
-    ({"noise_offset": -0.1}, "noise_offset is -0.1"),
-    ({"betas": (0.9, 1.0)}, "betas"),
-    ({"eps": 0.0}, "eps is 0.0"),
-    ({"weight_decay": 2.0}, "weight_decay is 2.0"),
-    ({"max_grad_norm": 0.0}, "max_grad_norm is 0.0"),
-])
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"steps": 0}, "steps is 0; it must be a whole number of at least 1"),
+        (
+            {"steps": 10, "transition_step": 11},
+            r"transition_step is 11; it must be a whole number from 0 to steps \(10\)",
+        ),
+        ({"learning_rate": 0.0}, "learning_rate is 0.0; it must be a number above 0"),
+        ({"reconstruction_learning_rate": math.nan}, "learning_rate is nan"),
+        ({"rank": 0}, "rank is 0; it must be a whole number from 1 to 1024"),
+        ({"seed": -1}, "seed is -1"),
+        ({"noise_offset": -0.1}, "noise_offset is -0.1"),
+        ({"betas": (0.9, 1.0)}, "betas"),
+        ({"eps": 0.0}, "eps is 0.0"),
+        ({"weight_decay": 2.0}, "weight_decay is 2.0"),
+        ({"max_grad_norm": 0.0}, "max_grad_norm is 0.0"),
+    ],
+)
 def test_a_bad_field_is_named_with_its_value_and_what_is_allowed(settings, words):
     with pytest.raises(ValueError, match=words):
         image_stage(**settings)

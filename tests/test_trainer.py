@@ -26,13 +26,22 @@ def train(host, stage, **settings):
 
 
 def flat(parts):
-    return torch.cat([tensor.flatten() for _, part in sorted(parts.items()) for _, layer in sorted(part.items()) for tensor in layer[:2]])
+    return torch.cat(
+        [
+            tensor.flatten()
+            for _, part in sorted(parts.items())
+            for _, layer in sorted(part.items())
+            for tensor in layer[:2]
+        ]
+    )
 
 
 def test_the_reconstruction_loss_is_sigma_squared_times_the_noise_loss():
     z_0, noise, z_0_hat = torch.randn(3, 1, 4, 8, 8, dtype=torch.float64)
     sigma = torch.tensor(2.5, dtype=torch.float64)
-    torch.testing.assert_close(reconstruction_loss(z_0, z_0_hat, noise, sigma), sigma**2 * noise_loss(z_0, z_0_hat, noise, sigma))
+    torch.testing.assert_close(
+        reconstruction_loss(z_0, z_0_hat, noise, sigma), sigma**2 * noise_loss(z_0, z_0_hat, noise, sigma)
+    )
 
 
 def test_the_noise_offset_moves_whole_channels():
@@ -77,8 +86,16 @@ def test_the_frozen_content_part_acts_in_stage_two(host):
 def test_encoder_and_middle_block_run_without_a_graph(host):
     graphs = {}
     unet = host[0].unet
-    hooks = [module.register_forward_hook(lambda _, __, out, name=name: graphs.update({name: torch.as_tensor(out).requires_grad}))
-             for name, module in [("middle", unet.mid_block), ("first output resnet", unet.up_blocks[0].resnets[0]), ("end", unet.conv_out)]]
+    hooks = [
+        module.register_forward_hook(
+            lambda _, __, out, name=name: graphs.update({name: torch.as_tensor(out).requires_grad})
+        )
+        for name, module in [
+            ("middle", unet.mid_block),
+            ("first output resnet", unet.up_blocks[0].resnets[0]),
+            ("end", unet.conv_out),
+        ]
+    ]
     train(host, image_stage(steps=1, transition_step=0, rank=2))
     for hook in hooks:
         hook.remove()
@@ -97,7 +114,9 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights_move(host):
     broken = model._replace(denoise=lambda x, sigma, cond: model.denoise(x, sigma, cond) * float("nan"))
     with Trainer(broken, z_0, cond, image_stage(**SHORT)) as trainer:
         before = flat(trainer.parts())
-        with pytest.raises(FloatingPointError, match="step 1 of 6 .noise phase, learning rate 0.01.. Lower the learning rate"):
+        with pytest.raises(
+            FloatingPointError, match="step 1 of 6 .noise phase, learning rate 0.01.. Lower the learning rate"
+        ):
             next(iter(trainer))
         assert torch.equal(flat(trainer.parts()), before)
 
@@ -129,15 +148,20 @@ def test_gradient_clipping_is_off_unless_asked_for(host):
     for max_grad_norm in (None, 1e-3):
         with Trainer(model, z_0, cond, image_stage(**SHORT, max_grad_norm=max_grad_norm)) as trainer:
             trainer.train_step(z_0, random)
-            norms[max_grad_norm] = torch.stack(torch._foreach_norm([p.grad for p in trainer.inserted.parameters])).norm().item()
+            norms[max_grad_norm] = (
+                torch.stack(torch._foreach_norm([p.grad for p in trainer.inserted.parameters])).norm().item()
+            )
     assert norms[1e-3] == pytest.approx(1e-3, rel=1e-2)
     assert norms[None] > 0.1
 
 
-@pytest.mark.parametrize(("latent", "words"), [
-    (torch.zeros(0, 4, 16, 16), "at least one image"),
-    (torch.full((1, 4, 16, 16), torch.nan), "not numbers"),
-])
+@pytest.mark.parametrize(
+    ("latent", "words"),
+    [
+        (torch.zeros(0, 4, 16, 16), "at least one image"),
+        (torch.full((1, 4, 16, 16), torch.nan), "not numbers"),
+    ],
+)
 def test_a_latent_that_cannot_be_learned_is_refused(host, latent, words):
     with pytest.raises(ValueError, match=words):
         Trainer(host[0], latent, host[2], image_stage(**SHORT))

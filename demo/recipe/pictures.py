@@ -14,7 +14,11 @@ import resvg_py
 from PIL import Image, ImageFilter, ImageOps
 
 TRAIN_SETS = ("twemoji", "noto", "noto-v1", "fluent-emoji-flat", "emojione", "fxemoji")
-UNSEEN_SETS = ("fluent-emoji", "fluent-emoji-high-contrast", "openmoji")  # the new styles of the demo and the benchmarks
+UNSEEN_SETS = (
+    "fluent-emoji",
+    "fluent-emoji-high-contrast",
+    "openmoji",
+)  # the new styles of the demo and the benchmarks
 CATEGORIES = ("Activities", "Animals & Nature", "Food & Drink", "Objects", "Smileys & Emotion", "Travel & Places")
 
 HELD_OUT = Path(__file__).with_name("held_out.txt").read_text().split()
@@ -25,8 +29,9 @@ def fetch_sets(folder: Path, names=TRAIN_SETS) -> None:
     for name in names:
         if (folder / name / "icons.json").exists():
             continue
-        packed = subprocess.run(["npm", "pack", "--silent", f"@iconify-json/{name}"],
-                                cwd=folder, check=True, capture_output=True, text=True).stdout.split()[-1]
+        packed = subprocess.run(
+            ["npm", "pack", "--silent", f"@iconify-json/{name}"], cwd=folder, check=True, capture_output=True, text=True
+        ).stdout.split()[-1]
         with tarfile.open(folder / packed) as tar:
             for member in tar.getmembers():
                 member.name = member.name.replace("package/", f"{name}/", 1)
@@ -44,7 +49,11 @@ class EmojiSet:
 
     def icon(self, thing: str) -> dict | None:
         icons, aliases = self.data["icons"], self.data.get("aliases", {})
-        key = thing if thing in icons else aliases.get(thing, {}).get("parent") or self.by_plain_name.get(thing.replace("-", ""))
+        key = (
+            thing
+            if thing in icons
+            else aliases.get(thing, {}).get("parent") or self.by_plain_name.get(thing.replace("-", ""))
+        )
         return icons.get(key)
 
     def render(self, thing: str, size: int) -> Image.Image | None:
@@ -55,9 +64,13 @@ class EmojiSet:
         width = icon.get("width", self.data.get("width", 16))
         height = icon.get("height", self.data.get("height", 16))
         left, top = icon.get("left", 0), icon.get("top", 0)
-        svg = (f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
-               f'viewBox="{left} {top} {width} {height}" width="{width}" height="{height}">{icon["body"]}</svg>')
-        drawn = Image.open(BytesIO(bytes(resvg_py.svg_to_bytes(svg_string=svg, width=size * 2, height=size * 2)))).convert("RGBA")
+        svg = (
+            f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
+            f'viewBox="{left} {top} {width} {height}" width="{width}" height="{height}">{icon["body"]}</svg>'
+        )
+        drawn = Image.open(
+            BytesIO(bytes(resvg_py.svg_to_bytes(svg_string=svg, width=size * 2, height=size * 2)))
+        ).convert("RGBA")
         drawn = drawn.crop(drawn.getchannel("A").getbbox() or (0, 0, 1, 1))
         scale = 0.86 * size / max(drawn.size)
         drawn = drawn.resize([max(1, round(side * scale)) for side in drawn.size], Image.LANCZOS)
@@ -71,12 +84,16 @@ def things(folder: Path) -> list[str]:
     sets = [EmojiSet(folder, name) for name in TRAIN_SETS if name != "fxemoji"]
     categories = json.loads((folder / "fluent-emoji-flat" / "metadata.json").read_text())["categories"]
     names = [thing for category in CATEGORIES for thing in categories[category]]
-    return [thing for thing in dict.fromkeys(names)
-            if all(s.icon(thing) for s in sets)
-            and not thing.endswith(("oclock", "-thirty", "-skin-tone", "-light", "-medium", "-dark"))]
+    return [
+        thing
+        for thing in dict.fromkeys(names)
+        if all(s.icon(thing) for s in sets)
+        and not thing.endswith(("oclock", "-thirty", "-skin-tone", "-light", "-medium", "-dark"))
+    ]
 
 
 # Procedural styles: each repaints a drawing, so the space of styles grows without new pictures.
+
 
 def _grey(picture: Image.Image) -> np.ndarray:
     return np.asarray(ImageOps.grayscale(picture), np.float32) / 255  # h w
@@ -106,15 +123,24 @@ def outline(picture):
 
 
 def neon(picture):
-    glow = np.asarray(Image.fromarray((_edges(picture) * 255).astype(np.uint8)).filter(ImageFilter.GaussianBlur(2)), np.float32) / 255
+    glow = (
+        np.asarray(
+            Image.fromarray((_edges(picture) * 255).astype(np.uint8)).filter(ImageFilter.GaussianBlur(2)), np.float32
+        )
+        / 255
+    )
     hue = np.asarray(picture.filter(ImageFilter.MaxFilter(5)).convert("HSV"))
-    hue = np.asarray(Image.fromarray(np.dstack([hue[..., 0], np.full_like(hue[..., 1], 220), np.full_like(hue[..., 2], 255)]), "HSV").convert("RGB"))
+    hue = np.asarray(
+        Image.fromarray(
+            np.dstack([hue[..., 0], np.full_like(hue[..., 1], 220), np.full_like(hue[..., 2], 255)]), "HSV"
+        ).convert("RGB")
+    )
     lit = (_edges(picture) + glow).clip(0, 1)[..., None]
     return Image.fromarray((hue * lit + np.array([14, 8, 30]) * (1 - lit)).clip(0, 255).astype(np.uint8))
 
 
 def halftone(picture):
-    y, x = np.mgrid[:picture.height, :picture.width]
+    y, x = np.mgrid[: picture.height, : picture.width]
     dots = 0.5 + 0.25 * (np.cos(np.pi * (x + y) / 4) + np.cos(np.pi * (x - y) / 4))
     return _mix((6 * (_grey(picture) - 0.96 * dots) + 0.5).clip(0, 1), (190, 30, 45), (255, 248, 230))
 
@@ -125,7 +151,7 @@ def mosaic(picture):
 
 
 def hatching(picture):
-    y, x = np.mgrid[:picture.height, :picture.width]
+    y, x = np.mgrid[: picture.height, : picture.width]
     grey, ink = _grey(picture), _edges(picture) > 0.5
     for level, phase in ((0.85, x + y), (0.6, x - y), (0.35, 2 * x)):
         ink |= (grey < level) & (phase % 6 < 2)

@@ -30,7 +30,6 @@ import numpy as np
 import torch.nn.functional as F
 from comfy.ldm.models.autoencoder import AutoencoderKL
 from einops import rearrange
-from PIL import Image
 from recipe import pictures
 from safetensors.torch import load_file, save_file
 from torchvision.utils import make_grid, save_image
@@ -44,13 +43,23 @@ PROCEDURAL = {style.__name__ for style in pictures.PROCEDURAL}
 
 # ---- data
 
+
 def caption(thing: str, style: str, rng: random.Random) -> str:
     """The prompts the method uses, with [c] and [v] standing for "whatever it is", and 10 % empty for guidance."""
     thing, style = thing.replace("-", " "), STYLE_WORDS.get(style, style)
     return rng.choices(
-        [f"{thing}, {style}", f"a {thing} in the style of {style}", f"a {thing}", f"an image in the style of {style}",
-         f"a [c] in the style of {style}", f"a {thing} in the style of [v]", rng.choice(["a [c]", "a [v]"]), ""],
-        [25, 30, 8, 8, 7, 6, 6, 10])[0]
+        [
+            f"{thing}, {style}",
+            f"a {thing} in the style of {style}",
+            f"a {thing}",
+            f"an image in the style of {style}",
+            f"a [c] in the style of {style}",
+            f"a {thing} in the style of [v]",
+            rng.choice(["a [c]", "a [v]"]),
+            "",
+        ],
+        [25, 30, 8, 8, 7, 6, 6, 10],
+    )[0]
 
 
 def render_everything(work: Path):
@@ -79,38 +88,60 @@ def to_model(images: torch.Tensor) -> torch.Tensor:
 
 # ---- tokenizer
 
+
 def train_tokenizer(work: Path):
     """A byte-level BPE in CLIP's file format, so that ComfyUI's tokenizer class reads it."""
     from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 
     _, names = render_everything(work)
     rng = random.Random(0)
-    texts = [caption(thing, style, rng) for thing, style in names * 3] + [t.replace("-", " ") for t in pictures.HELD_OUT * 20]
+    texts = [caption(thing, style, rng) for thing, style in names * 3] + [
+        t.replace("-", " ") for t in pictures.HELD_OUT * 20
+    ]
     tokenizer = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
     tokenizer.normalizer = normalizers.Lowercase()
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(Regex(r"\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"), behavior="removed", invert=True),
-        pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(r"\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"), behavior="removed", invert=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
+    )
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer.train_from_iterator(texts, trainers.BpeTrainer(
-        vocab_size=demo.VOCABULARY * 2, initial_alphabet=alphabet, end_of_word_suffix="</w>", show_progress=False))
+    tokenizer.train_from_iterator(
+        texts,
+        trainers.BpeTrainer(
+            vocab_size=demo.VOCABULARY * 2, initial_alphabet=alphabet, end_of_word_suffix="</w>", show_progress=False
+        ),
+    )
     room = demo.VOCABULARY - 2 - 2 * len(alphabet)
     merges = [tuple(pair) for pair in json.loads(tokenizer.to_str())["model"]["merges"]][:room]
     tokens = alphabet + [a + "</w>" for a in alphabet] + ["".join(pair) for pair in merges]
-    tokens += [f"<|unused{i}|>" for i in range(demo.VOCABULARY - 2 - len(tokens))] + ["<|startoftext|>", "<|endoftext|>"]
+    tokens += [f"<|unused{i}|>" for i in range(demo.VOCABULARY - 2 - len(tokens))] + [
+        "<|startoftext|>",
+        "<|endoftext|>",
+    ]
     demo.TOKENIZER.mkdir(exist_ok=True)
-    special = dict(bos_token="<|startoftext|>", eos_token="<|endoftext|>", pad_token="<|endoftext|>", unk_token="<|endoftext|>")
-    (demo.TOKENIZER / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(tokens)}, ensure_ascii=False))
+    special = dict(
+        bos_token="<|startoftext|>", eos_token="<|endoftext|>", pad_token="<|endoftext|>", unk_token="<|endoftext|>"
+    )
+    (demo.TOKENIZER / "vocab.json").write_text(
+        json.dumps({token: i for i, token in enumerate(tokens)}, ensure_ascii=False)
+    )
     (demo.TOKENIZER / "merges.txt").write_text("#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in merges))
     (demo.TOKENIZER / "special_tokens_map.json").write_text(json.dumps(special, indent=1))
-    (demo.TOKENIZER / "tokenizer_config.json").write_text(json.dumps(
-        {**special, "do_lower_case": True, "model_max_length": demo.TOKENS, "tokenizer_class": "CLIPTokenizer"}, indent=1))
+    (demo.TOKENIZER / "tokenizer_config.json").write_text(
+        json.dumps(
+            {**special, "do_lower_case": True, "model_max_length": demo.TOKENS, "tokenizer_class": "CLIPTokenizer"},
+            indent=1,
+        )
+    )
 
 
 # ---- VAE
 
+
 def new_vae() -> AutoencoderKL:
-    return AutoencoderKL(ddconfig=demo.VAE, embed_dim=4)
+    return demo.widen_groups(AutoencoderKL(ddconfig=demo.VAE, embed_dim=4))
 
 
 def initialise(module: torch.nn.Module):
@@ -127,7 +158,7 @@ def initialise(module: torch.nn.Module):
 
 def crops(images: torch.Tensor, side: int, rng: np.random.Generator) -> torch.Tensor:
     y, x = rng.integers(0, (SIZE - side) // 8 + 1, 2) * 8
-    images = images[:, y:y + side, x:x + side]
+    images = images[:, y : y + side, x : x + side]
     return images.flip(2) if rng.random() < 0.5 else images
 
 
@@ -140,7 +171,9 @@ def chroma(images):
 def reconstruction(restored, target):
     """L1 of pixels and colours at four scales, and of pixel differences: drawings are flat areas and sharp edges."""
     loss = sum(F.l1_loss(F.avg_pool2d(restored, scale), F.avg_pool2d(target, scale)) for scale in (1, 2, 4, 8))
-    loss = loss + sum(F.l1_loss(F.avg_pool2d(chroma(restored), scale), F.avg_pool2d(chroma(target), scale)) for scale in (2, 8))
+    loss = loss + sum(
+        F.l1_loss(F.avg_pool2d(chroma(restored), scale), F.avg_pool2d(chroma(target), scale)) for scale in (2, 8)
+    )
     return loss + 0.5 * sum(F.l1_loss(restored.diff(dim=d), target.diff(dim=d)) for d in (-1, -2))
 
 
@@ -153,7 +186,9 @@ def train_vae(work: Path, images: int, batch: int = 32):
     while run.seen < images:
         rng = np.random.default_rng(run.seen)
         side = SIZE if rng.random() < 0.25 else SIZE // 2
-        x = to_model(crops(data[rng.integers(0, len(data), batch if side < SIZE else batch // 4)], side, rng)).to(DEVICE)
+        x = to_model(crops(data[rng.integers(0, len(data), batch if side < SIZE else batch // 4)], side, rng)).to(
+            DEVICE
+        )
         with torch.autocast(DEVICE, torch.bfloat16):
             mean, logvar = vae.quant_conv(vae.encoder(x)).float().chunk(2, 1)
             logvar = logvar.clamp(-30, 20)
@@ -163,7 +198,9 @@ def train_vae(work: Path, images: int, batch: int = 32):
         if run.due(150):
             run.save()
             with torch.no_grad():
-                x = to_model(data[torch.randint(0, len(data), (24,), generator=torch.Generator().manual_seed(1))]).to(DEVICE)
+                x = to_model(data[torch.randint(0, len(data), (24,), generator=torch.Generator().manual_seed(1))]).to(
+                    DEVICE
+                )
                 restored = run.average.decode(run.average.quant_conv(run.average.encoder(x)).chunk(2, 1)[0])
             print("  restored L1", F.l1_loss(restored, x).item(), flush=True)
             sheet(torch.cat([x, restored]), work / "vae.png", 12)
@@ -182,7 +219,9 @@ def fold_scale(work: Path):
     vae = new_vae().to(DEVICE).eval()
     vae.load_state_dict(torch.load(work / "vae.pt", weights_only=True, map_location=DEVICE)["average"])
     with torch.no_grad():
-        latents = torch.cat([vae.quant_conv(vae.encoder(to_model(data[i::400]).to(DEVICE))).chunk(2, 1)[0] for i in range(20)])
+        latents = torch.cat(
+            [vae.quant_conv(vae.encoder(to_model(data[i::400]).to(DEVICE))).chunk(2, 1)[0] for i in range(20)]
+        )
         mean, std = latents.mean((0, 2, 3)), latents.std((0, 2, 3))
         scale = 1 / (0.13025 * std)  # c
         weight, bias = vae.quant_conv.weight, vae.quant_conv.bias
@@ -202,13 +241,27 @@ def encode_everything(work: Path) -> torch.Tensor:
         data, _ = render_everything(work)
         vae = frozen_vae(work)
         with torch.no_grad():
-            save_file({"latents": torch.cat([
-                vae.quant_conv(vae.encoder(to_model(part.flip(2) if mirror else part).to(DEVICE))).chunk(2, 1)[0].mul(0.13025).half().cpu()
-                for mirror in (False, True) for part in data.split(64)])}, cache)
+            save_file(
+                {
+                    "latents": torch.cat(
+                        [
+                            vae.quant_conv(vae.encoder(to_model(part.flip(2) if mirror else part).to(DEVICE)))
+                            .chunk(2, 1)[0]
+                            .mul(0.13025)
+                            .half()
+                            .cpu()
+                            for mirror in (False, True)
+                            for part in data.split(64)
+                        ]
+                    )
+                },
+                cache,
+            )
     return load_file(cache)["latents"]
 
 
 # ---- UNet and text encoders
+
 
 class TextAndUnet(torch.nn.Module):
     def __init__(self):
@@ -243,23 +296,30 @@ class TextAndUnet(torch.nn.Module):
             text = encoder.transformer.text_model
             x = text.embeddings.token_embedding(tokens) + text.embeddings.position_embedding.weight
             for layer in text.encoder.layers:
-                previous, x = x, x + causal_attention(layer.self_attn, layer.layer_norm1(x))
+                x = x + causal_attention(layer.self_attn, layer.layer_norm1(x))
                 x = x + layer.mlp(layer.layer_norm2(x))
                 hidden.append(x)
         pooled = text.final_layer_norm(x)[torch.arange(len(x)), (tokens == demo.END).int().argmax(1)]
-        return torch.cat([hidden[0], hidden[3]], -1), encoder.transformer.text_projection(pooled)
+        return torch.cat([hidden[1], hidden[4]], -1), encoder.transformer.text_projection(pooled)
 
     def forward(self, x, sigma, texts):
         """Raw v-prediction for x = x0 + sigma n."""
         context, pooled = self.encode(texts)
         y = self.model.encode_adm(pooled_output=pooled, width=SIZE, height=SIZE).to(context.device)
         sampling = self.model.model_sampling
-        return self.model.diffusion_model(sampling.calculate_input(sigma, x), sampling.timestep(sigma).float(), context, y=y)
+        return self.model.diffusion_model(
+            sampling.calculate_input(sigma, x), sampling.timestep(sigma).float(), context, y=y
+        )
 
 
 def causal_attention(attention, x):
-    q, k, v = (rearrange(p(x), "n t (h d) -> n h t d", h=attention.heads) for p in (attention.q_proj, attention.k_proj, attention.v_proj))
-    return attention.out_proj(rearrange(F.scaled_dot_product_attention(q, k, v, is_causal=True), "n h t d -> n t (h d)"))
+    q, k, v = (
+        rearrange(p(x), "n t (h d) -> n h t d", h=attention.heads)
+        for p in (attention.q_proj, attention.k_proj, attention.v_proj)
+    )
+    return attention.out_proj(
+        rearrange(F.scaled_dot_product_attention(q, k, v, is_causal=True), "n h t d -> n t (h d)")
+    )
 
 
 def train_unet(work: Path, images: int, batch: int = 64):
@@ -267,7 +327,9 @@ def train_unet(work: Path, images: int, batch: int = 64):
     net = TextAndUnet()
     net.initialise()
     net.to(DEVICE).train()
-    weights = np.array([1.0 if style in PROCEDURAL else 7.0 for _, style in names])  # a third of what is seen is procedural
+    weights = np.array(
+        [1.0 if style in PROCEDURAL else 7.0 for _, style in names]
+    )  # a third of what is seen is procedural
     run = Run(work / "unet.pt", net, lr=5e-4, batch=batch, total=images)
     while run.seen < images:
         rng, python_rng = np.random.default_rng(run.seen), random.Random(run.seen)
@@ -293,7 +355,9 @@ def sample(net, texts, steps=20, cfg=4.0, seed=0):
     """Heun steps on a Karras schedule, in the model's latent space."""
     noise = torch.randn(len(texts), 4, SIZE // 8, SIZE // 8, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
     ramp = torch.linspace(1, 0, steps, device=DEVICE)
-    sigmas = torch.cat([(0.03**(1 / 7) + ramp * (14.6**(1 / 7) - 0.03**(1 / 7)))**7, torch.zeros(1, device=DEVICE)])
+    sigmas = torch.cat(
+        [(0.03 ** (1 / 7) + ramp * (14.6 ** (1 / 7) - 0.03 ** (1 / 7))) ** 7, torch.zeros(1, device=DEVICE)]
+    )
 
     def denoise(x, sigma):
         s = sigma.expand(2 * len(x))
@@ -305,7 +369,11 @@ def sample(net, texts, steps=20, cfg=4.0, seed=0):
     for sigma, following in zip(sigmas[:-1], sigmas[1:], strict=True):
         d = (x - denoise(x, sigma)) / sigma
         euler = x + d * (following - sigma)
-        x = euler if following == 0 else x + (d + (euler - denoise(euler, following)) / following) / 2 * (following - sigma)
+        x = (
+            euler
+            if following == 0
+            else x + (d + (euler - denoise(euler, following)) / following) / 2 * (following - sigma)
+        )
     return x
 
 
@@ -322,7 +390,7 @@ def sheet(images: torch.Tensor, path: Path, columns: int):
 
 
 class Run:
-    """One resumable optimisation: AdamW, a flat learning rate that falls to zero over the last fifth, an average of the weights."""
+    """One resumable optimisation: AdamW, a learning rate that falls over the last fifth, an average of the weights."""
 
     def __init__(self, path: Path, module: torch.nn.Module, lr: float, batch: int, total: int):
         self.path, self.module, self.lr, self.batch, self.total = path, module, lr, batch, total
@@ -339,7 +407,9 @@ class Run:
         self.first = self.seen
 
     def step(self, loss):
-        rate = self.lr * min(1, (self.seen + self.batch) / (50 * self.batch), max(0.01, (self.total - self.seen) / (0.2 * self.total)))
+        rate = self.lr * min(
+            1, (self.seen + self.batch) / (50 * self.batch), max(0.01, (self.total - self.seen) / (0.2 * self.total))
+        )
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.zero_grad()
@@ -360,7 +430,12 @@ class Run:
         return steps % every == 0
 
     def save(self):
-        state = dict(module=self.module.state_dict(), average=self.average.state_dict(), optimizer=self.optimizer.state_dict(), seen=self.seen)
+        state = dict(
+            module=self.module.state_dict(),
+            average=self.average.state_dict(),
+            optimizer=self.optimizer.state_dict(),
+            seen=self.seen,
+        )
         torch.save(state, self.path.with_suffix(".tmp"))
         self.path.with_suffix(".tmp").replace(self.path)
 
@@ -369,16 +444,28 @@ def export(work: Path):
     """Averaged weights in fp16 under a checkpoint's usual prefixes, and the latents' preview colours."""
     net = TextAndUnet()
     net.load_state_dict(torch.load(work / "unet.pt", weights_only=True, map_location="cpu")["average"])
-    parts = {"unet": net.model.diffusion_model.state_dict(), "clip": net.clip.state_dict(), "vae": frozen_vae(work).state_dict()}
-    weights = {demo.PREFIXES[part] + key: value.half().cpu().contiguous() for part, state in parts.items() for key, value in state.items()}
+    parts = {
+        "unet": net.model.diffusion_model.state_dict(),
+        "clip": net.clip.state_dict(),
+        "vae": frozen_vae(work).state_dict(),
+    }
+    weights = {
+        demo.PREFIXES[part] + key: value.half().cpu().contiguous()
+        for part, state in parts.items()
+        for key, value in state.items()
+    }
     demo.WEIGHTS.parent.mkdir(exist_ok=True)
-    save_file(weights, demo.WEIGHTS, {"format": "pt", "preview_rgb": " ".join(f"{x:.4f}" for x in preview_colours(work).flatten())})
+    save_file(
+        weights,
+        demo.WEIGHTS,
+        {"format": "pt", "preview_rgb": " ".join(f"{x:.4f}" for x in preview_colours(work).flatten())},
+    )
 
 
 def preview_colours(work: Path) -> torch.Tensor:
     """Least squares from a latent to the mean colour of its 8 x 8 pixels: 4 rows of factors, one of bias."""
     data, _ = render_everything(work)
-    latents = encode_everything(work)[:len(data)]
+    latents = encode_everything(work)[: len(data)]
     colours = F.avg_pool2d(to_model(data[::50]), 8)
     z = rearrange(latents[::50].float(), "n c h w -> (n h w) c")
     z = torch.cat([z, torch.ones(len(z), 1)], 1)
