@@ -133,9 +133,11 @@ def fetch_comfyui() -> None:
 def install(room: str, comfyui: Path) -> None:
     """Install torch, ComfyUI's packages and those of `room`, resolved together so that none moves another."""
     lines = (comfyui / "requirements.txt").read_text().splitlines()
+    if comfyui == COMFYUI:
+        # This one needs torchaudio for its sound nodes only, and some builds of it break beside a CPU-only torch.
+        lines = [line for line in lines if not line.startswith("torchaudio")]
     wanted = VENV / "comfyui-requirements.txt"
-    # torchaudio only serves ComfyUI's sound nodes, and some builds of it break beside a CPU-only torch.
-    wanted.write_text("\n".join(line for line in lines if not line.startswith("torchaudio")))
+    wanted.write_text("\n".join(lines))
     own = ROOT / room / "requirements.txt"
     pip(f"{TORCH} and the packages of ComfyUI and {own.relative_to(ROOT)}", TORCH, "-r", str(wanted), "-r", str(own))
     if subprocess.run([str(PYTHON), "-c", "import torchvision"], stderr=subprocess.DEVNULL).returncode:

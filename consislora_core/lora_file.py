@@ -126,6 +126,7 @@ def write(lora: ImageLora, path: str | os.PathLike, dtype: torch.dtype = torch.f
     os.close(handle)
     try:
         save_file(state, unfinished, {"format": "pt", **MODEL_SPEC, "modelspec.title": path.stem, **lora.metadata})
+        os.chmod(unfinished, 0o644)  # temporary files are for their owner alone
         os.replace(unfinished, path)
     except SafetensorError as error:
         raise OSError(f"{path} could not be written: {error}") from error

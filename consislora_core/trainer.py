@@ -77,6 +77,7 @@ class Trainer:
                 weight_decay=self.stage.weight_decay,
             )
             self._stack = stack.pop_all()
+        del self.start  # the UNet has its own copies now
         return self
 
     def __exit__(self, *error) -> None:

@@ -11,7 +11,9 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python demo", description="Shows what ConsisLoRA does, in a real ComfyUI.")
-    parser.add_argument("--serve", action="store_true", help="keep ComfyUI running afterwards, to try it in a browser")
+    parser.add_argument(
+        "--serve", action="store_true", help="only open ComfyUI in the browser, with the workflow ready"
+    )
     parser.add_argument(
         "--output", type=Path, metavar="DIR", default=ROOT / "demo" / "output", help="where the pictures go"
     )

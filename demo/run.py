@@ -1,18 +1,118 @@
-"""The demo's main job."""
+"""The demo's main job: two pictures in, two LoRAs, a stylised picture and a contact sheet out."""
+
+from __future__ import annotations
 
 import contextlib
+import copy
+import json
+import shutil
+import sys
 import time
+import webbrowser
 from pathlib import Path
 
-from demo.server import ComfyServer
+from demo.server import PACK, ComfyServer, ServerError, WorkflowError
+from demo.sheet import sheet
+
+NAME = "train_and_stylise_demo"
+WORKFLOW = PACK / "workflows" / "api" / f"{NAME}.json"
+IMAGES = PACK / "demo" / "images"
+STRENGTHS = (0.0, 0.5, 1.0, 1.3)
+PLAIN_PROMPT = "a crown in the style of high contrast"
 
 
 def main(comfyui: Path, output: Path, serve: bool) -> None:
-    """Start ComfyUI with the pack; with `serve`, keep it up until Ctrl-C."""
-    with ComfyServer(output / "comfyui", comfyui) as server:
-        print(f"ComfyUI runs at {server.url}")
-        if serve:
-            print("Press Ctrl-C to stop it.")
-            with contextlib.suppress(KeyboardInterrupt):
-                while True:
-                    time.sleep(3600)
+    """Run the demo and leave its results in `output`; with `serve`, open ComfyUI in the browser instead."""
+    try:
+        with ComfyServer(output / "comfyui", comfyui) as server:
+            for picture in IMAGES.glob("*.png"):
+                server.upload(picture)
+            keep_open(server) if serve else train_and_stylise(server, output)
+    except KeyboardInterrupt:
+        sys.exit("Stopped.")
+    except (ServerError, WorkflowError, TimeoutError) as error:
+        sys.exit(str(error))
+
+
+def keep_open(server: ComfyServer) -> None:
+    address = f"{server.url}/?template={NAME}&source=ComfyUI-ConsisLoRA"
+    print(f"ComfyUI with the workflow is at {address}\nPress Ctrl-C to stop it.", flush=True)
+    webbrowser.open(address)
+    with contextlib.suppress(KeyboardInterrupt):
+        while True:
+            time.sleep(3600)
+
+
+def train_and_stylise(server: ComfyServer, output: Path) -> None:
+    prompt = json.loads(WORKFLOW.read_text(encoding="utf-8"))
+    loras = server.base / "models" / "loras" / "consislora"
+    earlier = set(loras.glob("*"))
+    clock = Clock(prompt)
+
+    result = picture(server, prompt, clock)
+    plain = picture(server, without_loras(prompt), clock)
+    varied = [[cell(server, prompt, content, style, clock) for style in STRENGTHS] for content in STRENGTHS]
+
+    content, style = (IMAGES / prompt[node]["inputs"]["image"] for node in nodes(prompt, "LoadImage"))
+    first_row = [("content image", content), ("style image", style), ("plain, no LoRA", plain), ("result", result)]
+    page = output / "contact_sheet.png"
+    sheet([first_row, *varied]).save(page)
+    files = [shutil.copy(file, output / f"{file.stem[:-6]}.safetensors") for file in set(loras.glob("*")) - earlier]
+    print(clock.report(), f"\nContact sheet: {page}", *(f"LoRA: {file}" for file in sorted(files)), sep="\n")
+
+
+def nodes(prompt: dict, class_type: str) -> list[str]:
+    return [node_id for node_id, node in prompt.items() if node["class_type"] == class_type]
+
+
+def picture(server: ComfyServer, prompt: dict, clock: Clock) -> Path:
+    """The picture a workflow saves; of what an earlier one has trained, ComfyUI still has the result."""
+    entry = server.run(prompt, timeout=3600, on_event=clock)
+    return server.images({"outputs": {node: entry["outputs"][node] for node in nodes(prompt, "SaveImage")}})[0]
+
+
+def cell(server: ComfyServer, prompt: dict, content: float, style: float, clock: Clock) -> tuple[str, Path]:
+    changed = copy.deepcopy(prompt)
+    for node in nodes(changed, "ConsisLoRAApply"):
+        changed[node]["inputs"] |= {"content_strength": content, "style_strength": style}
+    return f"content {content:g}, style {style:g}", picture(server, changed, clock)
+
+
+def without_loras(prompt: dict) -> dict:
+    """The same picture from the base model alone, with words for the thing and the look."""
+    changed = copy.deepcopy(prompt)
+    (sampler,) = nodes(changed, "KSampler")
+    (apply,) = nodes(changed, "ConsisLoRAApply")
+    inputs = changed[sampler]["inputs"]
+    inputs["model"] = changed[apply]["inputs"]["model"]
+    changed[inputs["positive"][0]]["inputs"]["text"] = PLAIN_PROMPT
+    return changed
+
+
+class Clock:
+    """Times each node by what ComfyUI tells while workflows run, and prints how far a training is."""
+
+    def __init__(self, prompt: dict):
+        self.titles = {node_id: node["_meta"]["title"] for node_id, node in prompt.items()}
+        self.trainings = {
+            node_id for node_id, node in prompt.items() if node["class_type"].startswith("ConsisLoRATrain")
+        }
+        self.seconds = dict.fromkeys(self.titles, 0.0)
+        self.node, self.since = None, 0.0
+
+    def __call__(self, kind: str, data: dict | bytes) -> None:
+        if kind == "executing":
+            self.turn_to(data["node"])
+        elif kind == "progress" and data["node"] in self.trainings and data["value"] % max(1, data["max"] // 10) == 0:
+            spent = time.monotonic() - self.since
+            print(f"{self.titles[data['node']]}: step {data['value']} of {data['max']}, {spent:.0f} s", flush=True)
+
+    def turn_to(self, node: str | None) -> None:
+        now = time.monotonic()
+        if self.node:
+            self.seconds[self.node] += now - self.since
+        self.node, self.since = node, now
+
+    def report(self) -> str:
+        lines = [f"{seconds:7.1f} s  {self.titles[node]}" for node, seconds in self.seconds.items() if seconds >= 0.1]
+        return "\n".join(["", *lines, f"{sum(self.seconds.values()):7.1f} s  in all"])

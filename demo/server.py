@@ -61,7 +61,7 @@ class ComfyServer:
         self._lay_out()
         self._process = self._start()
         try:
-            self._wait_until_up(timeout=180)
+            self._wait_until_up(timeout=300)
             self._socket = self._connect()
         except BaseException:
             _end(self._process)
@@ -106,13 +106,15 @@ class ComfyServer:
         picture comes as "preview" and the bytes of the image file.
         Raises TimeoutError after `timeout` seconds, and stops the workflow.
         """
-        deadline = time.monotonic() + timeout
+        deadline, silences = time.monotonic() + timeout, 0
         while time.monotonic() < deadline:
             kind, data = self._next_event()
+            silences = silences + 1 if kind == "silence" else 0
             if on_event and kind != "silence":
                 on_event(kind, data)
-            # The message that a workflow has ended may have been read while waiting for another one.
-            if kind == "silence" or (kind == "executing" and data["node"] is None):
+            # The message that a workflow has ended may have been read while waiting for another one;
+            # and a busy machine may be silent for a second between two messages.
+            if silences >= 2 or (kind == "executing" and data["node"] is None):
                 entry = self.get(f"/history/{prompt_id}").get(prompt_id)
                 if entry:
                     return entry

@@ -9,6 +9,7 @@ from typing import Any
 
 import comfy.lora
 import comfy.model_management
+import comfy.ops
 import comfy.utils
 import folder_paths
 import latent_preview
@@ -59,6 +60,7 @@ def open_for_training(model: ModelPatcher, latent_shape: tuple[int, ...], dtype:
         stack.enter_context(_in_training())
         stack.enter_context(_ordinary_parameters(base.diffusion_model))
         stack.enter_context(_computing_in(base, dtype))
+        stack.enter_context(_keeping_no_casts(base.diffusion_model))
         yield Denoiser(base.diffusion_model, denoise, base.model_sampling.sigmas.detach().clone().float())
 
 
@@ -123,6 +125,45 @@ def _computing_in(base: Any, dtype: torch.dtype) -> Iterator[None]:
                 del layer.comfy_cast_weights
             else:
                 layer.comfy_cast_weights = own
+
+
+class _FrozenLayer(torch.autograd.Function):
+    """A frozen linear or convolution that keeps nothing for the way back: the cast weight is made once more there.
+
+    Autograd would keep every cast copy until then, which adds up to a second UNet. And newer ComfyUI casts
+    into buffers that it uses again for the next layer.
+    """
+
+    @staticmethod
+    def forward(ctx, x, layer):
+        ctx.layer, ctx.shape = layer, x.shape
+        return type(layer).forward_comfy_cast_weights(layer, x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        layer = ctx.layer
+        weight, bias, stream = comfy.ops.cast_bias_weight(layer, grad, offloadable=True)
+        if isinstance(layer, nn.Linear):
+            grad_x = grad @ weight
+        else:
+            geometry = layer.stride, layer.padding, layer.dilation, layer.groups
+            grad_x = nn.grad.conv2d_input(ctx.shape, weight, grad, *geometry)
+        comfy.ops.uncast_bias_weight(layer, weight, bias, stream)
+        return grad_x, None
+
+
+@contextmanager
+def _keeping_no_casts(unet: nn.Module) -> Iterator[None]:
+    plain = comfy.ops.disable_weight_init
+    forwards = plain.Linear.forward_comfy_cast_weights, plain.Conv2d.forward_comfy_cast_weights
+    layers = [layer for layer in unet.modules() if getattr(type(layer), "forward_comfy_cast_weights", None) in forwards]
+    try:
+        for layer in layers:
+            layer.forward_comfy_cast_weights = lambda x, layer=layer: _FrozenLayer.apply(x, layer)
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward_comfy_cast_weights
 
 
 def clean_latents(model: ModelPatcher, latent: dict) -> Tensor:

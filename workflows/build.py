@@ -1,0 +1,402 @@
+"""Writes the workflow files, both forms of each, from the descriptions below.
+
+    python workflows/build.py [http://127.0.0.1:8188]
+
+asks a running ComfyUI that has this pack, at that address, which widgets and sockets every node has.
+The form for a browser goes to workflows/, where ComfyUI looks for templates; the API form to workflows/api/.
+"""
+
+import json
+import sys
+import urllib.request
+from pathlib import Path
+from typing import NamedTuple
+
+FOLDER = Path(__file__).resolve().parent
+WIDGETS = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO")
+NOTE = "MarkdownNote"
+BLUE, BROWN, GREEN = "#3f789e", "#8a6d3b", "#5b8c5a"
+
+# Room that a node takes beside its sockets and widgets, in the frontend's pixels.
+TITLE, SLOT, WIDGET, GAP = 30, 20, 26, 50
+WIDTH = 350
+CONTENTS = {"CLIPTextEncode": 90, "LoadImage": 230, "SaveImage": 320, "LossGraphNode": 230, NOTE: 440}
+CONTENTS |= {"ConsisLoRATrainImage": 270, "ConsisLoRATrainStyle": 270}  # the preview while it trains
+
+
+class From(NamedTuple):
+    """The output of another node, as the value of an input."""
+
+    node: str
+    output: str
+
+
+class Node(NamedTuple):
+    type: str
+    title: str
+    inputs: dict = {}
+
+
+Column = dict[str, Node]  # downwards, each node by a key that others refer to
+
+
+class Group(NamedTuple):
+    title: str
+    colour: str
+    columns: list[Column]
+
+
+Workflow = list[list[Group]]  # stacks of groups, left to right
+
+
+MODEL, CLIP, VAE = (From("base", output) for output in ("MODEL", "CLIP", "VAE"))
+
+
+class Settings(NamedTuple):
+    """What differs from one base model to the next."""
+
+    note: str
+    base: Node
+    images: tuple[str, str]
+    side: int
+    sampling: dict
+
+
+def train_and_stylise(settings: Settings) -> Workflow:
+    """Two pictures in, two LoRAs and a stylised picture out: the whole method, at the training nodes' defaults."""
+    start = [{"note": Node(NOTE, "What to change first", {"": settings.note}), "base": settings.base}]
+    content_image, style_image = settings.images
+    return [
+        [Group("Start here", BLUE, start)],
+        [
+            Group("1. The thing", BLUE, [picture("content", "Content image", content_image, settings.side)]),
+            Group("2. The look", BLUE, [picture("style", "Style image", style_image, settings.side)]),
+        ],
+        [
+            Group("3. Learn the thing", BROWN, learn_thing()),
+            Group("4. Learn the look, in two stages", BROWN, learn_look()),
+        ],
+        [Group("5. The thing in the look", GREEN, stylise(settings.side, settings.sampling))],
+    ]
+
+
+def picture(key: str, title: str, file: str, side: int) -> Column:
+    size = {"upscale_method": "lanczos", "largest_size": side}
+    return {
+        f"{key}_image": Node("LoadImage", title, {"image": file}),
+        f"{key}_sized": Node("ImageScaleToMaxDimension", "Scale", {"image": From(f"{key}_image", "IMAGE"), **size}),
+        f"{key}_latent": Node("VAEEncode", "To latent", {"pixels": From(f"{key}_sized", "IMAGE"), "vae": VAE}),
+    }
+
+
+def learn_thing() -> list[Column]:
+    return [
+        {
+            "content_prompt": text("What the content image is called", "A [c]"),
+            "content_training": train(
+                "ConsisLoRATrainImage", "Train on the content image", "content", "content_prompt"
+            ),
+        },
+        {
+            "content_loss": loss("Loss, content image", "content_training"),
+            "content_file": save("Save the content LoRA", "content_training", "consislora/content"),
+        },
+    ]
+
+
+def learn_look() -> list[Column]:
+    stage_1 = {"content_lora": From("style_training", "consislora")}
+    return [
+        {
+            "style_prompt": text("What the style image is called", "A [v]"),
+            "style_training": train("ConsisLoRATrainImage", "Stage 1: all of the style image", "style", "style_prompt"),
+        },
+        {
+            "look_prompt": text("What its look is called", "An image in the style of [v]"),
+            "look_training": train(
+                "ConsisLoRATrainStyle", "Stage 2: its look alone", "style", "look_prompt", **stage_1
+            ),
+        },
+        {
+            "style_loss": loss("Loss, stage 1", "style_training"),
+            "look_loss": loss("Loss, stage 2", "look_training"),
+            "style_file": save("Save the style LoRA", "look_training", "consislora/style"),
+        },
+    ]
+
+
+def stylise(side: int, sampling: dict) -> list[Column]:
+    loras = {"content": From("content_training", "consislora"), "style": From("look_training", "consislora")}
+    conditions = {"positive": From("positive", "CONDITIONING"), "negative": From("negative", "CONDITIONING")}
+    inputs = {"model": From("applied", "MODEL"), **conditions, "latent_image": From("empty", "LATENT"), **sampling}
+    result = {"images": From("decoded", "IMAGE"), "filename_prefix": "consislora"}
+    return [
+        {
+            "applied": Node("ConsisLoRAApply", "How much of each", {"model": MODEL, **loras}),
+            "positive": text("Prompt", "a [c] in the style of [v]"),
+            "negative": text("Negative prompt", ""),
+            "empty": Node("EmptyLatentImage", "Size of the picture", {"width": side, "height": side}),
+        },
+        {
+            "sampled": Node("KSampler", "Sample", inputs),
+            "decoded": Node("VAEDecode", "To picture", {"samples": From("sampled", "LATENT"), "vae": VAE}),
+            "result": Node("SaveImage", "The thing in the look", result),
+        },
+    ]
+
+
+def text(title: str, words: str) -> Node:
+    return Node("CLIPTextEncode", title, {"text": words, "clip": CLIP})
+
+
+def train(type: str, title: str, image: str, prompt: str, **inputs) -> Node:
+    common = {"model": MODEL, "latent": From(f"{image}_latent", "LATENT"), "positive": From(prompt, "CONDITIONING")}
+    return Node(type, title, {**common, **inputs})
+
+
+def loss(title: str, training: str) -> Node:
+    return Node("LossGraphNode", title, {"loss": From(training, "loss_map")})
+
+
+def save(title: str, training: str, filename: str) -> Node:
+    return Node("ConsisLoRASave", title, {"consislora": From(training, "consislora"), "filename": filename})
+
+
+SDXL_NOTE = """\
+# Your product in any look
+
+1. **Load Checkpoint**: choose an SDXL checkpoint.
+2. **Content image**: a photo of the thing. **Style image**: one picture in the look you want.
+3. **Queue.** Training comes first and takes a while; each LoRA is then saved in `models/loras/consislora`.
+
+Afterwards change only what stands in group 5 and queue again: the training is remembered until ComfyUI closes, or
+until you change something it depends on.
+
+- The thing has lost its shape: raise `content_strength`, or lower `style_strength`.
+- The look is too weak: the other way round.
+- Prompt: name the thing and keep the rare words, such as *a [c] teapot in the style of [v]*.
+
+`steps` and learning rates are those of the paper. To use the LoRAs another day, put **Load ConsisLoRA** in the
+place of the training nodes.
+"""
+
+DEMO_NOTE = """\
+# A thing in another look, on any computer
+
+This uses **Load Demo Model**, a tiny model that comes with the pack and knows emoji only, so that everything here is
+done in a few minutes without a graphics card. For real pictures open *train_and_stylise_sdxl*.
+
+1. **Content image** and **Style image**: drop in the pictures from the pack's `demo/images`, or your own icons on
+white.
+2. **Queue.** Training comes first; each LoRA is then saved in `models/loras/consislora`.
+
+Afterwards change only what stands in group 5 and queue again: the training is remembered.
+
+- The thing has lost its shape: raise `content_strength`, or lower `style_strength`.
+- The look is too weak: the other way round.
+"""
+
+DEMO = Settings(
+    note=DEMO_NOTE,
+    base=Node("ConsisLoRADemoModel", "Demo model"),
+    images=("crown-flat.png", "umbrella-high-contrast.png"),
+    side=128,
+    sampling={"steps": 20, "cfg": 4.0, "sampler_name": "dpmpp_2m", "scheduler": "karras"},
+)
+SDXL = Settings(
+    note=SDXL_NOTE,
+    base=Node("CheckpointLoaderSimple", "SDXL checkpoint", {"ckpt_name": "sd_xl_base_1.0.safetensors"}),
+    images=("example.png", "example.png"),
+    side=1024,
+    sampling={"steps": 30, "cfg": 7.5, "sampler_name": "euler", "scheduler": "normal"},
+)
+WORKFLOWS = {"train_and_stylise_demo": train_and_stylise(DEMO), "train_and_stylise_sdxl": train_and_stylise(SDXL)}
+
+
+def files(object_info: dict) -> dict[Path, str]:
+    """The text of every workflow file, by its path; `object_info` is what the server's /object_info answers."""
+    made = {}
+    for name, workflow in WORKFLOWS.items():
+        made[FOLDER / f"{name}.json"] = json.dumps(graph_form(workflow, object_info), indent=1) + "\n"
+        made[FOLDER / "api" / f"{name}.json"] = json.dumps(api_form(workflow, object_info), indent=1) + "\n"
+    return made
+
+
+def api_form(workflow: Workflow, object_info: dict) -> dict:
+    """What ComfyUI's /prompt takes."""
+    ids = numbered(workflow)
+    made = {}
+    for key, node in all_nodes(workflow).items():
+        if node.type != NOTE:
+            values = input_values(node, object_info)
+            linked = {name: source(value, workflow, object_info) for name, value in values.items()}
+            made[str(ids[key])] = {"inputs": linked, "class_type": node.type, "_meta": {"title": node.title}}
+    return made
+
+
+def source(value, workflow: Workflow, object_info: dict):
+    """An input's value as the API writes it."""
+    if not isinstance(value, From):
+        return value
+    outputs = object_info[all_nodes(workflow)[value.node].type]["output_name"]
+    return [str(numbered(workflow)[value.node]), outputs.index(value.output)]
+
+
+def graph_form(workflow: Workflow, object_info: dict) -> dict:
+    """What the frontend saves and opens (schema version 0.4)."""
+    places, groups = laid_out(workflow, object_info)
+    links = all_links(workflow, object_info)
+    nodes = [
+        graph_node(number, node, places[key], links, object_info)
+        for (key, node), number in zip(all_nodes(workflow).items(), numbered(workflow).values(), strict=True)
+    ]
+    return {
+        "revision": 0,
+        "last_node_id": len(nodes),
+        "last_link_id": len(links),
+        "nodes": nodes,
+        "links": links,
+        "groups": groups,
+        "config": {},
+        "extra": {},
+        "version": 0.4,
+    }
+
+
+def graph_node(number: int, node: Node, place: list, links: list, object_info: dict) -> dict:
+    x, y, width, height = place
+    return {
+        "id": number,
+        "type": node.type,
+        "title": node.title,
+        "pos": [x, y],
+        "size": [width, height],
+        "flags": {},
+        "order": number - 1,
+        "mode": 0,
+        "inputs": [
+            {"name": name, "type": type, "link": next((link[0] for link in links if link[3:5] == [number, slot]), None)}
+            for slot, (name, type) in enumerate(sockets(node.type, object_info).items())
+        ],
+        "outputs": [
+            {"name": name, "type": type, "links": [link[0] for link in links if link[1:3] == [number, slot]]}
+            for slot, (name, type) in enumerate(outputs(node.type, object_info))
+        ],
+        "properties": {"Node name for S&R": node.type},
+        "widgets_values": widget_values(node, object_info),
+    }
+
+
+def all_nodes(workflow: Workflow) -> dict[str, Node]:
+    return {
+        key: node for stack in workflow for group in stack for column in group.columns for key, node in column.items()
+    }
+
+
+def numbered(workflow: Workflow) -> dict[str, int]:
+    return {key: number for number, key in enumerate(all_nodes(workflow), 1)}
+
+
+def all_links(workflow: Workflow, object_info: dict) -> list[list]:
+    """[link, from node, its output, to node, its input, type] of every connection."""
+    links = []
+    for key, node in all_nodes(workflow).items():
+        for slot, (name, type) in enumerate(sockets(node.type, object_info).items()):
+            if name in node.inputs:
+                origin, output = source(node.inputs[name], workflow, object_info)
+                links.append([len(links) + 1, int(origin), output, numbered(workflow)[key], slot, type])
+    return links
+
+
+def specs(type: str, object_info: dict) -> dict[str, list]:
+    """The inputs of a node by name, as the server tells them: [type or choices, options]."""
+    if type == NOTE:
+        return {"": ["STRING", {}]}
+    told = object_info[type]["input"]
+    return {**told.get("required", {}), **told.get("optional", {})}
+
+
+def is_widget(spec: list) -> bool:
+    return isinstance(spec[0], list) or spec[0] in WIDGETS
+
+
+def sockets(type: str, object_info: dict) -> dict[str, str]:
+    return {name: spec[0] for name, spec in specs(type, object_info).items() if not is_widget(spec)}
+
+
+def outputs(type: str, object_info: dict) -> list[tuple[str, str]]:
+    return [] if type == NOTE else list(zip(object_info[type]["output_name"], object_info[type]["output"], strict=True))
+
+
+def input_values(node: Node, object_info: dict) -> dict:
+    """Every input of a node that has a value: ours, or else its default."""
+    known = specs(node.type, object_info)
+    assert node.inputs.keys() <= known.keys(), f"{node.type} has no input {node.inputs.keys() - known.keys()}"
+    return {
+        name: node.inputs[name] if name in node.inputs else default(spec)
+        for name, spec in known.items()
+        if name in node.inputs or is_widget(spec)
+    }
+
+
+def default(spec: list):
+    choices, options = spec[0], spec[1] if len(spec) > 1 else {}
+    if isinstance(choices, str):
+        choices = options.get("options", [])
+    return options["default"] if "default" in options else choices[0]
+
+
+def widget_values(node: Node, object_info: dict) -> list:
+    values = []
+    for name, value in input_values(node, object_info).items():
+        spec = specs(node.type, object_info)[name]
+        if is_widget(spec):
+            values.append(value)
+            values += ["fixed"] * bool(spec[1:] and spec[1].get("control_after_generate"))
+            values += ["image"] * bool(spec[1:] and spec[1].get("image_upload"))
+    return values
+
+
+def laid_out(workflow: Workflow, object_info: dict) -> tuple[dict[str, list], list[dict]]:
+    """[x, y, width, height] of every node by key, and the groups drawn around them."""
+    places, groups, left = {}, [], 0
+    for stack in workflow:
+        top, right = 0, left
+        for group in stack:
+            inside = placed(group, left, top, object_info)
+            x, y = (max(place[i] + place[i + 2] for place in inside.values()) + GAP // 2 for i in (0, 1))
+            box = [left - GAP // 2, top - TITLE - GAP, x - left + GAP // 2, y - top + TITLE + GAP]
+            groups.append({"id": len(groups) + 1, "title": group.title, "bounding": box, "color": group.colour})
+            places |= inside
+            top, right = y + 2 * GAP + TITLE, max(right, x)
+        left = right + 2 * GAP
+    return places, groups
+
+
+def placed(group: Group, left: int, top: int, object_info: dict) -> dict[str, list]:
+    places = {}
+    for number, column in enumerate(group.columns):
+        y = top
+        for key, node in column.items():
+            height = node_height(node, object_info)
+            places[key] = [left + number * (WIDTH + GAP), y, WIDTH, height]
+            y += height + TITLE + GAP // 2
+    return places
+
+
+def node_height(node: Node, object_info: dict) -> int:
+    slots = max(len(sockets(node.type, object_info)), len(outputs(node.type, object_info)))
+    return SLOT * slots + WIDGET * len(widget_values(node, object_info)) + CONTENTS.get(node.type, 0) + 10
+
+
+def main() -> None:
+    address = sys.argv[1] if len(sys.argv) > 1 else "http://127.0.0.1:8188"
+    with urllib.request.urlopen(f"{address}/object_info") as answer:
+        object_info = json.load(answer)
+    for path, text in files(object_info).items():
+        path.write_text(text, encoding="utf-8")
+        print(path)
+
+
+if __name__ == "__main__":
+    main()
