@@ -28,16 +28,16 @@ SDXL_UNET = dict(
     num_classes="sequential", use_spatial_transformer=True, use_linear_in_transformer=True,
     use_temporal_attention=False, legacy=False,
 )  # fmt: skip
-NARROW_UNET = dict(SDXL_UNET, model_channels=96)  # 304 million parameters instead of 2567
+CHANNELS = {"float32": 96, "float16": 128}  # about 1 GB in either: 304 and 515 million parameters instead of 2567
 
 
-def sdxl_shaped(stored):
+def sdxl_shaped(stored, channels):
     """A MODEL of random weights, made in inference mode as a loader node would."""
     import comfy.model_patcher
     import comfy.supported_models
     import torch
 
-    config = comfy.supported_models.SDXL(dict(NARROW_UNET))
+    config = comfy.supported_models.SDXL(dict(SDXL_UNET, model_channels=channels))
     config.set_inference_dtype(stored, torch.float32)
     model = config.get_model({})
     for parameter in model.parameters():
@@ -69,11 +69,12 @@ def train_theirs(pack, model, latent, positive, steps):
 
 
 EXPLANATION = f"""\
-{STEPS} steps at rank {RANK} on one 512 x 512 image, computed in fp32, on a UNet like SDXL's with 96 channels instead
-of 320 and random weights. Peak growth: resident memory over what it was just before the node ran. LoRA: 16 bytes a
-parameter (weight, gradient and AdamW's two moments in fp32); TrainLoraNode puts LoRA on every layer, ours on the two
-role blocks. Activations: what autograd keeps in a step, all weights aside. TrainLoraNode checkpoints gradients, as
-is its default. The rest, in % of the UNet, is to stay below {ALLOWED:.0%}.
+{STEPS} steps at rank {RANK} on one 512 x 512 image, computed in fp32, on a UNet like SDXL's, made narrow so that it
+takes about 1 GB, with random weights. Peak growth: resident memory over what it was just before the node ran. LoRA:
+16 bytes a parameter (weight, gradient and AdamW's two moments in fp32); TrainLoraNode puts LoRA on every layer, ours
+on the two role blocks. Activations: what autograd keeps in a step, all weights aside. TrainLoraNode checkpoints
+gradients, as is its default. The rest, in % of the UNet, is to stay below {ALLOWED:.0%}. glibc is told to give freed
+memory back at once (MALLOC_MMAP_THRESHOLD_), or what it keeps for later would count as well.
 
 | node | weights in | UNet | peak growth | LoRA | activations | the rest |
 |---|---|---|---|---|---|---|"""
@@ -119,7 +120,7 @@ def saved_for_backward() -> Iterator[dict[int, int]]:
 
 def learning() -> dict[int, int]:
     """Every tensor that an optimizer has moved, from now on: its address and its size."""
-    import torch
+    from torch.optim.optimizer import register_optimizer_step_pre_hook
 
     tensors = {}
 
@@ -127,11 +128,11 @@ def learning() -> dict[int, int]:
         for group in optimizer.param_groups:
             tensors.update((parameter.data_ptr(), parameter.nbytes) for parameter in group["params"])
 
-    torch.optim.optimizer.register_optimizer_step_pre_hook(note)
+    register_optimizer_step_pre_hook(note)
     return tensors
 
 
-def measure(trainer: str, stored: str, what: str) -> dict:
+def measure(trainer: str, stored: str, channels: str, what: str) -> dict:
     """One measurement in this process; sizes in bytes."""
     sys.path.append(str(ROOT / "tests"))
     from conftest import load_comfy, load_pack
@@ -144,7 +145,7 @@ def measure(trainer: str, stored: str, what: str) -> dict:
 
     torch.manual_seed(0)
     with torch.inference_mode():
-        model = sdxl_shaped(getattr(torch, stored))
+        model = sdxl_shaped(getattr(torch, stored), int(channels))
         latent = {"samples": torch.randn(LATENT)}
         positive = [[torch.randn(1, 77, 2048), {"pooled_output": torch.randn(1, 1280)}]]
         unet = {parameter.untyped_storage().data_ptr(): parameter.nbytes for parameter in model.model.parameters()}
@@ -173,17 +174,17 @@ def report() -> bool:
     comfyui = runpy.run_path(os.environ["COMFYUI_PATH"] + "/comfyui_version.py")["__version__"]
     print(f"# Memory while training\n\n{date.today()}, ComfyUI {comfyui}, torch {torch.__version__}, CPU.")
     print(EXPLANATION)
-    # Casts must not pass for activations, so these are counted where nothing is cast.
-    activations = in_a_process("ConsisLoRATrainImage", "float32", "activations")["activations"]
     within = True
-    for stored in ("float32", "float16"):
+    for stored, channels in CHANNELS.items():
+        # Casts must not pass for activations, so these are counted where nothing is cast.
+        counted = in_a_process("ConsisLoRATrainImage", "float32", str(channels), "activations")
         for trainer in TRAINERS:
-            sizes = in_a_process(trainer, stored, "growth")
+            sizes = in_a_process(trainer, stored, str(channels), "growth")
             cells = [trainer, stored, *(f"{sizes[key] / 1e6:.0f} MB" for key in ("unet", "growth", "lora"))]
             if trainer == "ConsisLoRATrainImage":
-                rest = (sizes["growth"] - sizes["lora"] - activations) / sizes["unet"]
+                rest = (sizes["growth"] - sizes["lora"] - counted["activations"]) / sizes["unet"]
                 within = within and rest < ALLOWED
-                cells += [f"{activations / 1e6:.0f} MB", f"{rest:.1%}"]
+                cells += [f"{counted['activations'] / 1e6:.0f} MB", f"{rest:.1%}"]
             print(f"| {' | '.join(cells)} |", flush=True)
     return within
 

@@ -1,9 +1,14 @@
 """The pack as ComfyUI loads it, without the server."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
+
+import consislora_core
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def test_loading_the_pack_is_quick_and_leaves_peft_for_later(tmp_path):
@@ -17,7 +22,7 @@ before, start = set(sys.modules), time.process_time()
 conftest.load_pack()
 print(json.dumps([time.process_time() - start, sorted(set(sys.modules) - before)]))
 """
-    command = [sys.executable, "-c", script, str(Path(__file__).parent), str(tmp_path)]
+    command = [sys.executable, "-c", script, str(ROOT / "tests"), str(tmp_path)]
     answer = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     seconds, imported = json.loads(answer.splitlines()[-1])
     assert "consislora_pack.nodes" in imported
@@ -30,6 +35,11 @@ def test_every_node_has_an_id_of_its_own_in_our_category(pack):
     ids = [schema.node_id for schema in schemas]
     assert len(set(ids)) == len(ids)
     assert all(schema.node_id.startswith("ConsisLoRA") and schema.category == "ConsisLoRA" for schema in schemas)
+
+
+def test_the_core_and_the_package_agree_on_the_version():
+    (declared,) = re.findall(r'^version = "(.+)"$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+    assert consislora_core.__version__ == declared
 
 
 def test_our_nodes_do_not_hide_those_of_comfyui(pack):

@@ -1,0 +1,45 @@
+"""The rooms keep to themselves: the core knows no ComfyUI, and no import runs in a circle."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+CORE = {path.stem: path for path in (ROOT / "consislora_core").glob("*.py") if path.stem != "__init__"}
+NODES = {path.stem: path for path in (ROOT / "nodes").glob("*.py") if path.stem != "__init__"}
+NODE_FILES = NODES.keys() - {"bridge", "sockets"}
+
+
+def imports(path: Path) -> set[str]:
+    """Names of the modules a file imports, those of its own folder with a dot before them."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            found.add(node.module.split(".")[0])
+        elif isinstance(node, ast.ImportFrom) and node.level == 1:
+            found |= {"." + name for name in ([node.module] if node.module else [alias.name for alias in node.names])}
+    return found
+
+
+@pytest.mark.parametrize("name", CORE)
+def test_the_core_imports_no_comfyui(name):
+    allowed = {"torch", "einops", "safetensors", "peft"} | {"." + other for other in CORE}
+    standard = {"collections", "contextlib", "dataclasses", "math", "os", "pathlib", "re", "tempfile", "typing"}
+    assert imports(CORE[name]) <= allowed | standard
+
+
+@pytest.mark.parametrize("folder", [CORE, NODES], ids=["core", "nodes"])
+def test_no_import_runs_in_a_circle(folder):
+    left = {name: {other[1:] for other in imports(path) if other.startswith(".")} for name, path in folder.items()}
+    while left:
+        ready = {name for name, needs in left.items() if not needs & left.keys()}
+        assert ready, f"a circle among {sorted(left)}"
+        left = {name: needs for name, needs in left.items() if name not in ready}
+
+
+@pytest.mark.parametrize("name", sorted(NODE_FILES))
+def test_a_node_file_imports_no_other_node_file(name):
+    assert not {"." + other for other in NODE_FILES} & imports(NODES[name])
