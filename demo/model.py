@@ -180,7 +180,7 @@ def load(path: Path = WEIGHTS):
     model.latent_format.latent_rgb_factors = [preview[row : row + 3] for row in (0, 3, 6, 9)]
     model.latent_format.latent_rgb_factors_bias = preview[12:]
     clip = comfy.sd.CLIP(comfy.supported_models_base.ClipTarget(DemoTokenizer, DemoClip), parameters=10**6)
-    clip.cond_stage_model.load_state_dict(parts["clip"], strict=False)
+    clip.cond_stage_model.load_state_dict(parts["clip"])
     vae = comfy.sd.VAE(sd=parts["vae"], config={"params": {"ddconfig": VAE, "embed_dim": 4}})
     widen_groups(vae.first_stage_model)
     return comfy.model_patcher.ModelPatcher(model, device, offload), clip, vae

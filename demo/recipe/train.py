@@ -149,9 +149,7 @@ def initialise(module: torch.nn.Module):
     for layer in module.modules():
         for kind in (torch.nn.Linear, torch.nn.Conv2d, torch.nn.GroupNorm, torch.nn.LayerNorm):
             if isinstance(layer, kind):
-                for name, p in layer.named_parameters(recurse=False):
-                    p.data = torch.zeros_like(p) if name == "bias" else torch.ones_like(p)
-                kind.__mro__[0].reset_parameters(layer)
+                kind.reset_parameters(layer)
         if isinstance(layer, torch.nn.Embedding):
             torch.nn.init.normal_(layer.weight, std=0.02)
 
