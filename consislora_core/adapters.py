@@ -1,13 +1,17 @@
-"""Puts LoRA parts into a UNet, says which of them learn, and takes them out again without trace."""
+"""Puts LoRA parts into a UNet, says which learn, mixes them per batch row, and takes them out without trace."""
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from itertools import groupby
+from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .lora_file import LoraLayer, Part
-from .roles import targets
+from .lora_file import LoraLayer, Part, Source
+from .roles import Target, targets
 
 ADAPTER = "consislora"
 
@@ -94,6 +98,79 @@ def inserted(
 
 def _set(linear: nn.Linear, weight: Tensor, device: torch.device) -> None:
     linear.weight = nn.Parameter(weight.detach().to(device, torch.float32, copy=True))
+
+
+class Run(NamedTuple):
+    """Neighbouring batch rows that carry a part at the same strength."""
+
+    start: int
+    stop: int
+    strength: float
+
+
+def runs(strengths: Sequence[float]) -> list[Run]:
+    """The rows that carry a part, given its strength in every row."""
+    found, start = [], 0
+    for strength, same in groupby(strengths):
+        stop = start + len(list(same))
+        if strength != 0:
+            found.append(Run(start, stop, strength))
+        start = stop
+    return found
+
+
+class Mixer:
+    """Parts that act beside a UNet's own weights, in every batch row with strengths of its own.
+
+    A layer's output becomes y = W x + sum_p s_p (alpha_p / rank_p) up_p (down_p x), s_p the row's strength of part p.
+    Raises ValueError for a part that does not fit the UNet.
+    """
+
+    def __init__(self, unet: nn.Module, parts: Mapping[Source, Part]):
+        self.sources = set(parts)
+        self.layers: dict[str, dict[Source, LoraLayer]] = {}  # by the module's name
+        names = {target: name for name, target in targets(dict(unet.named_modules())).items()}
+        for source, part in parts.items():
+            check_fit(unet, {source.role: part})
+            for path, layer in part.items():
+                self.layers.setdefault(names[Target(source.role, path)], {})[source] = layer
+        self.placed: dict[tuple, tuple[Tensor, Tensor]] = {}
+
+    @contextmanager
+    def mixed(self, unet: nn.Module, rows: Sequence[Mapping[Source, float]]) -> Iterator[None]:
+        """Within the context a batch through the UNet carries `rows`: the strength of each part that acts in a row.
+
+        The batch may be any multiple of the rows, each row's copies side by side.
+        """
+        acting = {source: runs([row.get(source, 0.0) for row in rows]) for source in self.sources}
+        with ExitStack() as stack:
+            for name, layers in self.layers.items():
+                branches = [(source, run) for source in layers for run in acting[source]]
+                if branches:
+                    hook = partial(self._add, name, branches, len(rows))
+                    stack.callback(unet.get_submodule(name).register_forward_hook(hook).remove)
+            yield
+
+    def release(self) -> None:
+        """Forgets the copies of the weights that were made for a device."""
+        self.placed.clear()
+
+    def _add(self, name: str, branches: list[tuple[Source, Run]], rows: int, module, inputs, output: Tensor) -> Tensor:
+        x, copies = inputs[0], len(inputs[0]) // rows
+        for source, run in branches:
+            down, up, scale = self._placed(name, source, x)
+            some = slice(run.start * copies, run.stop * copies)
+            hidden = F.linear(x[some], down)
+            output[some].view(-1, len(up)).addmm_(hidden.flatten(0, -2), up.T, alpha=run.strength * scale)
+        return output
+
+    def _placed(self, name: str, source: Source, x: Tensor) -> tuple[Tensor, Tensor, float]:
+        """down, up and alpha / rank of a layer, the tensors where and as x is."""
+        layer, key = self.layers[name][source], (name, source, x.device, x.dtype)
+        if key not in self.placed:
+            with torch.inference_mode(False):  # else autograd refuses them when a mixed model is trained
+                self.placed[key] = tuple(tensor.to(x.device, x.dtype, copy=True) for tensor in (layer.down, layer.up))
+        return *self.placed[key], layer.alpha / layer.rank
 
 
 def check_fit(unet: nn.Module, parts: Mapping[str, Part]) -> None:

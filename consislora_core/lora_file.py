@@ -38,6 +38,13 @@ class LoraLayer(NamedTuple):
 Part = dict[str, LoraLayer]  # by the layer's path inside its role block
 
 
+class Source(NamedTuple):
+    """Which part of which image's LoRA: the role it plays, and the role of the image it was learned from."""
+
+    role: str
+    image: str
+
+
 class ImageLora(NamedTuple):
     """What was learned from one image: a part for each role that is there, and the file's metadata."""
 

@@ -1,7 +1,8 @@
 """The list of nodes, in the order a user meets them."""
 
 from .demo import LoadDemoModel
+from .guide import Guider, Sampler
 from .lora import Apply, Load, Save
 from .train import TrainImage, TrainStyle
 
-NODES = [TrainImage, TrainStyle, Save, Load, Apply, LoadDemoModel]
+NODES = [TrainImage, TrainStyle, Save, Load, Apply, Guider, Sampler, LoadDemoModel]

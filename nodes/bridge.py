@@ -7,9 +7,11 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-import comfy.lora
 import comfy.model_management
 import comfy.ops
+import comfy.patcher_extension
+import comfy.sample
+import comfy.samplers
 import comfy.utils
 import folder_paths
 import latent_preview
@@ -19,8 +21,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ..consislora_core import lora_file
-from ..consislora_core.adapters import check_fit
-from ..consislora_core.lora_file import ImageLora, Part
+from ..consislora_core.lora_file import ImageLora
 from ..consislora_core.roles import targets
 from ..consislora_core.trainer import Denoiser, StepEvent
 
@@ -49,7 +50,9 @@ def open_for_training(model: ModelPatcher, latent_shape: tuple[int, ...], dtype:
     base = model.model
     find_roles(model)
     comfy.model_management.load_models_gpu([model], memory_required=2 * model.memory_required([1, *latent_shape[1:]]))
-    options = {**model.model_options.get("transformer_options", {}), "cond_or_uncond": [0]}
+    options = comfy.patcher_extension.merge_nested_dicts(
+        model.model_options.get("transformer_options", {}), {"wrappers": model.wrappers, "cond_or_uncond": [0]}
+    )
 
     def denoise(x: Tensor, sigma: Tensor, cond: dict[str, Tensor]) -> Tensor:
         return base.apply_model(x, sigma, transformer_options={**options, "sigmas": sigma}, **cond)
@@ -221,6 +224,30 @@ def encoded_conditioning(model: ModelPatcher, positive: list, z_0: Tensor) -> di
     return encoded
 
 
+def sigmas(model: ModelPatcher, steps: int, sampler_name: str, scheduler: str, denoise: float) -> Tensor:
+    """The noise levels that ComfyUI's KSampler would go through."""
+    return comfy.samplers.KSampler(
+        model, steps, model.load_device, sampler=sampler_name, scheduler=scheduler, denoise=denoise
+    ).sigmas
+
+
+def sample(guider: comfy.samplers.CFGGuider, latent: dict, seed: int, sampler_name: str, sigmas: Tensor) -> dict:
+    """A latent sampled as ComfyUI's KSampler does, with another guider: noise, mask, preview and progress alike."""
+    model = guider.model_patcher
+    start = comfy.sample.fix_empty_latent_channels(model, latent["samples"])
+    samples = guider.sample(
+        comfy.sample.prepare_noise(start, seed, latent.get("batch_index")),
+        start,
+        comfy.samplers.sampler_object(sampler_name),
+        sigmas,
+        latent.get("noise_mask"),
+        latent_preview.prepare_callback(model, len(sigmas) - 1),
+        disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
+        seed=seed,
+    )
+    return {**latent, "samples": samples.to(comfy.model_management.intermediate_device())}
+
+
 class Progress:
     """Shows training on the node: a bar, every few steps the restored image, and the loss in the log."""
 
@@ -318,15 +345,3 @@ def save_lora(lora: ImageLora, name: str, precision: str) -> str:
             "choose a folder that can be written, then queue again: the training itself is still cached."
         ) from error
     return path.relative_to(folder_paths.get_folder_paths("loras")[0]).as_posix()
-
-
-def with_parts(model: ModelPatcher, wanted: dict[str, tuple[Part, float]]) -> ModelPatcher:
-    """A clone of the model that carries the parts, each at its strength, as ordinary ComfyUI weight patches."""
-    check_fit(model.model.diffusion_model, {role: part for role, (part, _) in wanted.items()})
-    patched = model.clone()
-    key_map = comfy.lora.model_lora_keys_unet(model.model, {})
-    for role, (part, strength) in wanted.items():
-        patched.add_patches(
-            comfy.lora.load_lora(lora_file.to_state_dict(ImageLora({role: part}, {})), key_map), strength
-        )
-    return patched

@@ -3,9 +3,9 @@
 from comfy_api.latest import io
 
 from ..consislora_core import lora_file
+from ..consislora_core.guidance import parts_of, wanted
 from ..consislora_core.lora_file import ImageLora
-from ..consislora_core.roles import ROLES
-from . import bridge
+from . import bridge, passes
 from .sockets import CATEGORY, ConsisLora
 
 
@@ -91,9 +91,4 @@ class Apply(io.ComfyNode):
         cls, model, content_strength, style_strength, content: ImageLora | None = None, style: ImageLora | None = None
     ) -> io.NodeOutput:
         bridge.find_roles(model)
-        wanted = {
-            role: (lora.part(role), strength)
-            for role, lora, strength in zip(ROLES, (content, style), (content_strength, style_strength), strict=True)
-            if lora is not None and strength != 0
-        }
-        return io.NodeOutput(bridge.with_parts(model, wanted))
+        return io.NodeOutput(passes.with_mix(model, parts_of(content, style), wanted(content_strength, style_strength)))

@@ -173,7 +173,8 @@ def comfy_answer(pack, model, question):
     comfy.model_management.load_models_gpu([model])
     with torch.inference_mode():
         cond = pack.nodes.bridge.encoded_conditioning(model, comfy_conditioning(tensors), x)
-        return model.model.apply_model(x, sigma, **cond)
+        # ComfyUI's samplers hand a model's wrappers over in this way.
+        return model.model.apply_model(x, sigma, transformer_options={"wrappers": model.wrappers}, **cond)
 
 
 def test_the_lora_changes_the_answer(question, ours):

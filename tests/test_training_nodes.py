@@ -128,6 +128,15 @@ def test_a_pair_is_trained(nodes):
     )
 
 
+def test_a_model_with_loras_applied_trains_with_them_on(nodes, pack):
+    model = comfy_model()
+    lora, plain, _ = train_image(nodes, model)
+    with torch.inference_mode():
+        applied = pack.nodes.lora.Apply.execute(model, 8.0, 8.0, content=lora, style=lora).result[0]
+    _, on_top, _ = train_image(nodes, applied)
+    assert on_top["loss"][0] != plain["loss"][0]
+
+
 @pytest.mark.parametrize("prediction", ["eps", "v", "edm"])
 @pytest.mark.parametrize(
     ("stored", "cast"),

@@ -1,0 +1,222 @@
+"""Sample with content and style guided apart: as a guider for any sampler, or all in one node."""
+
+from collections.abc import Callable
+from functools import partial
+
+import comfy.samplers
+from comfy.model_patcher import ModelPatcher
+from comfy_api.latest import io
+from torch import Tensor
+
+from ..consislora_core.guidance import GUIDANCE, Mix, Row, guidance, guidance_rows, parts_of, wanted
+from ..consislora_core.lora_file import ImageLora
+from . import bridge, passes
+from .sockets import CATEGORY, ConsisLora
+
+PROMPTS = [row.prompt for pair in GUIDANCE.values() for row in pair]
+
+
+class DualGuider(comfy.samplers.CFGGuider):
+    """ComfyUI's classifier-free guidance and, on top of it and within a window, ConsisLoRA's.
+
+    model: with a guided pass (passes.py); its plain passes carry `mix`. scales: content and style guidance, by role.
+    window: start and end, as fractions of sampling. reuse: for how many steps a guidance serves once computed.
+    """
+
+    def __init__(
+        self, model: ModelPatcher, mix: Mix, scales: dict[str, float], window: tuple[float, float], reuse: int
+    ):
+        super().__init__(model)
+        self.mix, self.scales, self.window, self.reuse = mix, scales, window, reuse
+        self.guidance, self.computed_at = None, None
+
+    def set_prompts(self, positive: list, negative: list, own: dict[str, list | None]) -> None:
+        """A guidance row without a prompt of its own reads the negative."""
+        used = {row.prompt: own[row.prompt] or negative for row in guidance_rows(self.scales)}
+        self.inner_set_conds({"positive": positive, "negative": negative, **used})
+
+    def sample(self, *args, **kwargs):
+        self.guidance, self.computed_at = None, None
+        return super().sample(*args, **kwargs)
+
+    def predict_noise(self, x, timestep, model_options={}, seed=None):  # noqa: B006 - ComfyUI's signature
+        rows = guidance_rows(self.scales)
+        if not rows or not self._in_window(timestep[0]):
+            return super().predict_noise(x, timestep, model_options, seed)
+        step = int((model_options["transformer_options"]["sample_sigmas"] > timestep[0]).sum())
+        if self.computed_at is None or step - self.computed_at >= self.reuse:
+            self.computed_at = step
+            theirs = model_options.get("sampler_calc_cond_batch_function")
+            model_options = {**model_options, "sampler_calc_cond_batch_function": partial(self._predict, rows, theirs)}
+        return super().predict_noise(x, timestep, model_options, seed) + self.guidance
+
+    def _in_window(self, sigma: Tensor) -> bool:
+        start, end = (self.inner_model.model_sampling.percent_to_sigma(fraction) for fraction in self.window)
+        return end <= sigma <= start
+
+    def _predict(self, rows: list[Row], theirs: Callable | None, args: dict) -> list[Tensor]:
+        """What ComfyUI asks of a step, cond and uncond, with the guidance rows in the same batch.
+
+        theirs: another pack's function for cond and uncond, whose business those two then stay.
+        """
+        asked = [] if theirs else args["conds"]
+        everyone = [Row("positive", self.mix), Row("negative", self.mix)][: len(asked)] + rows
+        conds = [*asked, *(self.conds[row.prompt] for row in rows)]
+        options = {**args["model_options"]}
+        options["transformer_options"] = {**options["transformer_options"], passes.ROWS: tuple(everyone)}
+        predicted = comfy.samplers.calc_cond_batch(args["model"], conds, args["input"], args["sigma"], options)
+        by_prompt = {row.prompt: prediction for row, prediction in zip(everyone, predicted, strict=True)}
+        self.guidance = guidance(by_prompt, self.scales)
+        return theirs(args) if theirs else predicted[: len(asked)]
+
+
+def guider_for(model, positive, negative, content, style, given: dict) -> DualGuider:
+    """A DualGuider from the inputs that both nodes have."""
+    bridge.find_roles(model)
+    if content is None and style is None:
+        raise ValueError("Neither content nor style is connected. Connect Load ConsisLoRA, or a training node, to one.")
+    mix = wanted(given["content_strength"], given["style_strength"])
+    guider = DualGuider(
+        passes.with_guided_pass(model, parts_of(content, style), mix),
+        mix,
+        scales={role: given[f"{role}_guidance"] for role in GUIDANCE},
+        window=(given["start_percent"], given["end_percent"]),
+        reuse=given["reuse_steps"],
+    )
+    guider.set_cfg(given["cfg"])
+    guider.set_prompts(positive, negative, {prompt: given.get(prompt) for prompt in PROMPTS})
+    return guider
+
+
+def guidance_inputs() -> list[io.Input]:
+    scale = dict(default=1.0, min=0.0, max=10.0, step=0.1)
+    strength = dict(default=1.0, min=-10.0, max=10.0, step=0.05)
+    percent = dict(min=0.0, max=1.0, step=0.01)
+    return [
+        io.Float.Input(
+            "cfg", default=5.0, min=0.0, max=100.0, step=0.1, tooltip="How closely the picture follows the prompt."
+        ),
+        io.Float.Input(
+            "content_guidance", tooltip="Pulls toward the content image's thing. 0 is off and costs nothing.", **scale
+        ),
+        io.Float.Input(
+            "style_guidance", tooltip="Pulls toward the style image's look. 0 is off and costs nothing.", **scale
+        ),
+        io.Float.Input("content_strength", tooltip="1 is as trained, 0 is off, below 0 is the opposite.", **strength),
+        io.Float.Input("style_strength", tooltip="1 is as trained, 0 is off, below 0 is the opposite.", **strength),
+        io.Float.Input(
+            "start_percent",
+            default=0.0,
+            tooltip="Content and style guidance begin here; 0 is the first step.",
+            **percent,
+        ),
+        io.Float.Input(
+            "end_percent",
+            default=1.0,
+            tooltip="Content and style guidance end here; 1 is the last step. An earlier end is faster.",
+            **percent,
+        ),
+        io.Int.Input(
+            "reuse_steps",
+            default=1,
+            min=1,
+            max=10,
+            tooltip="For how many steps a guidance is used once it is computed; 1 computes it in every step.",
+        ),
+    ]
+
+
+def optional_inputs() -> list[io.Input]:
+    prompts = {
+        "content_positive": "Words for the thing, such as: a [c]",
+        "content_negative": "Words for what stands in the style image, such as: a [v]",
+        "style_positive": "Words for the look, such as: in the style of [v]",
+        "style_negative": "Words for the content image's own look, such as: in the style of [c]",
+    }
+    return [
+        ConsisLora.Input("content", optional=True, tooltip="Trained on the content image."),
+        ConsisLora.Input("style", optional=True, tooltip="Trained on the style image, best in two stages."),
+        *(
+            io.Conditioning.Input(name, optional=True, tooltip=f"{words}. Faster without: the negative is read.")
+            for name, words in prompts.items()
+        ),
+    ]
+
+
+def model_and_prompts() -> list[io.Input]:
+    return [
+        io.Model.Input("model", tooltip="The SDXL model the LoRAs were trained on, or a relative of it."),
+        io.Conditioning.Input("positive", tooltip="The whole prompt, such as: a [c] in the style of [v]"),
+        io.Conditioning.Input("negative", tooltip="What to keep away from; may be an empty text."),
+    ]
+
+
+class Guider(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="ConsisLoRAGuider",
+            display_name="Dual Guidance",
+            category=CATEGORY,
+            description="Guides content and style apart, with SamplerCustomAdvanced: any sampler, any sigmas.",
+            inputs=[*model_and_prompts(), *guidance_inputs(), *optional_inputs()],
+            outputs=[io.Guider.Output()],
+        )
+
+    @classmethod
+    def execute(cls, model, positive, negative, content=None, style=None, **given) -> io.NodeOutput:
+        return io.NodeOutput(guider_for(model, positive, negative, content, style, given))
+
+
+class Sampler(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="ConsisLoRASampler",
+            display_name="Dual Guidance Sampler",
+            category=CATEGORY,
+            description="KSampler with content and style guidance.",
+            inputs=[
+                *model_and_prompts(),
+                io.Latent.Input(
+                    "latent_image", tooltip="An empty latent, or a picture's to start from with denoise below 1."
+                ),
+                io.Int.Input(
+                    "seed",
+                    default=0,
+                    min=0,
+                    max=2**64 - 1,
+                    control_after_generate=True,
+                    tooltip="Of the starting noise.",
+                ),
+                io.Int.Input("steps", default=30, min=1, max=10_000, tooltip="Denoising steps."),
+                io.Combo.Input("sampler_name", options=comfy.samplers.KSampler.SAMPLERS, tooltip="As in KSampler."),
+                io.Combo.Input("scheduler", options=comfy.samplers.KSampler.SCHEDULERS, tooltip="As in KSampler."),
+                io.Float.Input(
+                    "denoise", default=1.0, min=0.0, max=1.0, step=0.01, tooltip="Below 1 keeps some of latent_image."
+                ),
+                *guidance_inputs(),
+                *optional_inputs(),
+            ],
+            outputs=[io.Latent.Output()],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        model,
+        positive,
+        negative,
+        latent_image,
+        seed,
+        steps,
+        sampler_name,
+        scheduler,
+        denoise,
+        content: ImageLora | None = None,
+        style: ImageLora | None = None,
+        **given,
+    ) -> io.NodeOutput:
+        guider = guider_for(model, positive, negative, content, style, given)
+        sigmas = bridge.sigmas(model, steps, sampler_name, scheduler, denoise)
+        return io.NodeOutput(bridge.sample(guider, latent_image, seed, sampler_name, sigmas))
