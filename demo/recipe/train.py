@@ -2,7 +2,7 @@
 
     python demo/recipe/train.py tokenizer WORK
     python demo/recipe/train.py vae WORK --images 60000
-    python demo/recipe/train.py unet WORK --images 250000
+    python demo/recipe/train.py unet WORK --images 400000
     python demo/recipe/train.py export WORK
 
 WORK keeps emoji, caches, checkpoints and sample sheets. COMFYUI_PATH names the ComfyUI whose classes are used.
@@ -320,7 +320,7 @@ def train_unet(work: Path, images: int, batch: int = 32):
     net = TextAndUnet()
     net.initialise()
     net.to(DEVICE).train()
-    weights = np.array([familiar(thing) * (1 if style in PROCEDURAL else 7) for thing, style in names])
+    weights = np.array([familiar(thing) * (1 if style in PROCEDURAL else 20) for thing, style in names])
     run = Run(work / "unet.pt", net, lr=8e-4, batch=batch, total=images)
     while run.seen < images:
         rng, python_rng = np.random.default_rng(run.seen), random.Random(run.seen)
@@ -381,7 +381,7 @@ def sheet(images: torch.Tensor, path: Path, columns: int):
 
 
 class Run:
-    """One resumable optimisation: AdamW, a learning rate that falls over the last fifth, an average of the weights."""
+    """One resumable optimisation: AdamW, a learning rate that falls to 0, an average of the weights."""
 
     def __init__(self, path: Path, module: torch.nn.Module, lr: float, batch: int, total: int):
         self.path, self.module, self.lr, self.batch, self.total = path, module, lr, batch, total
@@ -398,9 +398,7 @@ class Run:
         self.first = self.seen
 
     def step(self, loss):
-        rate = self.lr * min(
-            1, (self.seen + self.batch) / (50 * self.batch), max(0.01, (self.total - self.seen) / (0.2 * self.total))
-        )
+        rate = self.lr * min((self.seen + self.batch) / (50 * self.batch), 1 - self.seen / self.total)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.zero_grad()
