@@ -36,8 +36,10 @@ class DualGuider(comfy.samplers.CFGGuider):
         self.inner_set_conds({"positive": positive, "negative": negative, **used})
 
     def sample(self, *args, **kwargs):
-        self.guidance, self.computed_at = None, None
-        return super().sample(*args, **kwargs)
+        try:
+            return super().sample(*args, **kwargs)
+        finally:
+            self.guidance, self.computed_at = None, None
 
     def predict_noise(self, x, timestep, model_options={}, seed=None):  # noqa: B006 - ComfyUI's signature
         rows = guidance_rows(self.scales)
