@@ -46,7 +46,8 @@ class DualGuider(comfy.samplers.CFGGuider):
         if not rows or not self._in_window(timestep[0]):
             return super().predict_noise(x, timestep, model_options, seed)
         step = int((model_options["transformer_options"]["sample_sigmas"] > timestep[0]).sum())
-        if self.computed_at is None or step - self.computed_at >= self.reuse:
+        # Some samplers ask twice at one noise level, for two latents, and some go back.
+        if self.reuse == 1 or self.computed_at is None or step - self.computed_at not in range(self.reuse):
             self.computed_at = step
             theirs = model_options.get("sampler_calc_cond_batch_function")
             model_options = {**model_options, "sampler_calc_cond_batch_function": partial(self._predict, rows, theirs)}

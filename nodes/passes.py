@@ -54,6 +54,7 @@ class GuidedPass:
 
     def __call__(self, executor, x, timesteps, context, y, control, transformer_options, **kwargs):
         unet, rows = executor.class_obj, transformer_options.get(ROWS)
+        control = control and fitting(control, x, len(transformer_options["cond_or_uncond"]))
         if rows is None:
             with self.mixer.mixed(unet, [self.mix]):
                 return executor(x, timesteps, context, y, control, transformer_options, **kwargs)
@@ -91,6 +92,17 @@ class GuidedPass:
         path = BLOCKS["sdxl"]["style" if acting == {"style"} else "content"]["comfyui"]
         _, block, layer = path.split(".")
         return int(block), int(layer)
+
+
+def fitting(control: dict[str, list], x: Tensor, chunks: int) -> dict[str, list]:
+    """Control for this batch. A T2I adapter keeps what it made for its first, which may have had more or fewer rows."""
+
+    def fit(tensor: Tensor | None) -> Tensor | None:
+        if tensor is None or len(tensor) in (1, len(x)):
+            return tensor
+        return tensor[: len(x) // chunks].repeat(chunks, 1, 1, 1)
+
+    return {place: [fit(tensor) for tensor in tensors] for place, tensors in control.items()}
 
 
 class Sharing:

@@ -7,9 +7,14 @@ import shutil
 from pathlib import Path
 
 import pytest
+from PIL import Image
+
+from demo.run import IMAGES, NAME
 
 FOLDER = Path(__file__).resolve().parent.parent / "workflows"
-NAMES = ["train_and_stylise_demo", "train_and_stylise_sdxl"]
+USES = ["content_only", "dual_guidance", "style_only"]  # of saved LoRAs
+NAMES = [f"{use}_{base}" for use in [*USES, "train_and_stylise"] for base in ("demo", "sdxl")]
+FEW = {"steps": 4, "transition_step": 2, "learning_rate": 0.01, "reconstruction_learning_rate": 0.01}
 QUIET = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"]
 QUIET += ["--disable-background-networking", "--disable-component-update"]
 # The frontend looks unpublished nodes up in ComfyUI's registry; a server without API nodes forbids it that.
@@ -22,6 +27,14 @@ def graph(name: str) -> dict:
 
 def api(name: str) -> dict:
     return json.loads((FOLDER / "api" / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def quick(name: str, **changes) -> dict:
+    """The API form with few but long steps and other changed inputs, its LoRAs in a folder that no other test uses."""
+    prompt = json.loads(json.dumps(api(name)).replace('"consislora/', '"workflows/'))
+    for node in prompt.values():
+        node["inputs"] |= {key: value for key, value in {**FEW, **changes}.items() if key in node["inputs"]}
+    return prompt
 
 
 @pytest.fixture(scope="module")
@@ -127,7 +140,23 @@ def test_the_frontend_opens_it_and_queues_the_same_as_the_api_form(name, fronten
 
 def test_the_address_that_the_demo_opens_shows_the_workflow(chromium, server):
     page = chromium.new_page()
-    page.goto(f"{server.url}/?template={NAMES[0]}&source=ComfyUI-ConsisLoRA")
-    count = len(graph(NAMES[0])["nodes"])
+    page.goto(f"{server.url}/?template={NAME}&source=ComfyUI-ConsisLoRA")
+    count = len(graph(NAME)["nodes"])
     page.wait_for_function(f"window.app?.graph?.nodes.length === {count}")
     page.close()
+
+
+def test_what_training_saves_first_makes_pictures_that_guidance_changes(server):
+    for file in IMAGES.glob("*.png"):
+        server.upload(file)
+    server.run(quick("train_and_stylise_demo"))
+    off = {"content_guidance": 0.0, "style_guidance": 0.0}
+    pictures = [made(server, quick(f"{use}_demo", **changes)) for use in USES for changes in ({}, off)]
+    assert all(picture.size == (128, 128) for picture in pictures)
+    assert len({picture.tobytes() for picture in pictures}) == len(pictures)
+
+
+def made(server, prompt: dict) -> Image.Image:
+    (file,) = server.images(server.run(prompt))
+    with Image.open(file) as image:
+        return image.convert("RGB")

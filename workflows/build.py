@@ -53,21 +53,37 @@ MODEL, CLIP, VAE = (From("base", output) for output in ("MODEL", "CLIP", "VAE"))
 
 
 class Settings(NamedTuple):
-    """What differs from one base model to the next."""
+    """What differs from one base model to the next. words: about it, for the notes."""
 
-    note: str
+    name: str
+    words: str
     base: Node
     images: tuple[str, str]
     side: int
     sampling: dict
 
 
-def train_and_stylise(settings: Settings) -> Workflow:
+class Use(NamedTuple):
+    """A use of saved LoRAs.
+
+    title: of the note. loaded, made: titles of the groups for LoRAs and picture. images: those whose LoRA is loaded.
+    prompts: by the base model's name.
+    """
+
+    title: str
+    loaded: str
+    made: str
+    images: tuple[str, ...]
+    scales: dict[str, float]  # where they are not the node's defaults
+    prompts: dict[str, str]
+    note: str
+
+
+def train_and_stylise(settings: Settings, note: str) -> Workflow:
     """Two pictures in, two LoRAs and a stylised picture out: the whole method, at the training nodes' defaults."""
-    start = [{"note": Node(NOTE, "What to change first", {"": settings.note}), "base": settings.base}]
     content_image, style_image = settings.images
     return [
-        [Group("Start here", BLUE, start)],
+        [start_here(settings, note)],
         [
             Group("1. The thing", BLUE, [picture("content", "Content image", content_image, settings.side)]),
             Group("2. The look", BLUE, [picture("style", "Style image", style_image, settings.side)]),
@@ -76,8 +92,29 @@ def train_and_stylise(settings: Settings) -> Workflow:
             Group("3. Learn the thing", BROWN, learn_thing()),
             Group("4. Learn the look, in two stages", BROWN, learn_look()),
         ],
-        [Group("5. The thing in the look", GREEN, stylise(settings.side, settings.sampling))],
+        [Group("5. The thing in the look", GREEN, stylise(settings))],
     ]
+
+
+def guided(use: Use, settings: Settings) -> Workflow:
+    """Saved LoRAs in, a picture out, content and style guided apart."""
+    loaded = {f"{image}_lora": load(image) for image in use.images}
+    loras = {image: From(f"{image}_lora", "consislora") for image in use.images}
+    inputs = {"model": MODEL, **loras, **sampling(settings), **use.scales}
+    sampled = {"sampled": Node("ConsisLoRASampler", "Sample, guided", inputs)}
+    return [
+        [start_here(settings, use.note.format(title=use.title, base=settings.words, name=settings.name))],
+        [
+            Group(f"1. {use.loaded}", BLUE, [loaded]),
+            Group("2. What the picture shows", BLUE, [asked(use.prompts[settings.name], settings.side)]),
+        ],
+        [Group(f"3. {use.made}", GREEN, [sampled, shown(use.made)])],
+    ]
+
+
+def start_here(settings: Settings, note: str) -> Group:
+    column = {"note": Node(NOTE, "What to change first", {"": note}), "base": settings.base}
+    return Group("Start here", BLUE, [column])
 
 
 def picture(key: str, title: str, file: str, side: int) -> Column:
@@ -125,24 +162,36 @@ def learn_look() -> list[Column]:
     ]
 
 
-def stylise(side: int, sampling: dict) -> list[Column]:
+def stylise(settings: Settings) -> list[Column]:
     loras = {"content": From("content_training", "consislora"), "style": From("look_training", "consislora")}
-    conditions = {"positive": From("positive", "CONDITIONING"), "negative": From("negative", "CONDITIONING")}
-    inputs = {"model": From("applied", "MODEL"), **conditions, "latent_image": From("empty", "LATENT"), **sampling}
-    result = {"images": From("decoded", "IMAGE"), "filename_prefix": "consislora"}
+    applied = Node("ConsisLoRAApply", "How much of each", {"model": MODEL, **loras})
+    sampled = Node("KSampler", "Sample", {"model": From("applied", "MODEL"), **sampling(settings)})
     return [
-        {
-            "applied": Node("ConsisLoRAApply", "How much of each", {"model": MODEL, **loras}),
-            "positive": text("Prompt", "a [c] in the style of [v]"),
-            "negative": text("Negative prompt", ""),
-            "empty": Node("EmptyLatentImage", "Size of the picture", {"width": side, "height": side}),
-        },
-        {
-            "sampled": Node("KSampler", "Sample", inputs),
-            "decoded": Node("VAEDecode", "To picture", {"samples": From("sampled", "LATENT"), "vae": VAE}),
-            "result": Node("SaveImage", "The thing in the look", result),
-        },
+        {"applied": applied, **asked(BOTH, settings.side)},
+        {"sampled": sampled, **shown("The thing in the look")},
     ]
+
+
+def asked(prompt: str, side: int) -> Column:
+    return {
+        "positive": text("Prompt", prompt),
+        "negative": text("Negative prompt", ""),
+        "empty": Node("EmptyLatentImage", "Size of the picture", {"width": side, "height": side}),
+    }
+
+
+def sampling(settings: Settings) -> dict:
+    """The inputs that every sampler has, from what is `asked`."""
+    conditions = {"positive": From("positive", "CONDITIONING"), "negative": From("negative", "CONDITIONING")}
+    return {**conditions, "latent_image": From("empty", "LATENT"), **settings.sampling}
+
+
+def shown(title: str) -> Column:
+    result = {"images": From("decoded", "IMAGE"), "filename_prefix": "consislora"}
+    return {
+        "decoded": Node("VAEDecode", "To picture", {"samples": From("sampled", "LATENT"), "vae": VAE}),
+        "result": Node("SaveImage", title, result),
+    }
 
 
 def text(title: str, words: str) -> Node:
@@ -162,7 +211,12 @@ def save(title: str, training: str, filename: str) -> Node:
     return Node("ConsisLoRASave", title, {"consislora": From(training, "consislora"), "filename": filename})
 
 
-SDXL_NOTE = """\
+def load(image: str) -> Node:
+    """Loads what train_and_stylise saves first."""
+    return Node("ConsisLoRALoad", f"{image.title()} LoRA", {"lora_name": f"consislora/{image}_00001.safetensors"})
+
+
+TRAIN_SDXL = """\
 # Your product in any look
 
 1. **Load Checkpoint**: choose an SDXL checkpoint.
@@ -180,7 +234,7 @@ until you change something it depends on.
 place of the training nodes.
 """
 
-DEMO_NOTE = """\
+TRAIN_DEMO = """\
 # A thing in another look, on any computer
 
 This uses **Load Demo Model**, a tiny model that comes with the pack and knows emoji only, so that everything here is
@@ -196,21 +250,106 @@ Afterwards change only what stands in group 5 and queue again: the training is r
 - The look is too weak: the other way round.
 """
 
+START = """\
+# {title}
+
+{base}
+
+First run *train_and_stylise_{name}*: what it saves first is loaded here. Or choose your own file; press **R** to
+refresh the list.
+
+"""
+
+DUAL = """\
+Change the two guidances first. Each works by itself: `content_guidance` pulls toward the thing and
+`style_guidance` toward the look.
+
+- The thing has lost its shape: raise `content_guidance`, or lower `style_strength`.
+- The look is too weak: raise `style_guidance`, or lower `content_strength`.
+- Harsh colours, torn edges: the guidance, or `cfg`, is too high.
+- Too slow: `end_percent` 0.6 or `reuse_steps` 2. With both guidances at 0 it is plain sampling; guided, a step takes
+about twice as long.
+
+The four prompts of the sampler may stay empty. To say what each guidance looks at, connect **CLIP Text Encode** nodes:
+*a [c]* and *a [v]* to `content_positive` and `content_negative`, *in the style of [v]* and *in the style of [c]* to
+the `style` ones. With all four a step takes about three times as long as plain sampling.
+"""
+
+CONTENT_ONLY = """\
+Change the **Prompt** first: keep *[c]*, and say in words where the thing is and how it looks.
+
+- The thing has lost its shape: raise `content_guidance`, then `content_strength`.
+- It looks like the photo, whatever the words say: lower them.
+- Harsh colours, torn edges: `content_guidance`, or `cfg`, is too high.
+
+`style_guidance` is 0, for no style LoRA is connected and there is no look to pull toward. Above 0 it pushes away from
+the photo's own look.
+"""
+
+STYLE_ONLY = """\
+Change the **Prompt** first: name anything, and keep *in the style of [v]*.
+
+- The look is too weak: raise `style_guidance`, then `style_strength`.
+- The thing you named loses its shape: lower them.
+- Harsh colours, torn edges: `style_guidance`, or `cfg`, is too high.
+
+`content_guidance` is 0, for no content LoRA is connected and there is no thing to hold. Above 0 it pushes away from
+the thing in the style image: try 0.5 if that one creeps in.
+"""
+
+BOTH = "a [c] in the style of [v]"
+USES = {
+    "dual_guidance": Use(
+        title="The thing in the look, each guided apart",
+        loaded="The thing and the look",
+        made="The thing in the look",
+        images=("content", "style"),
+        scales={},
+        prompts={"demo": BOTH, "sdxl": BOTH},
+        note=START + DUAL,
+    ),
+    "content_only": Use(
+        title="Your thing, the rest in words",
+        loaded="The thing",
+        made="The thing in your words",
+        images=("content",),
+        scales={"style_guidance": 0.0},
+        prompts={"demo": "a [c], twemoji", "sdxl": "a [c] on a beach, golden hour, photograph"},
+        note=START + CONTENT_ONLY,
+    ),
+    "style_only": Use(
+        title="Anything in your look",
+        loaded="The look",
+        made="Your words in the look",
+        images=("style",),
+        scales={"content_guidance": 0.0},
+        prompts={"demo": "cat face in the style of [v]", "sdxl": "a teapot in the style of [v]"},
+        note=START + STYLE_ONLY,
+    ),
+}
+
 DEMO = Settings(
-    note=DEMO_NOTE,
+    name="demo",
+    words="This uses **Load Demo Model**, a tiny model that comes with the pack and knows emoji only. For real "
+    "pictures open the workflow of this name that ends in *sdxl*.",
     base=Node("ConsisLoRADemoModel", "Demo model"),
     images=("crown-flat.png", "umbrella-high-contrast.png"),
     side=128,
     sampling={"steps": 20, "cfg": 4.0, "sampler_name": "dpmpp_2m", "scheduler": "karras"},
 )
 SDXL = Settings(
-    note=SDXL_NOTE,
+    name="sdxl",
+    words="**SDXL checkpoint**: choose the one that the LoRAs were trained on, or a relative of it.",
     base=Node("CheckpointLoaderSimple", "SDXL checkpoint", {"ckpt_name": "sd_xl_base_1.0.safetensors"}),
     images=("example.png", "example.png"),
     side=1024,
     sampling={"steps": 30, "cfg": 7.5, "sampler_name": "euler", "scheduler": "normal"},
 )
-WORKFLOWS = {"train_and_stylise_demo": train_and_stylise(DEMO), "train_and_stylise_sdxl": train_and_stylise(SDXL)}
+WORKFLOWS = {
+    "train_and_stylise_demo": train_and_stylise(DEMO, TRAIN_DEMO),
+    "train_and_stylise_sdxl": train_and_stylise(SDXL, TRAIN_SDXL),
+    **{f"{name}_{base.name}": guided(use, base) for name, use in USES.items() for base in (DEMO, SDXL)},
+}
 
 
 def files(object_info: dict) -> dict[Path, str]:

@@ -1,0 +1,408 @@
+"""`python benchmarks/guidance.py`: what a dual-guided step costs over one of plain CFG, on the same model and machine.
+
+Everything is sampled through the real guiders, so all overhead counts. The UNet has SDXL's proportions with a tenth of
+its channels. What its work depends on shrinks with it, or the parts of a step would stand in other proportions:
+
+- The latent. It has to be small, yet so large that work grows with the rows, as at 1024 px: at 64 x 64 the encoder has
+  SDXL's share of a pass (43 %), and six rows cost three times what two cost.
+- The text. SDXL's inner blocks see 77 words beside 1024 pixels, here 19 beside 256.
+- The LoRA. One of rank r adds 2 r / n to the work of an n x n layer; rank 64 on 1280 channels is rank 6 on 128. Such
+  thin products are slow for what they compute, so the LoRAs weigh two or three times what they do at full size.
+
+On the CPU time is the process's own on one thread, so that other processes do not count. The variants take turns, each
+repetition compares them with plain CFG in the same one, and the median over repetitions stands in the table: drift of
+the machine cancels. `--sdxl` takes the real size, in bf16 on a GPU. Exits with 1 if a bound is passed (`BOUNDS`).
+"""
+
+import importlib.util
+import json
+import os
+import runpy
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import date
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NamedTuple
+
+ROOT = Path(__file__).resolve().parent.parent
+REPETITIONS = 5
+CFG, SCALES, END = 5.0, {"content": 1.0, "style": 1.0}, 0.44
+PROMPTS = ["content_positive", "content_negative", "style_positive", "style_negative"]
+
+
+class Size(NamedTuple):
+    channels: int
+    side: int  # of the latent
+    words: int
+    rank: int
+    device: str
+    dtype: str
+    steps: int
+
+
+SIZES = {
+    "small": Size(32, 64, 19, 6, "cpu", "float32", steps=2),
+    # LoRAs go to the GPU anew in each sampling, so this one must be as long as a user's.
+    "sdxl": Size(320, 128, 77, 64, "cuda", "bfloat16", steps=33),
+}
+
+
+class Bench(NamedTuple):
+    """What every variant is made of."""
+
+    size: Size
+    pack: ModuleType
+    model: Any
+    prompts: dict[str, list]
+    images: dict[str, Any]  # the content image's LoRA and the style image's
+
+
+def plain_cfg(bench: Bench, model=None):
+    import comfy.samplers
+
+    guider = comfy.samplers.CFGGuider(model or bench.model)
+    guider.set_conds(bench.prompts["positive"], bench.prompts["negative"])
+    guider.set_cfg(CFG)
+    return guider
+
+
+def applied(bench: Bench):
+    strengths = dict(content_strength=1.0, style_strength=1.0)
+    return plain_cfg(bench, bench.pack.nodes.lora.Apply.execute(bench.model, **strengths, **bench.images).result[0])
+
+
+def dual(bench: Bench, **changes):
+    given = dict(
+        cfg=CFG, content_guidance=SCALES["content"], style_guidance=SCALES["style"], content_strength=1.0,
+        style_strength=1.0, start_percent=0.0, end_percent=1.0, reuse_steps=1,
+        positive=bench.prompts["positive"], negative=bench.prompts["negative"],
+    )  # fmt: skip
+    return bench.pack.nodes.guide.Guider.execute(bench.model, **{**given, **bench.images, **changes}).result[0]
+
+
+def unshared(bench: Bench):
+    guider = dual(bench)
+    guider.model_patcher.wrappers["diffusion_model"]["consislora_guided"][0].share_encoder = False
+    return guider
+
+
+def own_prompts(bench: Bench):
+    return dual(bench, **{name: bench.prompts[name] for name in PROMPTS})
+
+
+def windowed(bench: Bench):
+    return dual(bench, end_percent=END)
+
+
+def reusing(bench: Bench):
+    return dual(bench, reuse_steps=3)
+
+
+def six_passes(bench: Bench):
+    """The method as it is written down: CFG's batch of two, then one whole pass after another, each with its mix."""
+    import comfy.samplers
+
+    core, passes = bench.pack.consislora_core.guidance, bench.pack.nodes.passes
+    parts = core.parts_of(**bench.images)
+    singles = {row.prompt: passes.with_mix(bench.model, parts, row.mix) for row in core.guidance_rows(SCALES)}
+
+    class SixPasses(comfy.samplers.CFGGuider):
+        def predict_noise(self, x, timestep, model_options={}, seed=None):  # noqa: B006 - ComfyUI's signature
+            def single(model):
+                wrapped = {**model_options["transformer_options"], "wrappers": model.wrappers}
+                options = {**model_options, "transformer_options": wrapped}
+                negative = [self.conds["negative"]]
+                return comfy.samplers.calc_cond_batch(self.inner_model, negative, x, timestep, options)[0]
+
+            plain = super().predict_noise(x, timestep, model_options, seed)
+            return plain + core.guidance({prompt: single(model) for prompt, model in singles.items()}, SCALES)
+
+    guider = SixPasses(passes.with_mix(bench.model, parts, core.wanted(1.0, 1.0)))
+    guider.set_conds(bench.prompts["positive"], bench.prompts["negative"])
+    guider.set_cfg(CFG)
+    return guider
+
+
+VARIANTS: dict[str, Callable[[Bench], Any]] = {
+    "plain CFG": plain_cfg,
+    "plain CFG, ConsisLoRAApply": applied,
+    "ours": dual,
+    "ours, nothing shared": unshared,
+    "ours, four own prompts": own_prompts,
+    "one pass after another": six_passes,
+    "ours, in a window": windowed,
+    "ours, reuse_steps 3": reusing,
+}
+SAME_PICTURE = ["ours", "ours, nothing shared", "one pass after another"]
+FEWEST_STEPS = {"ours, in a window": 11, "ours, reuse_steps 3": 3}  # so that END guides 45 %, and 3 divides them
+BOUNDS = {"ours": 2.2, "ours, in a window": 1.5}
+
+
+def start_comfy(size: Size) -> ModuleType:
+    """The pack, in a ComfyUI in this process."""
+    sys.path.append(str(ROOT / "tests"))
+    from conftest import COMFYUI, load_comfy, load_pack
+
+    with tempfile.TemporaryDirectory() as base:
+        if size.device == "cpu":
+            load_comfy(Path(base))
+        else:  # the tests' way keeps ComfyUI off the GPU
+            sys.path.insert(0, str(COMFYUI))
+            from comfy.cli_args import args
+
+            args.base_directory = base
+            import comfy.sd  # noqa: F401
+        return load_pack()
+
+
+def random_model(size: Size):
+    """A MODEL with SDXL's UNet but for the channels, of random weights that keep numbers at their size."""
+    import comfy.model_patcher
+    import comfy.supported_models
+    import torch
+
+    from benchmarks.memory import SDXL_UNET
+
+    config = comfy.supported_models.SDXL(dict(SDXL_UNET, model_channels=size.channels))
+    config.set_inference_dtype(getattr(torch, size.dtype), None)
+    model = config.get_model({}, device=size.device)
+    for name, weights in model.named_parameters():
+        if weights.ndim > 1:
+            weights.normal_(std=weights[0].numel() ** -0.5)
+        else:
+            weights.fill_(name.endswith("weight"))
+    return comfy.model_patcher.ModelPatcher(model, torch.device(size.device), torch.device("cpu"))
+
+
+def random_lora(pack: ModuleType, model, rank: int):
+    import torch
+
+    def part(role):
+        fresh = pack.consislora_core.adapters.fresh_part(model.model.diffusion_model, role, rank, torch.Generator())
+        return {path: layer._replace(up=0.1 * torch.randn_like(layer.up)) for path, layer in fresh.items()}
+
+    return pack.consislora_core.lora_file.ImageLora({role: part(role) for role in ("content", "style")}, {})
+
+
+def make_bench(size: Size) -> Bench:
+    pack = start_comfy(size)
+    import torch
+
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    model = random_model(size)
+    prompts = {
+        name: [[torch.randn(1, size.words, 2048), {"pooled_output": torch.randn(1, 1280)}]]
+        for name in ["positive", "negative", *PROMPTS]
+    }
+    images = {image: random_lora(pack, model, size.rank) for image in ("content", "style")}
+    return Bench(size, pack, model, prompts, images)
+
+
+def steps_of(size: Size, variant: str) -> int:
+    return max(size.steps, FEWEST_STEPS.get(variant, 0))
+
+
+def sigmas(bench: Bench, steps: int):
+    return bench.pack.nodes.bridge.sigmas(bench.model, steps, "euler", "simple", 1.0)
+
+
+def sample(bench: Bench, guider, steps: int):
+    import comfy.samplers
+    import torch
+
+    start = torch.randn(1, 4, bench.size.side, bench.size.side, generator=torch.Generator().manual_seed(7))
+    euler = comfy.samplers.sampler_object("euler")
+    return guider.sample(start, torch.zeros_like(start), euler, sigmas(bench, steps), disable_pbar=True, seed=1)
+
+
+def clock(device: str) -> float:
+    if device == "cpu":
+        return time.process_time()
+    import torch
+
+    torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def time_per_step(bench: Bench, name: str, guider) -> float:
+    steps = steps_of(bench.size, name)
+    start = clock(bench.size.device)
+    sample(bench, guider, steps)
+    return (clock(bench.size.device) - start) / steps
+
+
+def check_pictures(pictures: dict) -> None:
+    """Raises RuntimeError unless all ways of computing the same step do."""
+    first, *others = (pictures[name] for name in SAME_PICTURE)
+    errors = [((other - first).norm() / first.norm()).item() for other in others]
+    moved = ((first - pictures["plain CFG"]).norm() / first.norm()).item()
+    if not max(errors) < 0.05 * moved:  # NaN is not below anything
+        raise RuntimeError(f"The same step gives different pictures: {errors}, where guidance moves it by {moved}.")
+
+
+def encoder_share(bench: Bench) -> float:
+    """Which part of a plain pass is over when the first LoRA is reached."""
+    unet, marks = bench.model.model.diffusion_model, {}
+
+    def mark(place):
+        return lambda *_: marks.setdefault(place, []).append(clock(bench.size.device))
+
+    hooks = [
+        unet.register_forward_pre_hook(mark("start")),
+        unet.output_blocks[0][0].register_forward_hook(mark("first LoRA")),
+        unet.register_forward_hook(mark("end")),
+    ]
+    sample(bench, plain_cfg(bench), 5)
+    for hook in hooks:
+        hook.remove()
+    return statistics.median((lora - start) / (end - start) for start, lora, end in zip(*marks.values(), strict=True))
+
+
+def measure_times(bench: Bench) -> dict:
+    guiders = {name: make(bench) for name, make in VARIANTS.items()}
+    check_pictures({name: sample(bench, guider, 1) for name, guider in guiders.items()})  # warms up as well
+    rounds = []
+    for repetition in range(REPETITIONS):
+        print(f"Repetition {repetition + 1} of {REPETITIONS} ...", file=sys.stderr, flush=True)
+        rounds.append({name: time_per_step(bench, name, guider) for name, guider in guiders.items()})
+    levels = sigmas(bench, steps_of(bench.size, "ours, in a window"))[:-1]
+    end = bench.model.model.model_sampling.percent_to_sigma(END)
+    return {"rounds": rounds, "encoder": encoder_share(bench), "guided": int((levels >= end).sum())}
+
+
+@contextmanager
+def growth_on_gpu() -> Iterator[list[int]]:
+    import torch
+
+    torch.cuda.reset_peak_memory_stats()
+    start, growth = torch.cuda.memory_allocated(), [0]
+    yield growth
+    growth[0] = torch.cuda.max_memory_allocated() - start
+
+
+def measure_memory(bench: Bench, name: str) -> dict:
+    sample(bench, plain_cfg(bench), 1)  # code that is loaded on first use is not memory that a step takes
+    from benchmarks.memory import peak_growth
+
+    with peak_growth() if bench.size.device == "cpu" else growth_on_gpu() as growth:
+        sample(bench, VARIANTS[name](bench), 2)
+    return {"growth": growth[0]}
+
+
+def measure(size: str, *variant: str) -> dict:
+    """All times, or the memory of one variant, in this process; in seconds and bytes."""
+    import torch
+
+    with torch.inference_mode():
+        bench = make_bench(SIZES[size])
+        return measure_memory(bench, *variant) if variant else measure_times(bench)
+
+
+# What glibc does with freed memory: keep it, as a GPU's allocator does, for to get it back costs time, now and then and
+# more for wide batches; or give it back at once, for what it keeps would count as resident.
+KEEP = {"MALLOC_MMAP_THRESHOLD_": "4000000000", "MALLOC_TRIM_THRESHOLD_": "4000000000"}
+GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536"}
+
+
+def in_a_process(size: str, *variant: str) -> dict:
+    environment = {**os.environ, **(GIVE_BACK if variant else KEEP)}
+    command = [sys.executable, __file__, "--measure", size, *variant]
+    run = subprocess.run(command, stdout=subprocess.PIPE, env=environment, text=True, check=True)
+    return json.loads(run.stdout.splitlines()[-1])
+
+
+EXPLANATION = """\
+{date}, ComfyUI {comfyui}, torch {torch}, {machine}.
+
+SDXL's UNet with {size.channels} channels and random weights in {size.dtype}, a {size.side} x {size.side} latent, LoRAs
+of rank {size.rank}. {encoder:.0%} of a plain pass is over when the first LoRA is reached. Ours: two rows of CFG and
+four of guidance, which read the negative prompt, so that the encoder sees two. Window: {guided} of {window} steps are
+guided. Time: a step's over that of plain CFG ({plain:.3g} s) in the same repetition, median of {repetitions} (lowest
+to highest). Peak growth: {memory}.
+Bounds: {bounds}.
+
+| variant | time of a step |{more} peak growth |
+|---|---|{more_lines}---|"""
+MEMORY = {
+    "cpu": "resident memory over what it was just before sampling, each variant in a process of its own",
+    "cuda": "memory allocated on the GPU over what it was just before sampling",
+}
+
+
+def explanation(size: Size, times: dict) -> str:
+    import torch
+
+    gpu = size.device == "cuda"
+    return EXPLANATION.format(
+        date=date.today(),
+        comfyui=runpy.run_path(os.environ["COMFYUI_PATH"] + "/comfyui_version.py")["__version__"],
+        torch=torch.__version__,
+        machine=torch.cuda.get_device_name() if gpu else "one CPU thread, CPU time",
+        size=size,
+        encoder=times["encoder"],
+        guided=times["guided"],
+        window=steps_of(size, "ours, in a window"),
+        repetitions=REPETITIONS,
+        plain=statistics.median(turn["plain CFG"] for turn in times["rounds"]),
+        memory=MEMORY[size.device],
+        bounds=", ".join(f"{name} {bound}" for name, bound in BOUNDS.items()),
+        more=" ms a step |" * gpu,
+        more_lines="---|" * gpu,
+    )
+
+
+def report(name: str) -> bool:
+    """Print and keep everything as Markdown; whether ours is within bounds."""
+    size, lines = SIZES[name], []
+
+    def say(line):
+        lines.append(line)
+        print(line, flush=True)
+
+    times = in_a_process(name)
+    say("# Time and memory of a dual-guided step\n")
+    say(explanation(size, times))
+    within = True
+    for variant in VARIANTS:
+        ratios = [turn[variant] / turn["plain CFG"] for turn in times["rounds"]]
+        ratio = statistics.median(ratios)
+        within = within and ratio <= BOUNDS.get(variant, ratio)
+        cells = [variant, f"{ratio:.2f} ({min(ratios):.2f} to {max(ratios):.2f})"]
+        if size.device == "cuda":
+            cells.append(f"{1000 * statistics.median(turn[variant] for turn in times['rounds']):.0f}")
+        cells.append(f"{in_a_process(name, variant)['growth'] / 1e6:.0f} MB")
+        say(f"| {' | '.join(cells)} |")
+    results = ROOT / "benchmarks" / "results" / ("guidance.md" if name == "small" else f"guidance_{name}.md")
+    results.write_text("\n".join(lines) + "\n")
+    return within
+
+
+def is_ready() -> bool:
+    """Whether this Python can run ComfyUI as it is. Its torch may be the one that knows the GPU."""
+    return "COMFYUI_PATH" in os.environ and all(map(importlib.util.find_spec, ["torch", "einops", "pytest"]))
+
+
+def main(arguments: list[str]) -> int | str:
+    if arguments[:1] == ["--measure"]:
+        print(json.dumps(measure(*arguments[1:])))
+        return 0
+    if arguments not in ([], ["--sdxl"]):
+        return "Usage: python benchmarks/guidance.py [--sdxl]"
+    if not is_ready():
+        runpy.run_path(str(ROOT / "bootstrap.py"))["enter"]("tests")
+    import torch
+
+    if arguments and not torch.cuda.is_available():
+        return "--sdxl needs a GPU with CUDA, and torch finds none. Without --sdxl a small UNet runs on the CPU."
+    return int(not report("sdxl" if arguments else "small"))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
