@@ -137,17 +137,18 @@ class Mixer:
         self.placed: dict[tuple, tuple[Tensor, Tensor]] = {}
 
     @contextmanager
-    def mixed(self, unet: nn.Module, rows: Sequence[Mapping[Source, float]]) -> Iterator[None]:
-        """Within the context a batch through the UNet carries `rows`: the strength of each part that acts in a row.
+    def mixed(self, unet: nn.Module, rows: Mapping[str, Sequence[Mapping[Source, float]]]) -> Iterator[None]:
+        """Within the context a batch through the UNet carries, in each role's block, that role's `rows`.
 
-        The batch may be any multiple of the rows, each row's copies side by side.
+        rows: by role, for each row of the batch there, the strength of every part that acts in it. The batch may be
+        any multiple of the rows, each row's copies side by side.
         """
-        acting = {source: runs([row.get(source, 0.0) for row in rows]) for source in self.sources}
+        acting = {source: runs([row.get(source, 0.0) for row in rows[source.role]]) for source in self.sources}
         with ExitStack() as stack:
             for name, layers in self.layers.items():
                 branches = [(source, run) for source in layers for run in acting[source]]
                 if branches:
-                    hook = partial(self._add, name, branches, len(rows))
+                    hook = partial(self._add, name, branches, len(rows[branches[0][0].role]))
                     stack.callback(unet.get_submodule(name).register_forward_hook(hook).remove)
             yield
 

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 
 from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import CallbacksMP, WrappersMP
@@ -11,9 +12,12 @@ from torch import Tensor, nn
 from ..consislora_core.adapters import Mixer
 from ..consislora_core.guidance import Mix, Row, first_equals
 from ..consislora_core.lora_file import Part, Source
-from ..consislora_core.roles import BLOCKS
+from ..consislora_core.roles import BLOCKS, ROLES
 
 ROWS = "consislora_rows"  # in transformer_options: the rows of a guided pass, by index in cond_or_uncond
+
+# Where the block of each role stands: the output block's number, and the layer's in it.
+STARTS = {role: tuple(map(int, BLOCKS["sdxl"][role]["comfyui"].split(".")[1:])) for role in ROLES}
 
 # Patches that cannot tell how many rows there are; any other may keep something by row, or look for one.
 ROWLESS_PATCHES = {"output_block_patch"}
@@ -24,7 +28,7 @@ def with_mix(model: ModelPatcher, parts: dict[Source, Part], mix: Mix) -> ModelP
     mixer = Mixer(model.model.diffusion_model, parts)
 
     def mixed_pass(executor, x, *args, **kwargs):
-        with mixer.mixed(executor.class_obj, [mix]):
+        with mixer.mixed(executor.class_obj, dict.fromkeys(ROLES, [mix])):
             return executor(x, *args, **kwargs)
 
     return _with_wrapper(model, "consislora", mixed_pass, mixer)
@@ -56,7 +60,7 @@ class GuidedPass:
         unet, rows = executor.class_obj, transformer_options.get(ROWS)
         control = control and fitting(control, x, len(transformer_options["cond_or_uncond"]))
         if rows is None:
-            with self.mixer.mixed(unet, [self.mix]):
+            with self.mixer.mixed(unet, dict.fromkeys(ROLES, [self.mix])):
                 return executor(x, timesteps, context, y, control, transformer_options, **kwargs)
 
         chunks = [rows[index] for index in transformer_options["cond_or_uncond"]]
@@ -64,14 +68,15 @@ class GuidedPass:
         kinds = [int(row.prompt == "negative") for row in chunks]
         options = {**transformer_options, "cond_or_uncond": kinds}
         inputs = [x, timesteps, context, y]
+        mixes = dict.fromkeys(ROLES, [row.mix for row in chunks])
         with ExitStack() as stack:
-            stack.enter_context(self.mixer.mixed(unet, [row.mix for row in chunks]))
             if self._may_share(options):
-                firsts = first_equals(list(zip(*(tensor.chunk(len(chunks)) for tensor in inputs), strict=True)))
-                shared = Sharing(firsts)
+                shared = Sharing(chunks, inputs)
+                mixes = {role: [chunks[row].mix for row in shared.kept[role]] for role in ROLES}
                 inputs = [shared.narrow(tensor) for tensor in inputs]
                 control = control and {place: [shared.narrow(t) for t in ts] for place, ts in control.items()}
-                options = stack.enter_context(shared.widening(unet, self._first_block(chunks), options))
+                options = stack.enter_context(shared.widening(unet, options))
+            stack.enter_context(self.mixer.mixed(unet, mixes))
             return executor(*inputs, control, options, **kwargs)
 
     def _may_share(self, options: dict) -> bool:
@@ -86,13 +91,6 @@ class GuidedPass:
             )
         return self.share_encoder
 
-    def _first_block(self, rows: Sequence[Row]) -> tuple[int, int]:
-        """Where rows begin to differ: the output block, and the layer in it, of the first role that acts in one."""
-        acting = {source.role for source in self.mixer.sources if any(source in row.mix for row in rows)}
-        path = BLOCKS["sdxl"]["style" if acting == {"style"} else "content"]["comfyui"]
-        _, block, layer = path.split(".")
-        return int(block), int(layer)
-
 
 def fitting(control: dict[str, list], x: Tensor, chunks: int) -> dict[str, list]:
     """Control for this batch. A T2I adapter keeps what it made for its first, which may have had more or fewer rows."""
@@ -106,47 +104,74 @@ def fitting(control: dict[str, list], x: Tensor, chunks: int) -> dict[str, list]
 
 
 class Sharing:
-    """Equal rows as one, from the input up to the first LoRA, and as many as they are from there.
+    """Rows that are equal so far as one: in their inputs up to the content block, from there in their content parts as
+    well up to the style block, and from there as many rows as they are.
 
-    firsts: for every row of the batch, the first row that is equal to it.
+    firsts: by stretch, for every row of the batch, the first row that is equal to it. kept: by stretch, those rows.
     """
 
-    def __init__(self, firsts: Sequence[int]):
-        self.rows = len(firsts)
-        self.kept = sorted(set(firsts))
-        self.places = [self.kept.index(first) for first in firsts]
+    def __init__(self, rows: Sequence[Row], inputs: Sequence[Tensor]):
+        encoder = first_equals(list(zip(*(tensor.chunk(len(rows)) for tensor in inputs), strict=True)))
+        content = [(first, acting(row.mix, "content")) for first, row in zip(encoder, rows, strict=True)]
+        self.firsts = {
+            "encoder": encoder,
+            "content": [content.index(key) for key in content],
+            "style": list(range(len(rows))),
+        }
+        self.kept = {stretch: sorted(set(firsts)) for stretch, firsts in self.firsts.items()}
 
     def narrow(self, tensor: Tensor | None) -> Tensor | None:
         if tensor is None or len(tensor) == 1:  # no control at this block, or one picture's for all rows
             return tensor
-        return tensor.unflatten(0, (self.rows, -1))[self.kept].flatten(0, 1)
+        return tensor.unflatten(0, (len(self.firsts["encoder"]), -1))[self.kept["encoder"]].flatten(0, 1)
 
-    def widen(self, tensor: Tensor) -> Tensor:
-        return tensor.unflatten(0, (len(self.kept), -1))[self.places].flatten(0, 1)
+    def widen(self, tensor: Tensor, before: str, after: str) -> Tensor:
+        """The rows of one stretch from those of another before it."""
+        places = [self.kept[before].index(self.firsts[before][row]) for row in self.kept[after]]
+        if places == list(range(len(self.kept[before]))):
+            return tensor
+        return tensor.unflatten(0, (len(self.kept[before]), -1))[places].flatten(0, 1)
 
     @contextmanager
-    def widening(self, unet: nn.Module, first: tuple[int, int], options: dict) -> Iterator[dict]:
+    def widening(self, unet: nn.Module, options: dict) -> Iterator[dict]:
         """The options for a pass of the narrow batch through the UNet, which gives the wide batch's output."""
-        narrow = {**options, **{key: [options[key][row] for row in self.kept] for key in ("cond_or_uncond", "uuids")}}
+        per_row = {
+            stretch: {key: [options[key][row] for row in rows] for key in ("cond_or_uncond", "uuids")}
+            for stretch, rows in self.kept.items()
+        }
+        narrow = {**options, **per_row["encoder"]}
 
         def widen_skip(h, skip, transformer_options):
             _, block = transformer_options["block"]
-            return h, self.widen(skip) if block > first[0] else skip
+            return h, self.widen(skip, "encoder", stretch_at((block, 0)))
 
-        def widen_batch(layer, inputs):
-            narrow.update({key: options[key] for key in ("cond_or_uncond", "uuids")})
-            return self.widen(inputs[0]), *inputs[1:]
+        def widen_batch(before, after, layer, inputs):
+            narrow.update(per_row[after])
+            return self.widen(inputs[0], before, after), *inputs[1:]
 
-        def widen_condition(layer, inputs):  # the time embedding or the text, where a layer takes one
-            return inputs[0], *(self.widen(condition) for condition in inputs[1:2]), *inputs[2:]
+        def widen_condition(stretch, layer, inputs):  # the time embedding or the text, where a layer takes one
+            return inputs[0], *(self.widen(condition, "encoder", stretch) for condition in inputs[1:2]), *inputs[2:]
 
         patches = narrow.get("patches", {})
         narrow["patches"] = {**patches, "output_block_patch": [widen_skip, *patches.get("output_block_patch", [])]}
+        batch_hooks = {
+            STARTS["content"]: partial(widen_batch, "encoder", "content"),
+            STARTS["style"]: partial(widen_batch, "content", "style"),
+        }
         with ExitStack() as stack:
             for number, block in enumerate(unet.output_blocks):
                 for place, layer in enumerate(block):
-                    if (number, place) >= first:
-                        stack.callback(layer.register_forward_pre_hook(widen_condition).remove)
-                    if (number, place) == first:
-                        stack.callback(layer.register_forward_pre_hook(widen_batch).remove)
+                    hook = partial(widen_condition, stretch_at((number, place)))
+                    stack.callback(layer.register_forward_pre_hook(hook).remove)
+                    if hook := batch_hooks.get((number, place)):
+                        stack.callback(layer.register_forward_pre_hook(hook).remove)
             yield narrow
+
+
+def acting(mix: Mix, role: str) -> Mix:
+    return {source: strength for source, strength in mix.items() if source.role == role}
+
+
+def stretch_at(place: tuple[int, int]) -> str:
+    """The stretch of the UNet that an output block's layer is in."""
+    return next((role for role in reversed(ROLES) if place >= STARTS[role]), "encoder")
