@@ -25,6 +25,7 @@ from ..consislora_core.lora_file import ImageLora
 from ..consislora_core.roles import targets
 from ..consislora_core.trainer import Denoiser, StepEvent
 
+NEARLY_CLEAN = 1e-4  # a sigma to rise from: at 0 there is no direction to rise in
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -231,12 +232,18 @@ def sigmas(model: ModelPatcher, steps: int, sampler_name: str, scheduler: str, d
     ).sigmas
 
 
-def sample(guider: comfy.samplers.CFGGuider, latent: dict, seed: int, sampler_name: str, sigmas: Tensor) -> dict:
-    """A latent sampled as ComfyUI's KSampler does, with another guider: noise, mask, preview and progress alike."""
+def sample(
+    guider: comfy.samplers.CFGGuider, latent: dict, seed: int, sampler_name: str, sigmas: Tensor, noised: bool = False
+) -> dict:
+    """A latent sampled as ComfyUI's KSampler does, with another guider: noise, mask, preview and progress alike.
+
+    noised: the latent is as noisy as sampling begins already, and no noise is added.
+    """
     model = guider.model_patcher
     start = comfy.sample.fix_empty_latent_channels(model, latent["samples"])
+    noise = comfy.sample.prepare_noise(start, seed, latent.get("batch_index"))
     samples = guider.sample(
-        comfy.sample.prepare_noise(start, seed, latent.get("batch_index")),
+        torch.zeros_like(noise) if noised else noise,
         start,
         comfy.samplers.sampler_object(sampler_name),
         sigmas,
@@ -246,6 +253,12 @@ def sample(guider: comfy.samplers.CFGGuider, latent: dict, seed: int, sampler_na
         seed=seed,
     )
     return {**latent, "samples": samples.to(comfy.model_management.intermediate_device())}
+
+
+def inverted(guider: comfy.samplers.CFGGuider, latent: dict, sigmas: Tensor) -> dict:
+    """The noisy latent that Euler steps down `sigmas` would turn into this one (DDIM inversion, in sigma's terms)."""
+    rising = torch.cat([sigmas.new_tensor([NEARLY_CLEAN]), sigmas.flip(0)[1:]])
+    return sample(guider, latent, 0, "euler", rising, noised=True)
 
 
 class Progress:
@@ -308,7 +321,9 @@ def text_behind(hidden: Any, input_name: str) -> str:
 
 
 def lora_files() -> list[str]:
-    return [name for name in folder_paths.get_filename_list("loras") if name.endswith(".safetensors")]
+    """Names with forward slashes on every system, so that a workflow made on one opens on another."""
+    names = folder_paths.get_filename_list("loras")
+    return [name.replace("\\", "/") for name in names if name.endswith(".safetensors")]
 
 
 def lora_path(name: str) -> Path:

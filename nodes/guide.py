@@ -8,12 +8,23 @@ from comfy.model_patcher import ModelPatcher
 from comfy_api.latest import io
 from torch import Tensor
 
-from ..consislora_core.guidance import GUIDANCE, Mix, Row, guidance, guidance_rows, parts_of, wanted
+from ..consislora_core.guidance import (
+    CONTENT,
+    CONTENTS_STYLE,
+    GUIDANCE,
+    Mix,
+    Row,
+    guidance,
+    guidance_rows,
+    parts_of,
+    wanted,
+)
 from ..consislora_core.lora_file import ImageLora
 from . import bridge, passes
 from .sockets import CATEGORY, ConsisLora
 
 PROMPTS = [row.prompt for pair in GUIDANCE.values() for row in pair]
+OWN_LOOK = {CONTENT: 1.0, CONTENTS_STYLE: 1.0}
 
 
 class DualGuider(comfy.samplers.CFGGuider):
@@ -199,6 +210,12 @@ class Sampler(io.ComfyNode):
                     "denoise", default=1.0, min=0.0, max=1.0, step=0.01, tooltip="Below 1 keeps some of latent_image."
                 ),
                 *guidance_inputs(),
+                io.Boolean.Input(
+                    "structure_lock",
+                    default=False,
+                    tooltip="Begins with latent_image's own noise, found by Euler inversion, in the place of random "
+                    "noise, so that outlines stay where they are. Connect the content image's latent.",
+                ),
                 *optional_inputs(),
             ],
             outputs=[io.Latent.Output()],
@@ -216,10 +233,31 @@ class Sampler(io.ComfyNode):
         sampler_name,
         scheduler,
         denoise,
+        structure_lock=False,
         content: ImageLora | None = None,
         style: ImageLora | None = None,
         **given,
     ) -> io.NodeOutput:
         guider = guider_for(model, positive, negative, content, style, given)
         sigmas = bridge.sigmas(model, steps, sampler_name, scheduler, denoise)
-        return io.NodeOutput(bridge.sample(guider, latent_image, seed, sampler_name, sigmas))
+        if structure_lock:
+            latent_image = bridge.inverted(restoring(model, negative, content), lockable(latent_image), sigmas)
+        return io.NodeOutput(bridge.sample(guider, latent_image, seed, sampler_name, sigmas, noised=structure_lock))
+
+
+def restoring(model: ModelPatcher, negative: list, content: ImageLora | None) -> comfy.samplers.CFGGuider:
+    """Predicts the content image as it was: with both parts of its LoRA, and no words."""
+    guider = comfy.samplers.CFGGuider(passes.with_mix(model, parts_of(content, None), OWN_LOOK))
+    guider.set_conds(negative, negative)
+    guider.set_cfg(1.0)
+    return guider
+
+
+def lockable(latent: dict) -> dict:
+    if "noise_mask" in latent:
+        raise ValueError("structure_lock does not work with a mask on latent_image. Turn it off, or remove the mask.")
+    if not latent["samples"].any():
+        raise ValueError(
+            "structure_lock needs a picture, and latent_image is empty. Connect the content image's latent."
+        )
+    return latent

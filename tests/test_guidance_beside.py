@@ -5,8 +5,10 @@
 import logging
 from itertools import cycle
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from reference import DATA, INDEX, comfy_model, relative_error
 from test_guidance import (  # noqa: F401 - two of them are fixtures
     LOGGED,
@@ -24,6 +26,7 @@ from test_training_nodes import everything_about, loaded_model
 
 from consislora_core import lora_file
 from consislora_core.guidance import GUIDANCE, parts_of, wanted
+from demo.run import IMAGES
 
 ONE_STEP = LOGGED["sigmas"][[0, 6]]
 THREE_STEPS = LOGGED["sigmas"][[0, 2, 4, 6]]
@@ -412,13 +415,12 @@ def given_latent(side=16):
 
 
 def by_node(guide, model, loras, latent, sampler="euler", scheduler="normal", denoise=1.0, **changes):
-    given = dict(content_strength=1.0, style_strength=1.0, start_percent=0.0, end_percent=1.0, reuse_steps=1)
+    given = dict(content_strength=1.0, style_strength=1.0, start_percent=0.0, end_percent=1.0, reuse_steps=1, seed=11)
     return guide.Sampler.execute(
         model,
         positive=conditioning("main"),
         negative=conditioning("uncond"),
         latent_image=latent,
-        seed=11,
         steps=STEPS,
         sampler_name=sampler,
         scheduler=scheduler,
@@ -482,6 +484,43 @@ def test_inpainting_keeps_what_the_mask_leaves_out(sampler, guide, pack, loras):
     off = by_node(guide, model, loras, masked, sampler, **OFF)
     assert torch.equal(off, by_ksampler(applied(pack, model, loras), masked, sampler))
     assert relative_error(ours[..., 8:], off[..., 8:]) > 1e-3
+
+
+# Structure lock
+
+
+def test_a_locked_picture_comes_back_when_the_same_model_restores_it(guide, pack):
+    """Euler inversion is undone by as many Euler steps, the closer the finer they are."""
+    from demo import model as demo
+
+    model, clip, vae = demo.load()
+    crown = Image.open(IMAGES / "crown-flat.png").convert("RGB").resize((128, 128))
+    latent = {"samples": vae.encode(torch.from_numpy(np.array(crown))[None] / 255)}
+    guider = guide.restoring(model, clip.encode_from_tokens_scheduled(clip.tokenize("")), content=None)
+
+    def error(steps):
+        sigmas = pack.nodes.bridge.sigmas(model, steps, "euler", "karras", 1.0)
+        inverted = pack.nodes.bridge.inverted(guider, latent, sigmas)
+        restored = pack.nodes.bridge.sample(guider, inverted, 0, "euler", sigmas, noised=True)
+        return relative_error(restored["samples"], latent["samples"])
+
+    assert error(40) < 0.5 * error(10)
+    assert error(40) < 0.1
+
+
+def test_a_locked_picture_begins_with_no_random_noise(guide, loras):
+    model, latent = comfy_model(), given_latent()
+    locked = by_node(guide, model, loras, latent, structure_lock=True)
+    assert torch.equal(locked, by_node(guide, model, loras, latent, structure_lock=True, seed=12))
+    assert relative_error(locked, by_node(guide, model, loras, latent)) > 1e-2
+
+
+def test_a_lock_without_a_picture_or_beside_a_mask_is_refused_in_words(guide, loras):
+    with pytest.raises(ValueError, match="latent_image is empty"):
+        by_node(guide, comfy_model(), loras, {"samples": torch.zeros(1, 4, 16, 16)}, structure_lock=True)
+    with pytest.raises(ValueError, match="remove the mask"):
+        masked = {**given_latent(), "noise_mask": torch.ones(1, 16, 16)}
+        by_node(guide, comfy_model(), loras, masked, structure_lock=True)
 
 
 # Hooks on conditioning
