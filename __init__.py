@@ -3,6 +3,8 @@
 The body imports nothing: pytest imports this file too, outside of any ComfyUI.
 """
 
+WEB_DIRECTORY = "./web"  # its docs/ is the nodes' help
+
 
 async def comfy_entrypoint():
     """What ComfyUI calls to get the nodes."""
