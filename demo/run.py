@@ -72,20 +72,22 @@ def picture(server: ComfyServer, prompt: dict, clock: Clock) -> Path:
 
 
 def cell(server: ComfyServer, prompt: dict, content: float, style: float, clock: Clock) -> tuple[str, Path]:
-    changed = copy.deepcopy(prompt)
-    for node in nodes(changed, "ConsisLoRAApply"):
-        changed[node]["inputs"] |= {"content_strength": content, "style_strength": style}
+    changed = with_sampler(prompt, content_strength=content, style_strength=style)
     return f"content {content:g}, style {style:g}", picture(server, changed, clock)
 
 
 def without_loras(prompt: dict) -> dict:
     """The same picture from the base model alone, with words for the thing and the look."""
+    changed = with_sampler(prompt, content_strength=0, style_strength=0, content_guidance=0, style_guidance=0)
+    (sampler,) = nodes(changed, "ConsisLoRASampler")
+    changed[changed[sampler]["inputs"]["positive"][0]]["inputs"]["text"] = PLAIN_PROMPT
+    return changed
+
+
+def with_sampler(prompt: dict, **inputs: float) -> dict:
     changed = copy.deepcopy(prompt)
-    (sampler,) = nodes(changed, "KSampler")
-    (apply,) = nodes(changed, "ConsisLoRAApply")
-    inputs = changed[sampler]["inputs"]
-    inputs["model"] = changed[apply]["inputs"]["model"]
-    changed[inputs["positive"][0]]["inputs"]["text"] = PLAIN_PROMPT
+    for node in nodes(changed, "ConsisLoRASampler"):
+        changed[node]["inputs"] |= inputs
     return changed
 
 

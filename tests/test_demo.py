@@ -6,7 +6,7 @@ import threading
 import pytest
 from PIL import Image
 
-from demo.run import IMAGES, WORKFLOW, nodes
+from demo.run import IMAGES, WORKFLOW, nodes, with_sampler
 from demo.server import WorkflowError
 from demo.sheet import sheet
 
@@ -42,12 +42,13 @@ def test_two_pictures_go_in_two_loras_and_a_picture_come_out(server, prompt):
 
 def test_other_strengths_do_not_train_again(server, prompt):
     server.run(prompt)
-    for node in nodes(prompt, "ConsisLoRAApply"):
-        prompt[node]["inputs"]["style_strength"] = 0.25
     ran = []
-    server.run(prompt, on_event=lambda kind, data: ran.append(data["node"]) if kind == "executing" else None)
+    server.run(
+        with_sampler(prompt, style_strength=0.25),
+        on_event=lambda kind, data: ran.append(data["node"]) if kind == "executing" else None,
+    )
     assert not {*nodes(prompt, "ConsisLoRATrainImage"), *nodes(prompt, "ConsisLoRATrainStyle")} & set(ran)
-    assert set(nodes(prompt, "KSampler")) <= set(ran)
+    assert set(nodes(prompt, "ConsisLoRASampler")) <= set(ran)
 
 
 def test_training_stops_within_a_step_and_the_next_job_runs(server, prompt):

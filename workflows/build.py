@@ -53,13 +53,14 @@ MODEL, CLIP, VAE = (From("base", output) for output in ("MODEL", "CLIP", "VAE"))
 
 
 class Settings(NamedTuple):
-    """What differs from one base model to the next. words: about it, for the notes."""
+    """What differs from one base model to the next. words: about it, for the notes. rates: of learning."""
 
     name: str
     words: str
     base: Node
     images: tuple[str, str]
     side: int
+    rates: dict[str, float]
     sampling: dict
 
 
@@ -80,7 +81,7 @@ class Use(NamedTuple):
 
 
 def train_and_stylise(settings: Settings, note: str) -> Workflow:
-    """Two pictures in, two LoRAs and a stylised picture out: the whole method, at the training nodes' defaults."""
+    """Two pictures in, two LoRAs and a stylised picture out: the whole method."""
     content_image, style_image = settings.images
     return [
         [start_here(settings, note)],
@@ -89,8 +90,8 @@ def train_and_stylise(settings: Settings, note: str) -> Workflow:
             Group("2. The look", BLUE, [picture("style", "Style image", style_image, settings.side)]),
         ],
         [
-            Group("3. Learn the thing", BROWN, learn_thing()),
-            Group("4. Learn the look, in two stages", BROWN, learn_look()),
+            Group("3. Learn the thing", BROWN, learn_thing(settings.rates)),
+            Group("4. Learn the look, in two stages", BROWN, learn_look(settings.rates)),
         ],
         [Group("5. The thing in the look", GREEN, stylise(settings))],
     ]
@@ -126,12 +127,12 @@ def picture(key: str, title: str, file: str, side: int) -> Column:
     }
 
 
-def learn_thing() -> list[Column]:
+def learn_thing(rates: dict[str, float]) -> list[Column]:
     return [
         {
             "content_prompt": text("What the content image is called", "A [c]"),
             "content_training": train(
-                "ConsisLoRATrainImage", "Train on the content image", "content", "content_prompt"
+                "ConsisLoRATrainImage", "Train on the content image", "content", "content_prompt", **rates
             ),
         },
         {
@@ -141,17 +142,20 @@ def learn_thing() -> list[Column]:
     ]
 
 
-def learn_look() -> list[Column]:
+def learn_look(rates: dict[str, float]) -> list[Column]:
     stage_1 = {"content_lora": From("style_training", "consislora")}
+    stage_2_rates = {name: rate for name, rate in rates.items() if name == "reconstruction_learning_rate"}
     return [
         {
             "style_prompt": text("What the style image is called", "A [v]"),
-            "style_training": train("ConsisLoRATrainImage", "Stage 1: all of the style image", "style", "style_prompt"),
+            "style_training": train(
+                "ConsisLoRATrainImage", "Stage 1: all of the style image", "style", "style_prompt", **rates
+            ),
         },
         {
             "look_prompt": text("What its look is called", "An image in the style of [v]"),
             "look_training": train(
-                "ConsisLoRATrainStyle", "Stage 2: its look alone", "style", "look_prompt", **stage_1
+                "ConsisLoRATrainStyle", "Stage 2: its look alone", "style", "look_prompt", **stage_1, **stage_2_rates
             ),
         },
         {
@@ -164,12 +168,8 @@ def learn_look() -> list[Column]:
 
 def stylise(settings: Settings) -> list[Column]:
     loras = {"content": From("content_training", "consislora"), "style": From("look_training", "consislora")}
-    applied = Node("ConsisLoRAApply", "How much of each", {"model": MODEL, **loras})
-    sampled = Node("KSampler", "Sample", {"model": From("applied", "MODEL"), **sampling(settings)})
-    return [
-        {"applied": applied, **asked(BOTH, settings.side)},
-        {"sampled": sampled, **shown("The thing in the look")},
-    ]
+    sampled = Node("ConsisLoRASampler", "Sample, guided", {"model": MODEL, **loras, **sampling(settings)})
+    return [asked(BOTH, settings.side), {"sampled": sampled, **shown("The thing in the look")}]
 
 
 def asked(prompt: str, side: int) -> Column:
@@ -226,8 +226,8 @@ TRAIN_SDXL = """\
 Afterwards change only what stands in group 5 and queue again: the training is remembered until ComfyUI closes, or
 until you change something it depends on.
 
-- The thing has lost its shape: raise `content_strength`, or lower `style_strength`.
-- The look is too weak: the other way round.
+- The thing has lost its shape: raise `content_guidance`, or lower `style_strength`.
+- The look is too weak: raise `style_guidance`, or lower `content_strength`.
 - Prompt: name the thing and keep the rare words, such as *a [c] teapot in the style of [v]*.
 
 `steps` and learning rates are those of the paper. To use the LoRAs another day, put **Load ConsisLoRA** in the
@@ -246,8 +246,10 @@ white.
 
 Afterwards change only what stands in group 5 and queue again: the training is remembered.
 
-- The thing has lost its shape: raise `content_strength`, or lower `style_strength`.
-- The look is too weak: the other way round.
+- The thing has lost its shape: raise `content_guidance`, or lower `style_strength`.
+- The look is too weak: raise `style_guidance`, or lower `content_strength`.
+
+Learning rates are five times the paper's: the layers of a model this small need larger changes.
 """
 
 START = """\
@@ -335,6 +337,7 @@ DEMO = Settings(
     base=Node("ConsisLoRADemoModel", "Demo model"),
     images=("crown-flat.png", "umbrella-high-contrast.png"),
     side=128,
+    rates={"learning_rate": 1e-3, "reconstruction_learning_rate": 5e-4},
     sampling={"steps": 20, "cfg": 4.0, "sampler_name": "dpmpp_2m", "scheduler": "karras"},
 )
 SDXL = Settings(
@@ -343,6 +346,7 @@ SDXL = Settings(
     base=Node("CheckpointLoaderSimple", "SDXL checkpoint", {"ckpt_name": "sd_xl_base_1.0.safetensors"}),
     images=("example.png", "example.png"),
     side=1024,
+    rates={},  # the nodes' defaults are the paper's
     sampling={"steps": 30, "cfg": 7.5, "sampler_name": "euler", "scheduler": "normal"},
 )
 WORKFLOWS = {
