@@ -359,4 +359,4 @@ def save_lora(lora: ImageLora, name: str, precision: str) -> str:
             f"The LoRA could not be saved to {path.parent}: {error.strerror or error}. Free some space or "
             "choose a folder that can be written, then queue again: the training itself is still cached."
         ) from error
-    return path.relative_to(folder_paths.get_folder_paths("loras")[0]).as_posix()
+    return path.relative_to(Path(folder_paths.get_folder_paths("loras")[0]).resolve()).as_posix()
