@@ -1,10 +1,11 @@
 """Reads and writes LoRA files, every spelling, as parts by role with metadata."""
 
+import json
 import os
 import re
 import tempfile
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -129,13 +130,35 @@ def write(lora: ImageLora, path: str | os.PathLike, dtype: torch.dtype = torch.f
     """
     path = Path(path)
     state = {key: tensor.to("cpu", dtype) for key, tensor in to_state_dict(lora).items()}
+    write_tensors(state, path, {"format": "pt", **MODEL_SPEC, "modelspec.title": path.stem, **lora.metadata})
+
+
+def write_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
+    """Writes a safetensors file whole or not at all, the same bytes for the same content.
+
+    Raises OSError when the folder cannot be written or the disk is full.
+    """
     handle, unfinished = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
     os.close(handle)
     try:
-        save_file(state, unfinished, {"format": "pt", **MODEL_SPEC, "modelspec.title": path.stem, **lora.metadata})
+        save_file(tensors, unfinished, metadata)
+        with open(unfinished, "r+b") as file:
+            _sort_metadata(file)
+            os.fsync(file.fileno())  # or a power cut could leave the new name on old or empty bytes
         os.chmod(unfinished, 0o644)  # temporary files are for their owner alone
         os.replace(unfinished, path)
     except SafetensorError as error:
         raise OSError(f"{path} could not be written: {error}") from error
     finally:
         Path(unfinished).unlink(missing_ok=True)
+
+
+def _sort_metadata(file: BinaryIO) -> None:
+    """safetensors writes metadata in another order each time; the header is JSON, padded with spaces."""
+    length = int.from_bytes(file.read(8), "little")
+    header = json.loads(file.read(length))
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    assert len(text) <= length
+    file.seek(8)
+    file.write(text.ljust(length))

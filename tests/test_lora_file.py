@@ -67,6 +67,15 @@ def test_a_file_reads_back_as_it_was_written(tmp_path):
     assert again.metadata["consislora.stage"] == "style"
 
 
+def test_the_same_content_is_the_same_bytes(tmp_path):
+    lora = lora_file.read(AUTHORS)._replace(metadata={f"consislora.{n}": f"{n} \u732b" for n in range(20)})
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        lora_file.write(lora, tmp_path / name / "x.safetensors")
+    assert (tmp_path / "a" / "x.safetensors").read_bytes() == (tmp_path / "b" / "x.safetensors").read_bytes()
+    assert lora.metadata.items() <= lora_file.read(tmp_path / "a" / "x.safetensors").metadata.items()
+
+
 def test_keys_are_kohyas_with_diffusers_block_names():
     lora = ImageLora(
         {"style": {"transformer_blocks.0.attn1.to_out.0": LoraLayer(torch.zeros(2, 3), torch.zeros(4, 2), 2.0)}}, {}
