@@ -13,6 +13,8 @@ from .lora_file import Part
 from .losses import LOSSES, Draw, add_noise, draw
 from .schedule import Stage
 
+MOMENTS = ("exp_avg", "exp_avg_sq")  # what AdamW keeps of each parameter, beside its count of steps
+
 
 class Denoiser(NamedTuple):
     """A model as the core sees it, whichever program hosts it."""
@@ -64,6 +66,7 @@ class Trainer:
         self.start = {**(frozen or {}), **fresh}
         self.loss_scale = loss_scale
         self.step = 0
+        self.random_state = self.generator.get_state()  # between steps: one that is cut short has drawn already
 
     def __enter__(self) -> "Trainer":
         with ExitStack() as stack:
@@ -102,6 +105,7 @@ class Trainer:
             group["lr"] = phase.learning_rate
         self.optimizer.step()
         self.step += 1
+        self.random_state = self.generator.get_state()
         return StepEvent(
             self.step, self.stage.name, phase.loss, loss, phase.learning_rate, random.sigma.mean().item(), z_0_hat
         )
@@ -129,23 +133,44 @@ class Trainer:
         """The parts as trained so far, frozen ones included, on the CPU in fp32."""
         return self.inserted.parts()
 
-    def state_dict(self) -> dict:
-        """All that a later Trainer of the same arguments needs to go on as if never stopped."""
-        return {
-            "step": self.step,
-            "weights": [p.detach().cpu().clone() for p in self.inserted.parameters],
-            "optimizer": self.optimizer.state_dict(),
-            "generator": self.generator.get_state(),
-            "loss_scale": self.loss_scale,
-        }
+    def state_dict(self) -> dict[str, Tensor]:
+        """All that a later Trainer of the same arguments needs to go on as if never stopped, on the CPU.
 
-    def load_state_dict(self, state: dict) -> None:
+        As of the last whole step, also when a later one was cut short.
+        """
+        state = {
+            "step": torch.tensor(self.step),
+            "loss_scale": torch.tensor(self.loss_scale, dtype=torch.float64),
+            "generator": self.random_state.clone(),
+        }
+        moments = self.optimizer.state_dict()["state"]  # of a parameter, by its number: empty before the first step
+        for number, weight in enumerate(self.inserted.parameters):
+            state[f"weights.{number}"] = weight.detach().cpu().clone()
+            for name in moments.get(number, ()):
+                state[f"optimizer.{number}.{name}"] = moments[number][name].detach().cpu().clone()
+        return state
+
+    def state_shapes(self) -> dict[str, tuple[int, ...]]:
+        """What `state_dict` holds after the first step, by name."""
+        shapes = {"step": (), "loss_scale": (), "generator": tuple(self.random_state.shape)}
+        for number, weight in enumerate(self.inserted.parameters):
+            shapes[f"weights.{number}"] = tuple(weight.shape)
+            shapes |= {f"optimizer.{number}.{name}": tuple(weight.shape) for name in MOMENTS}
+            shapes[f"optimizer.{number}.step"] = ()
+        return shapes
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Goes on from a `state_dict` of at least one step, of a Trainer of the same arguments."""
+        moments = {}
         with torch.no_grad():
-            for parameter, weight in zip(self.inserted.parameters, state["weights"], strict=True):
-                parameter.copy_(weight)
-        self.optimizer.load_state_dict(state["optimizer"])
+            for number, weight in enumerate(self.inserted.parameters):
+                weight.copy_(state[f"weights.{number}"])
+                # Clones: the optimizer keeps what it is given, and writes into it.
+                moments[number] = {name: state[f"optimizer.{number}.{name}"].clone() for name in ("step", *MOMENTS)}
+        self.optimizer.load_state_dict({"state": moments, "param_groups": self.optimizer.state_dict()["param_groups"]})
         self.generator.set_state(state["generator"])
-        self.step, self.loss_scale = state["step"], state["loss_scale"]
+        self.random_state = self.generator.get_state()
+        self.step, self.loss_scale = int(state["step"]), float(state["loss_scale"])
 
 
 def _check_latents(z_0: Tensor) -> None:
