@@ -140,23 +140,23 @@ def measure(trainer: str, stored: str, channels: str, what: str) -> dict:
     with tempfile.TemporaryDirectory() as base:
         load_comfy(Path(base))
         pack = load_pack()
-    import peft  # noqa: F401 - its code is not memory that training takes
-    import torch
+        import peft  # noqa: F401 - its code is not memory that training takes
+        import torch
 
-    torch.manual_seed(0)
-    with torch.inference_mode():
-        model = sdxl_shaped(getattr(torch, stored), int(channels))
-        latent = {"samples": torch.randn(LATENT)}
-        positive = [[torch.randn(1, 77, 2048), {"pooled_output": torch.randn(1, 1280)}]]
-        unet = {parameter.untyped_storage().data_ptr(): parameter.nbytes for parameter in model.model.parameters()}
-        lora = learning()
-        if what == "activations":
-            with saved_for_backward() as kept:
-                TRAINERS[trainer](pack, model, latent, positive, steps=1)
-            return {"activations": sum(size for address, size in kept.items() if address not in {**unet, **lora})}
-        with peak_growth() as growth:
-            TRAINERS[trainer](pack, model, latent, positive, STEPS)
-    return {"unet": sum(unet.values()), "growth": growth[0], "lora": 4 * sum(lora.values())}
+        torch.manual_seed(0)
+        with torch.inference_mode():
+            model = sdxl_shaped(getattr(torch, stored), int(channels))
+            latent = {"samples": torch.randn(LATENT)}
+            positive = [[torch.randn(1, 77, 2048), {"pooled_output": torch.randn(1, 1280)}]]
+            unet = {parameter.untyped_storage().data_ptr(): parameter.nbytes for parameter in model.model.parameters()}
+            lora = learning()
+            if what == "activations":
+                with saved_for_backward() as kept:
+                    TRAINERS[trainer](pack, model, latent, positive, steps=1)
+                return {"activations": sum(size for address, size in kept.items() if address not in {**unet, **lora})}
+            with peak_growth() as growth:
+                TRAINERS[trainer](pack, model, latent, positive, STEPS)
+        return {"unet": sum(unet.values()), "growth": growth[0], "lora": 4 * sum(lora.values())}
 
 
 def in_a_process(*what: str) -> dict:

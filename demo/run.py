@@ -46,7 +46,7 @@ def keep_open(server: ComfyServer) -> None:
 def train_and_stylise(server: ComfyServer, output: Path) -> None:
     prompt = json.loads(WORKFLOW.read_text(encoding="utf-8"))
     loras = server.base / "models" / "loras" / "consislora"
-    earlier = set(loras.glob("*"))
+    earlier = set(loras.glob("*.safetensors"))
     clock = Clock(prompt)
 
     result = picture(server, prompt, clock)
@@ -57,7 +57,10 @@ def train_and_stylise(server: ComfyServer, output: Path) -> None:
     first_row = [("content image", content), ("style image", style), ("plain, no LoRA", plain), ("result", result)]
     page = output / "contact_sheet.png"
     sheet([first_row, *varied]).save(page)
-    files = [shutil.copy(file, output / f"{file.stem[:-6]}.safetensors") for file in set(loras.glob("*")) - earlier]
+    files = [
+        shutil.copy(file, output / f"{file.stem[:-6]}.safetensors")
+        for file in set(loras.glob("*.safetensors")) - earlier
+    ]
     print(clock.report(), f"\nContact sheet: {page}", *(f"LoRA: {file}" for file in sorted(files)), sep="\n")
 
 

@@ -135,6 +135,10 @@ class ComfyServer:
         """Stop the running workflow at the next point where ComfyUI looks."""
         self.post("/interrupt", {})
 
+    def kill(self) -> None:
+        """End ComfyUI at once, as a power cut would."""
+        self._process.kill()
+
     def images(self, entry: dict) -> list[Path]:
         """The picture files a history entry tells of."""
         shown = [image for output in entry["outputs"].values() for image in output.get("images", [])]

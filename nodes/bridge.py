@@ -2,9 +2,12 @@
 
 import hashlib
 import logging
-from collections.abc import Iterator
+import os
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
 from pathlib import Path
+from types import FunctionType
 from typing import Any
 
 import comfy.model_management
@@ -17,15 +20,19 @@ import folder_paths
 import latent_preview
 import torch
 from comfy.model_patcher import ModelPatcher
+from comfy.weight_adapter import WeightAdapterBase
 from PIL import Image
 from torch import Tensor, nn
 
 from ..consislora_core import lora_file
-from ..consislora_core.lora_file import ImageLora
+from ..consislora_core.lora_file import ImageLora, Part
 from ..consislora_core.roles import targets
+from ..consislora_core.schedule import Stage
+from ..consislora_core.store import CODE, Nameless, Store, fingerprint
 from ..consislora_core.trainer import Denoiser, StepEvent
 
 NEARLY_CLEAN = 1e-4  # a sigma to rise from: at 0 there is no direction to rise in
+Cancelled = comfy.model_management.InterruptProcessingException
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -261,6 +268,11 @@ def inverted(guider: comfy.samplers.CFGGuider, latent: dict, sigmas: Tensor) -> 
     return sample(guider, latent, 0, "euler", rising, noised=True)
 
 
+def stop_if_cancelled() -> None:
+    """Raises Cancelled when the user pressed cancel."""
+    comfy.model_management.throw_exception_if_processing_interrupted()
+
+
 class Progress:
     """Shows training on the node: a bar, every few steps the restored image, and the loss in the log."""
 
@@ -273,8 +285,8 @@ class Progress:
         )
 
     def show(self, event: StepEvent) -> None:
-        """Raises ComfyUI's interrupt exception when the user pressed cancel."""
-        comfy.model_management.throw_exception_if_processing_interrupted()
+        """Raises Cancelled when the user pressed cancel."""
+        stop_if_cancelled()
         preview = None
         if self.previewer and event.step % self.preview_every == 1:
             picture = self.previewer.decode_latent_to_preview(event.z_0_hat.float().cpu())
@@ -298,14 +310,73 @@ class Progress:
             )
 
 
+def store() -> Store:
+    """The LoRAs and checkpoints of all trainings, in the first models/loras folder."""
+    folder = Path(folder_paths.get_folder_paths("loras")[0], "consislora", "store")
+    return Store(folder, int(float(os.environ.get("CONSISLORA_STORE_GB", "20")) * 1e9))
+
+
+def training_key(
+    model: ModelPatcher, latent: dict, positive: list, stage: Stage, frozen: Mapping[str, Part], dtype: torch.dtype
+) -> str | None:
+    """A hash of all that decides what a training gives; None for a model or text changed by other nodes' code."""
+    try:
+        return fingerprint(
+            {
+                "code": CODE,
+                "base": base_fingerprint(model),
+                "changes": _changes(model),
+                "latent": latent["samples"],
+                "positive": positive,
+                "stage": asdict(stage),
+                "frozen": frozen,
+                "dtype": str(dtype),
+            }
+        )
+    except Nameless as error:
+        logging.info("ConsisLoRA: not looked up in the store of trained LoRAs and not kept there: %s.", error)
+        return None
+
+
 def base_fingerprint(model: ModelPatcher) -> str:
-    """A short name for a base model: SHA-256 over the first LoRA-carrying layer of each role, as stored."""
-    unet, digest, seen = model.model.diffusion_model, hashlib.sha256(), set()
-    for name, target in targets(dict(unet.named_modules())).items():
-        if target.role not in seen:
-            seen.add(target.role)
-            digest.update(unet.get_submodule(name).weight.detach().to("cpu", torch.float32).numpy().tobytes())
-    return digest.hexdigest()[:16]
+    """A short name for a base model: SHA-256 of samples of every weight, as stored and without patches."""
+    weights = {key: _sample(entries[0][0]) for key, entries in model.get_key_patches("diffusion_model.").items()}
+    return fingerprint([str(model.model.model_config.unet_config), weights])[:16]
+
+
+def _sample(tensor: Tensor) -> Tensor:
+    """All of a small tensor; 16 runs of 64 values of a large one: what changes a model changes whole layers.
+
+    Runs, because a weight may still be on the disk, where single values would take as many pages.
+    """
+    flat = tensor.detach().reshape(-1)
+    return flat if len(flat) <= 1024 else flat[: len(flat) // 16 * 16].view(16, -1)[:, :64].cpu()
+
+
+def _changes(model: ModelPatcher) -> list:
+    """All that nodes have laid over the base model, as far as training sees it, in a form for `fingerprint`."""
+    sampling = model.get_model_object("model_sampling")
+    numbers = {name: value for name, value in vars(sampling).items() if isinstance(value, (int, float, str))}
+    return [
+        [kind.__qualname__ for kind in (*type(model.model).__mro__, *type(sampling).__mro__)],
+        type(model.model.latent_format).__qualname__,
+        numbers,
+        dict(sampling.named_buffers()),
+        {key: _patch(patches) for key, patches in model.patches.items() if key.startswith("diffusion_model.")},
+        {key: value for key, value in model.object_patches.items() if key != "model_sampling"},
+        [model.wrappers, model.callbacks, model.injections, model.model_options.get("transformer_options", {})],
+    ]
+
+
+def _patch(value: Any) -> Any:
+    """Weight patches as plain values: they are nested lists of strengths, tensors, adapters and plain functions."""
+    if isinstance(value, (list, tuple)):
+        return [_patch(one) for one in value]
+    if isinstance(value, WeightAdapterBase):
+        return [type(value).__qualname__, _patch(value.weights)]
+    if isinstance(value, FunctionType) and not value.__closure__:
+        return f"{value.__module__}.{value.__qualname__}"
+    return _sample(value) if torch.is_tensor(value) else value
 
 
 def tensor_fingerprint(tensor: Tensor) -> str:

@@ -1,5 +1,11 @@
 """Train ConsisLoRA: one image to a content part and a style part, then the style part anew."""
 
+import logging
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+import torch
 from comfy.model_patcher import ModelPatcher
 from comfy_api.latest import io
 
@@ -9,6 +15,8 @@ from ..consislora_core.schedule import Stage, image_stage, style_stage
 from ..consislora_core.trainer import Trainer
 from . import bridge
 from .sockets import CATEGORY, ConsisLora, LoraModel, LossMap
+
+CHECKPOINT_EVERY = 50  # steps: some 20 seconds of SDXL on a fast card, where a checkpoint takes half of one
 
 RANK = io.Int.Input(
     "rank",
@@ -163,25 +171,75 @@ def train(
     precision: str,
     frozen: dict[str, lora_file.Part] | None = None,
 ) -> io.NodeOutput:
-    dtype = bridge.training_dtype(model, precision)
-    progress, losses = bridge.Progress(model, stage.steps), []
-    with bridge.open_for_training(model, latent["samples"].shape, dtype) as denoiser:
-        z_0 = bridge.clean_latents(model, latent)
-        cond = bridge.encoded_conditioning(model, positive, z_0)
-        with Trainer(denoiser, z_0, cond, stage, frozen, bridge.loss_scale(dtype)) as trainer:
-            for event in trainer:
-                losses.append(event.loss)
-                progress.show(event)
-            parts = trainer.parts()
-    origin = {
-        "stage": stage.name,
-        "prompt": bridge.text_behind(hidden, "positive"),
-        "steps": str(stage.steps),
-        "rank": str(stage.rank),
-        "seed": str(stage.seed),
-        "image_hash": bridge.tensor_fingerprint(latent["samples"]),
-        "base_model_hash": bridge.base_fingerprint(model),
-        "version": __version__,
-    }
-    lora = ImageLora(parts, {f"consislora.{key}": value for key, value in origin.items()})
+    """Trains, unless the store has what this very training gave before."""
+    bridge.find_roles(model)
+    job = Job(model, latent, positive, stage, frozen or {}, bridge.training_dtype(model, precision))
+    store, key = bridge.store(), bridge.training_key(*job)
+    if key is None:
+        return output(*job.run(hidden))
+    with store.locked(key, waiting=bridge.stop_if_cancelled):
+        if found := store.find(key):
+            logging.info("ConsisLoRA %s stage: trained before, taken from %s.", stage.name, store.folder)
+            return output(*found)
+        lora, losses = job.run(hidden, partial(store.resume, key), partial(store.save_checkpoint, key))
+        store.keep(key, lora, losses)
+    return output(lora, losses)
+
+
+def output(lora: ImageLora, losses: list[float]) -> io.NodeOutput:
     return io.NodeOutput(lora, {"loss": losses}, lora_file.to_state_dict(lora))
+
+
+class Job(NamedTuple):
+    """All that decides what a training gives."""
+
+    model: ModelPatcher
+    latent: dict
+    positive: list
+    stage: Stage
+    frozen: dict[str, lora_file.Part]
+    dtype: torch.dtype
+
+    def run(
+        self,
+        hidden: io.HiddenHolder | None,
+        resume: Callable[[Trainer], list[float]] = lambda trainer: [],
+        save: Callable[[Trainer, list[float]], None] = lambda trainer, losses: None,
+    ) -> tuple[ImageLora, list[float]]:
+        """The trained LoRA and the loss of every step.
+
+        resume: sets a new trainer to where an earlier one was left, and gives the losses until there. save: keeps a
+        trainer for it, every `CHECKPOINT_EVERY` steps and on a cancel.
+        """
+        progress = bridge.Progress(self.model, self.stage.steps)
+        with bridge.open_for_training(self.model, self.latent["samples"].shape, self.dtype) as denoiser:
+            z_0 = bridge.clean_latents(self.model, self.latent)
+            cond = bridge.encoded_conditioning(self.model, self.positive, z_0)
+            with Trainer(denoiser, z_0, cond, self.stage, self.frozen, bridge.loss_scale(self.dtype)) as trainer:
+                losses = resume(trainer)
+                if losses:
+                    logging.info("ConsisLoRA %s stage: goes on from step %d.", self.stage.name, trainer.step)
+                try:
+                    for event in trainer:
+                        losses.append(event.loss)
+                        if event.step % CHECKPOINT_EVERY == 0:
+                            save(trainer, losses)
+                        progress.show(event)
+                except bridge.Cancelled:
+                    save(trainer, losses)
+                    raise
+                return ImageLora(trainer.parts(), self.origin(hidden)), losses
+
+    def origin(self, hidden: io.HiddenHolder | None) -> dict[str, str]:
+        """The LoRA's metadata."""
+        origin = {
+            "stage": self.stage.name,
+            "prompt": bridge.text_behind(hidden, "positive"),
+            "steps": str(self.stage.steps),
+            "rank": str(self.stage.rank),
+            "seed": str(self.stage.seed),
+            "image_hash": bridge.tensor_fingerprint(self.latent["samples"]),
+            "base_model_hash": bridge.base_fingerprint(self.model),
+            "version": __version__,
+        }
+        return {f"consislora.{key}": value for key, value in origin.items()}

@@ -1,6 +1,10 @@
 """The training nodes on a real ComfyUI model: every kind of SDXL checkpoint trains, and stays exactly as it was."""
 
 import hashlib
+import itertools
+import logging
+import shutil
+import time
 
 import pytest
 import torch
@@ -8,6 +12,14 @@ from reference import INDEX, comfy_conditioning, comfy_model, run
 
 TENSORS = run("stage1_content")
 FEW_STEPS = dict(steps=3, transition_step=2, learning_rate=1e-3, reconstruction_learning_rate=1e-3, rank=2, seed=0)
+
+
+@pytest.fixture(autouse=True)
+def store(pack):
+    """Empty, or a test would get what another one has trained."""
+    store = pack.nodes.bridge.store()
+    shutil.rmtree(store.folder, ignore_errors=True)
+    return store
 
 
 @pytest.fixture
@@ -320,3 +332,217 @@ def test_stage_two_without_a_content_part_is_refused(nodes, pack):
     lora = train_image(nodes, comfy_model())[0]
     with pytest.raises(ValueError, match="no content part, only style"):
         train_style(nodes, comfy_model(), lora._replace(parts={"style": lora.parts["style"]}))
+
+
+# The store
+
+
+def bits(lora):
+    return {
+        (role, path): (layer.down.numpy().tobytes(), layer.up.numpy().tobytes(), layer.alpha)
+        for role, part in lora.parts.items()
+        for path, layer in part.items()
+    }, lora.metadata
+
+
+@pytest.fixture
+def steps(pack, monkeypatch):
+    """The steps that are trained; `steps.cancel_at` is where the user presses cancel."""
+    import comfy.model_management
+
+    class Steps(list):
+        cancel_at = None
+
+    steps, show = Steps(), pack.nodes.bridge.Progress.show
+
+    def spy(progress, event):
+        steps.append(event.step)
+        if event.step == steps.cancel_at:
+            comfy.model_management.interrupt_current_processing()
+        show(progress, event)
+
+    monkeypatch.setattr(pack.nodes.bridge.Progress, "show", spy)
+    return steps
+
+
+def test_the_same_training_is_done_once(nodes, comfy, steps, caplog):
+    caplog.set_level(logging.INFO)
+    lora, loss_map, lora_model = train_image(nodes, comfy_model())
+    again, again_loss_map, again_model = train_image(nodes, comfy_model())
+    assert steps == [1, 2, 3]
+    assert caplog.text.count("image stage: trained before, taken from ") == 1
+    assert bits(again) == bits(lora)
+    assert again_loss_map == loss_map
+    assert again_model.keys() == lora_model.keys()
+    style, *_ = train_style(nodes, comfy_model(), lora)
+    assert bits(train_style(nodes, comfy_model(), again)[0]) == bits(style)
+    assert steps == [1, 2, 3, 1, 2, 3]
+
+
+def other_latent():
+    latent = {"samples": (TENSORS["z_0"] / INDEX["vae_scaling_factor"]).clone()}
+    latent["samples"][0, 0, 0, 0] += 1e-6
+    return latent
+
+
+CHANGES = [
+    {"steps": 4}, {"transition_step": 1}, {"learning_rate": 1.1e-3}, {"reconstruction_learning_rate": 1.1e-3},
+    {"rank": 3}, {"seed": 1}, {"precision": "bf16"}, {"latent": other_latent()}, {"positive": [[TEXT + 1e-6, POOLED]]},
+    {"positive": [[TEXT, {"pooled_output": POOLED["pooled_output"] + 1e-6}]]}, {"positive": [[TEXT, POOLED]]},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("changes", CHANGES, ids=lambda changes: next(iter(changes)))
+def test_a_changed_setting_trains_anew(nodes, comfy, steps, changes):
+    train_image(nodes, comfy_model())
+    steps.clear()
+    train_image(nodes, comfy_model(), **changes)
+    assert steps
+
+
+def test_another_content_part_trains_stage_two_anew(nodes, comfy, steps):
+    model = comfy_model()
+    one, other = (train_image(nodes, model, seed=seed)[0] for seed in (0, 1))
+    train_style(nodes, model, one)
+    steps.clear()
+    train_style(nodes, model, other)
+    assert steps == [1, 2, 3]
+
+
+def key(nodes, model, precision=torch.float32):
+    given = inputs()
+    stage = nodes.image_stage(3, 2, 1e-3, 1e-3, rank=2)
+    return nodes.bridge.training_key(model, given["latent"], given["positive"], stage, {}, precision)
+
+
+def with_lora(lora_model, strength, model=None):
+    """As ComfyUI's own Load LoRA does it."""
+    import comfy.sd
+
+    return comfy.sd.load_lora_for_models(model or comfy_model(), None, lora_model, strength, 0)[0]
+
+
+def with_one_layer_changed(name):
+    model = comfy_model()
+    with torch.inference_mode():
+        model.model.diffusion_model.get_parameter(name).mul_(1.01)
+    return model
+
+
+def merged(ratio):
+    """As ComfyUI's ModelMergeSimple does it."""
+    model, other = comfy_model(), with_one_layer_changed("input_blocks.1.0.in_layers.2.weight")
+    for name, patch in other.get_key_patches("diffusion_model.").items():
+        model.add_patches({name: patch}, 1 - ratio, ratio)
+    return model
+
+
+def with_other_sampling():
+    """As ComfyUI's ModelSamplingDiscrete does it."""
+    from comfy_extras.nodes_model_advanced import ModelSamplingDiscrete
+
+    return ModelSamplingDiscrete().patch(comfy_model(), "v_prediction", True)[0]
+
+
+def test_models_that_differ_anywhere_have_keys_of_their_own(nodes, comfy):
+    lora_model, other_lora_model = (train_image(nodes, comfy_model(), seed=seed)[2] for seed in (0, 1))
+    models = [
+        comfy_model(), comfy_model("v"), comfy_model("edm"), comfy_model(dtype=torch.float16),
+        with_one_layer_changed("input_blocks.0.0.weight"), with_one_layer_changed("out.2.bias"),
+        with_one_layer_changed("middle_block.1.norm.weight"), with_lora(lora_model, 1.0), with_lora(lora_model, 0.5),
+        with_lora(other_lora_model, 1.0), with_lora(lora_model, 1.0, with_lora(lora_model, 1.0)), merged(0.5),
+        merged(0.25), with_other_sampling(),
+    ]  # fmt: skip
+    keys = [key(nodes, model) for model in models]
+    assert None not in keys
+    for (i, one), (j, other) in itertools.combinations(enumerate(keys), 2):
+        assert one != other, (i, j)
+    assert keys == [key(nodes, model) for model in models]
+    assert key(nodes, with_lora(lora_model, 1.0)) == keys[7]
+    assert key(nodes, merged(0.5)) == keys[11]
+
+
+def test_a_model_has_the_same_key_whatever_is_loaded(nodes, comfy):
+    """ComfyUI lays a LoRA into the weights of the very model that all clones share."""
+    import comfy.model_management
+
+    plain = comfy_model()
+    lora_model = train_image(nodes, plain)[2]
+    patched = with_lora(lora_model, 1.0, plain)
+    keys = key(nodes, plain), key(nodes, patched)
+    with torch.inference_mode():
+        comfy.model_management.load_models_gpu([patched])
+    assert (key(nodes, plain), key(nodes, patched)) == keys
+
+
+def test_a_model_that_other_nodes_wrap_in_code_is_trained_without_the_store(nodes, pack, steps, store, caplog):
+    caplog.set_level(logging.INFO)
+    model = comfy_model()
+    model.set_model_attn1_patch(lambda q, k, v, extra_options: (q, k, v))
+    first, *_ = train_image(nodes, model)
+    assert bits(train_image(nodes, model)[0]) == bits(first)
+    assert steps == [1, 2, 3, 1, 2, 3]
+    assert "not looked up in the store" in caplog.text
+    assert not store.folder.exists()
+
+
+def test_cancel_and_queue_again_goes_on_and_ends_with_the_same_bits(nodes, comfy, steps, store, caplog):
+    import comfy.model_management
+
+    caplog.set_level(logging.INFO)
+    whole, loss_map, _ = train_image(nodes, comfy_model(), steps=6)
+    shutil.rmtree(store.folder)
+    steps.clear()
+    steps.cancel_at = 4
+    with pytest.raises(comfy.model_management.InterruptProcessingException):
+        train_image(nodes, comfy_model(), steps=6)
+    steps.cancel_at = None
+    lora, again_loss_map, _ = train_image(nodes, comfy_model(), steps=6)
+    assert steps == [1, 2, 3, 4, 5, 6]
+    assert "image stage: goes on from step 4" in caplog.text
+    assert bits(lora) == bits(whole)
+    assert again_loss_map == loss_map
+
+
+def test_a_loss_that_is_not_finite_keeps_the_last_good_checkpoint(nodes, comfy, steps, store, monkeypatch):
+    monkeypatch.setattr(nodes, "CHECKPOINT_EVERY", 2)
+    whole, *_ = train_image(nodes, comfy_model(), steps=6)
+    shutil.rmtree(store.folder)
+    steps.clear()
+    model = comfy_model()
+    apply_model = model.model.apply_model
+
+    def breaking(*args, **kwargs):
+        return apply_model(*args, **kwargs) * (torch.nan if steps == [1, 2, 3] else 1)
+
+    with monkeypatch.context() as broken:
+        broken.setattr(model.model, "apply_model", breaking)
+        with pytest.raises(FloatingPointError, match="The loss became nan in step 4 of 6.*Lower the learning rate"):
+            train_image(nodes, model, steps=6)
+    lora, *_ = train_image(nodes, model, steps=6)
+    assert steps == [1, 2, 3, 3, 4, 5, 6]
+    assert bits(lora) == bits(whole)
+
+
+def test_a_folder_that_cannot_be_written_is_told_once_and_the_lora_still_comes_out(
+    nodes, comfy, steps, store, monkeypatch, caplog
+):
+    monkeypatch.setattr(nodes, "CHECKPOINT_EVERY", 1)
+    store.folder.parent.mkdir(exist_ok=True)
+    store.folder.write_bytes(b"")
+    try:
+        lora, *_ = train_image(nodes, comfy_model())
+        assert bits(train_image(nodes, comfy_model())[0]) == bits(lora)
+    finally:
+        store.folder.unlink()
+    assert steps == [1, 2, 3, 1, 2, 3]
+    assert caplog.text.count("Free some space, or make the folder writable") == 2  # once a training
+
+
+def test_a_base_model_is_named_in_half_a_second(pack, comfy):
+    """SDXL has 1,680 weights of 2.6 billion numbers in all; the time goes with the first number, not the second."""
+    model = comfy_model()
+    count = len(model.get_key_patches("diffusion_model."))
+    start = time.perf_counter()
+    pack.nodes.bridge.base_fingerprint(model)
+    assert (time.perf_counter() - start) / count * 1680 < 0.5
