@@ -1,0 +1,140 @@
+"""The benchmark's ground: a fair list of pairs, and judges that know real drawings which they have not learned from."""
+
+import csv
+import json
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from images import loaded
+from safetensors import safe_open
+
+from benchmarks.fidelity.judges import DEMO, KINDS, load_judge
+from benchmarks.fidelity.pairs import STYLE_SETS, read_pairs
+from consislora_core.metrics import content_similarity, perceptual_distance, style_similarity
+
+ROOT = Path(__file__).resolve().parent.parent
+HELD_OUT = (ROOT / "demo" / "recipe" / "held_out.txt").read_text().split()
+PICTURES = [
+    "crown-flat",
+    "owl-flat",
+    "taxi-flat",
+    "umbrella-high-contrast",
+    "cherry-blossom-high-contrast",
+    "balloon-3d",
+]
+SPLITS = {split: [pair for pair in read_pairs() if pair.split == split] for split in ("tune", "report")}
+
+
+def things(pairs):
+    return {thing for pair in pairs for thing in (pair.content_thing, pair.style_thing)}
+
+
+# ---- pairs
+
+
+def test_the_list_has_its_columns_and_its_length():
+    with (ROOT / "benchmarks" / "fidelity" / "pairs.csv").open(newline="") as file:
+        header, *rows = csv.reader(file)
+    assert header == ["content_thing", "content_set", "style_thing", "style_set", "split"]
+    assert len(rows) == 64 and {len(row) for row in rows} == {5}
+
+
+def test_only_things_that_the_demo_model_has_not_learned():
+    assert things(read_pairs()) <= set(HELD_OUT)
+
+
+def test_a_pair_has_two_things_from_two_sets():
+    assert all(pair.content_thing != pair.style_thing for pair in read_pairs())
+    assert {pair.content_set for pair in read_pairs()} == {"fluent-emoji-flat"}
+    assert {pair.style_set for pair in read_pairs()} == set(STYLE_SETS)
+
+
+def test_halves_are_balanced_over_styles_as_is_every_beginning_of_one():
+    for pairs in SPLITS.values():
+        assert Counter(pair.style_set for pair in pairs) == dict.fromkeys(STYLE_SETS, 8)
+        for n in range(1, len(pairs)):
+            counts = Counter(pair.style_set for pair in pairs[:n])
+            assert max(counts.values()) - min(counts[name] for name in STYLE_SETS) <= 1
+
+
+def test_in_a_half_no_thing_is_the_content_twice_nor_the_style_twice():
+    for pairs in SPLITS.values():
+        for column in ("content_thing", "style_thing"):
+            assert len({getattr(pair, column) for pair in pairs}) == len(pairs)
+
+
+def test_the_halves_share_no_thing_and_the_demo_s_own_are_for_tuning():
+    tuned, reported = map(things, SPLITS.values())
+    assert not tuned & reported
+    assert not reported & {thing for _, thing in DEMO}
+
+
+def test_no_truth_is_a_style_image():
+    assert not {pair.truth for pair in read_pairs()} & {pair.style for pair in read_pairs()}
+
+
+# ---- judges
+
+
+@pytest.fixture(scope="module")
+def pictures():
+    return torch.cat([loaded(name) for name in PICTURES])
+
+
+@pytest.fixture(scope="module", params=list(KINDS))
+def judge(request):
+    return request.param, load_judge(request.param)
+
+
+def test_judges_name_the_demo_s_pictures_of_which_they_have_seen_none(judge, pictures):
+    name, judge = judge
+    among = judge.names if name == "content" else ["fluent-emoji-flat", *STYLE_SETS]
+    logits = judge(pictures).logits[:, [judge.names.index(each) for each in among]]
+    answers = [among[i] for i in logits.argmax(1)]
+    assert answers == [label[{"style": 0, "content": 1}[name]] for label in DEMO]
+
+
+def test_the_same_thing_recoloured_and_moved_is_nearer_than_any_other_thing(pictures):
+    judge = load_judge("content")
+    changed = F.pad(pictures, (6, 0, 6, 0), value=1.0)[..., :128, :128].flip(1)
+    ours, theirs = judge(changed).features, judge(pictures).features
+    likeness = torch.stack([content_similarity(ours, feature[None]) for feature in theirs], 1)  # changed, picture
+    assert (likeness.argmax(1) == torch.arange(len(pictures))).all()
+
+
+def test_on_average_the_same_set_is_nearer_than_another(pictures):
+    judge, sets = load_judge("style"), [name for name, _ in DEMO]
+    features = judge(pictures).features
+    for i, name in enumerate(sets):
+        same = [j for j, other in enumerate(sets) if other == name and j != i]
+        others = [j for j, other in enumerate(sets) if other != name]
+        if same:
+            own, foreign = (style_similarity(features[[i]], features[some]) for some in (same, others))
+            assert own > foreign + 0.2
+
+
+def test_perceptual_distance_grows_with_what_is_done_to_a_picture(judge, pictures):
+    _, judge = judge
+    truth = judge(pictures).maps
+    blurred, other = F.avg_pool2d(pictures, 3, 1, 1, count_include_pad=False), pictures.roll(1, 0)
+    same, near, far = (perceptual_distance(judge(some).maps, truth) for some in (pictures, blurred, other))
+    assert same.max() < 1e-6
+    assert (near > same).all() and (far > near).all()
+
+
+def test_judges_are_small_and_say_how_often_they_are_right(judge):
+    name, judge = judge
+    file = ROOT / "benchmarks" / "fidelity" / f"{name}.safetensors"
+    assert file.stat().st_size < 1_000_000
+    with safe_open(file, "pt") as opened:
+        accuracy = json.loads(opened.metadata()["accuracy"])
+    least = {
+        "content": {"kept": 0.7, "truths nearest to their content image": 0.9},  # of 739 things
+        "style": {"kept": 0.8, "among the benchmark's sets": 0.9},  # of 11 sets, of 5
+    }
+    assert all(accuracy[group] > share for group, share in least[name].items())
+    known = {label[{"style": 0, "content": 1}[name]] for label in DEMO}
+    assert known <= set(judge.names)
