@@ -29,7 +29,7 @@ class SetupError(Exception):
 
 
 def enter(room: str) -> None:
-    """Go on inside a .venv that has what `room` ("tests" or "demo") needs, with COMFYUI_PATH set.
+    """Go on inside a .venv that has what `room` ("tests", "demo" or "benchmarks") needs, with COMFYUI_PATH set.
 
     The first call installs, says so, and starts the running command again inside the .venv.
     What could not be had ends the program with one paragraph and exit code 1.

@@ -119,11 +119,13 @@ class Trainer:
             (loss * self.loss_scale).backward()
             grads = [parameter.grad for parameter in self.inserted.parameters]
             torch._foreach_div_(grads, self.loss_scale)
-            if math.isfinite(loss.item()) and all(norm.isfinite() for norm in torch._foreach_norm(grads)):
-                return z_0_hat.detach(), loss.item()
-            if self.loss_scale <= 1 or not math.isfinite(loss.item()):
+            # Told to the CPU together: each number by itself would make a GPU wait.
+            value, size = torch.stack([loss.detach(), torch.stack(torch._foreach_norm(grads)).sum()]).tolist()
+            if math.isfinite(value) and math.isfinite(size):
+                return z_0_hat.detach(), value
+            if self.loss_scale <= 1 or not math.isfinite(value):
                 raise FloatingPointError(
-                    f"The loss became {loss.item()} in step {self.step + 1} of {self.stage.steps} "
+                    f"The loss became {value} in step {self.step + 1} of {self.stage.steps} "
                     f"({loss_name} phase, learning rate {self.stage.phase_at(self.step).learning_rate:g}). "
                     "Lower the learning rate, or choose precision bf16 or fp32."
                 )

@@ -313,18 +313,31 @@ class Progress:
 def store() -> Store:
     """The LoRAs and checkpoints of all trainings, in the first models/loras folder."""
     folder = Path(folder_paths.get_folder_paths("loras")[0], "consislora", "store")
-    return Store(folder, int(float(os.environ.get("CONSISLORA_STORE_GB", "20")) * 1e9))
+    limit = os.environ.get("CONSISLORA_STORE_GB", "20")
+    try:
+        return Store(folder, int(float(limit) * 1e9))
+    except (ValueError, OverflowError):
+        raise ValueError(f"CONSISLORA_STORE_GB is {limit!r}; it must be a number of gigabytes, such as 20.") from None
 
 
 def training_key(
-    model: ModelPatcher, latent: dict, positive: list, stage: Stage, frozen: Mapping[str, Part], dtype: torch.dtype
+    model: ModelPatcher,
+    base: str,
+    latent: dict,
+    positive: list,
+    stage: Stage,
+    frozen: Mapping[str, Part],
+    dtype: torch.dtype,
 ) -> str | None:
-    """A hash of all that decides what a training gives; None for a model or text changed by other nodes' code."""
+    """A hash of all that decides what a training gives; None for a model or text changed by other nodes' code.
+
+    base: the model's `base_fingerprint`.
+    """
     try:
         return fingerprint(
             {
                 "code": CODE,
-                "base": base_fingerprint(model),
+                "base": base,
                 "changes": _changes(model),
                 "latent": latent["samples"],
                 "positive": positive,

@@ -16,7 +16,7 @@ from ..consislora_core.trainer import Trainer
 from . import bridge
 from .sockets import CATEGORY, ConsisLora, LoraModel, LossMap
 
-CHECKPOINT_EVERY = 50  # steps: some 20 seconds of SDXL on a fast card, where a checkpoint takes half of one
+CHECKPOINT_EVERY = 50  # steps: the most that a crash costs
 
 RANK = io.Int.Input(
     "rank",
@@ -173,7 +173,8 @@ def train(
 ) -> io.NodeOutput:
     """Trains, unless the store has what this very training gave before."""
     bridge.find_roles(model)
-    job = Job(model, latent, positive, stage, frozen or {}, bridge.training_dtype(model, precision))
+    base = bridge.base_fingerprint(model)
+    job = Job(model, base, latent, positive, stage, frozen or {}, bridge.training_dtype(model, precision))
     store, key = bridge.store(), bridge.training_key(*job)
     if key is None:
         return output(*job.run(hidden))
@@ -191,9 +192,10 @@ def output(lora: ImageLora, losses: list[float]) -> io.NodeOutput:
 
 
 class Job(NamedTuple):
-    """All that decides what a training gives."""
+    """All that decides what a training gives. base: the model's fingerprint."""
 
     model: ModelPatcher
+    base: str
     latent: dict
     positive: list
     stage: Stage
@@ -239,7 +241,7 @@ class Job(NamedTuple):
             "rank": str(self.stage.rank),
             "seed": str(self.stage.seed),
             "image_hash": bridge.tensor_fingerprint(self.latent["samples"]),
-            "base_model_hash": bridge.base_fingerprint(self.model),
+            "base_model_hash": self.base,
             "version": __version__,
         }
         return {f"consislora.{key}": value for key, value in origin.items()}

@@ -1,13 +1,11 @@
 """The demo's real pictures as tensors."""
 
-from pathlib import Path
-
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
-IMAGES = Path(__file__).resolve().parent.parent / "demo" / "images"
+from demo.run import IMAGES
 
 
 def loaded(name: str) -> Tensor:

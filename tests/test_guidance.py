@@ -166,21 +166,23 @@ def test_at_strength_0_without_guidance_it_is_the_model_without_us_to_the_bit(gu
     assert torch.equal(ours, plain_cfg(model))
 
 
-@pytest.mark.parametrize("prompts", ["null", "own"])
+@pytest.mark.parametrize("prompts, rows", [("null", (2, 4, 6)), ("own", (6, 6, 6))])
 @pytest.mark.parametrize("batch", [1, 2])
-def test_sharing_the_encoder_changes_no_number(prompts, batch, guide, pack, loras, monkeypatch):
+def test_equal_rows_go_as_one_as_far_as_they_are_equal_which_changes_no_number(
+    prompts, rows, batch, guide, pack, loras
+):
+    """rows: through the encoder, the content block and the style block."""
     own = {prompt: conditioning(prompt) for prompt in PROMPTS} if prompts == "own" else {}
     model, pictures, widths = comfy_model(), [], []
-    encoder = model.model.diffusion_model.input_blocks[0][0]
+    unet = model.model.diffusion_model
+    for layer in (unet.input_blocks[0][0], unet.output_blocks[0][1], unet.output_blocks[1][1]):
+        layer.register_forward_hook(lambda module, inputs, output: widths.append(len(output)))
     for share in (True, False):
-        with encoder.register_forward_pre_hook(lambda module, inputs: widths.append(len(inputs[0]))):
-            ours = guider(guide, model, loras, **own)
-            wrapper = ours.model_patcher.wrappers["diffusion_model"]["consislora_guided"][0]
-            wrapper.share_encoder = share
-            pictures.append(sampled(ours, start=noise(batch)))
+        ours = guider(guide, model, loras, **own)
+        ours.model_patcher.wrappers["diffusion_model"]["consislora_guided"][0].share_encoder = share
+        pictures.append(sampled(ours, start=noise(batch)))
     assert relative_error(*pictures) < 1e-5
-    assert set(widths[:6]) == {batch * (2 if prompts == "null" else 6)}
-    assert set(widths[6:]) == {batch * 6}
+    assert widths == 6 * [batch * n for n in rows] + 6 * [batch * 6] * 3
 
 
 def test_the_picture_is_linear_in_each_scale(guide, loras):

@@ -5,10 +5,9 @@
 import logging
 from itertools import cycle
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
+from images import loaded
 from reference import DATA, INDEX, comfy_model, relative_error
 from test_guidance import (  # noqa: F401 - two of them are fixtures
     LOGGED,
@@ -26,7 +25,6 @@ from test_training_nodes import everything_about, loaded_model
 
 from consislora_core import lora_file
 from consislora_core.guidance import GUIDANCE, parts_of, wanted
-from demo.run import IMAGES
 
 ONE_STEP = LOGGED["sigmas"][[0, 6]]
 THREE_STEPS = LOGGED["sigmas"][[0, 2, 4, 6]]
@@ -494,8 +492,7 @@ def test_a_locked_picture_comes_back_when_the_same_model_restores_it(guide, pack
     from demo import model as demo
 
     model, clip, vae = demo.load()
-    crown = Image.open(IMAGES / "crown-flat.png").convert("RGB").resize((128, 128))
-    latent = {"samples": vae.encode(torch.from_numpy(np.array(crown))[None] / 255)}
+    latent = {"samples": vae.encode(loaded("crown-flat").movedim(1, -1))}
     guider = guide.restoring(model, clip.encode_from_tokens_scheduled(clip.tokenize("")), content=None)
 
     def error(steps):

@@ -223,8 +223,8 @@ TRAIN_SDXL = """\
 2. **Content image**: a photo of the thing. **Style image**: one picture in the look you want.
 3. **Queue.** Training comes first and takes a while; each LoRA is then saved in `models/loras/consislora`.
 
-Afterwards change only what stands in group 5 and queue again: the training is remembered until ComfyUI closes, or
-until you change something it depends on.
+Afterwards change only what stands in group 5 and queue again: the training is remembered, until you change something
+it depends on.
 
 - The thing has lost its shape: raise `content_guidance`, or lower `style_strength`.
 - The look is too weak: raise `style_guidance`, or lower `content_strength`.
@@ -249,7 +249,7 @@ Afterwards change only what stands in group 5 and queue again: the training is r
 - The thing has lost its shape: raise `content_guidance`, or lower `style_strength`.
 - The look is too weak: raise `style_guidance`, or lower `content_strength`.
 
-Learning rates are five times the paper's: the layers of a model this small need larger changes.
+Learning rates are five times the paper's, for a model this small.
 """
 
 START = """\
