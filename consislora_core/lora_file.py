@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import tempfile
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -12,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from .files import written_whole
 from .roles import ROLES, Target, kohya_name, parse_module
 
 # What each spelling appends to a module's name: kohya, diffusers, PEFT (with or without its adapter name).
@@ -138,19 +138,13 @@ def write_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, st
 
     Raises OSError when the folder cannot be written or the disk is full.
     """
-    handle, unfinished = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
-    os.close(handle)
     try:
-        save_file(tensors, unfinished, metadata)
-        with open(unfinished, "r+b") as file:
-            _sort_metadata(file)
-            os.fsync(file.fileno())  # or a power cut could leave the new name on old or empty bytes
-        os.chmod(unfinished, 0o644)  # temporary files are for their owner alone
-        os.replace(unfinished, path)
+        with written_whole(path) as unfinished:
+            save_file(tensors, unfinished, metadata)
+            with unfinished.open("r+b") as file:
+                _sort_metadata(file)
     except SafetensorError as error:
         raise OSError(f"{path} could not be written: {error}") from error
-    finally:
-        Path(unfinished).unlink(missing_ok=True)
 
 
 def _sort_metadata(file: BinaryIO) -> None:

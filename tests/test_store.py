@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -282,7 +283,7 @@ def not_writable(store, monkeypatch):
     def read_only(*args, **kwargs):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(lora_file.tempfile, "mkstemp", read_only)
+    monkeypatch.setattr(tempfile, "mkstemp", read_only)
 
 
 @pytest.mark.parametrize("fault", [refused, in_a_files_place, not_writable], ids=lambda fault: fault.__name__)
