@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from filelock import FileLock
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, PngImagePlugin
 
 from .files import inside, portable, written_whole
 
@@ -187,17 +187,21 @@ def _read_table(path: Path) -> Table:
             data = file.read(MAX_SHEET_BYTES + 1)
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror or error}.") from error
+    return _table(path.name, data)
+
+
+def _table(name: str, data: bytes) -> Table:
     if len(data) > MAX_SHEET_BYTES:
-        raise ValueError(f"{path.name} is larger than {MAX_SHEET_BYTES // 10**6} MB. Split it into several sheets.")
+        raise ValueError(f"{name} is larger than {MAX_SHEET_BYTES // 10**6} MB. Split it into several sheets.")
     try:
         text = data.decode("utf-8-sig")
-        table = _json_table(text) if path.suffix.lower() == ".json" else _csv_table(text)
+        table = _json_table(text) if name.lower().endswith(".json") else _csv_table(text)
     except UnicodeDecodeError:
-        raise ValueError(f"{path.name} is not UTF-8 text. Save it as CSV UTF-8.") from None
+        raise ValueError(f"{name} is not UTF-8 text. Save it as CSV UTF-8.") from None
     except (ValueError, csv.Error, RecursionError) as error:
-        raise ValueError(f"{path.name} cannot be read as a sheet: {error}.") from None
+        raise ValueError(f"{name} cannot be read as a sheet: {error}.") from None
     if len(table) > MAX_ROWS:
-        raise ValueError(f"{path.name} has more than {MAX_ROWS} rows. Split it into several sheets.")
+        raise ValueError(f"{name} has more than {MAX_ROWS} rows. Split it into several sheets.")
     return table
 
 
@@ -241,6 +245,23 @@ def _write_table(path: Path, rows: list[dict[str, object]]) -> None:
             writer.writerows(rows)
 
 
+def read_results(name: str, data: bytes) -> dict[str, Result]:
+    """Results by name from the bytes of a sheet. Raises ValueError."""
+    return _results(name, _table(name, data))
+
+
+def _results(name: str, table: Table) -> dict[str, Result]:
+    results, problems = {}, []
+    for number, row in table:
+        result, found = _record(Result, row)
+        problems += [f"row {number}, {problem}" for problem in found]
+        if result:
+            results[result.name] = result
+    if problems:
+        raise ValueError(told(name, problems))
+    return results
+
+
 class ResultsSheet:
     """The sheet of results, CSV or JSON by its suffix. Processes may share it; a kill leaves it as it was before."""
 
@@ -249,15 +270,7 @@ class ResultsSheet:
 
     def read(self) -> dict[str, Result]:
         """Results by name, in the order in which they came. Raises ValueError for a sheet that was damaged by hand."""
-        results, problems = {}, []
-        for number, row in self._table():
-            result, found = _record(Result, row)
-            problems += [f"row {number}, {problem}" for problem in found]
-            if result:
-                results[result.name] = result
-        if problems:
-            raise ValueError(told(str(self.path), problems))
-        return results
+        return _results(str(self.path), self._table())
 
     def record(self, results: Iterable[Result], forget: Iterable[str] = ()) -> None:
         """Adds results, each in the place of an earlier one of its name, and takes out those of the names to forget.
@@ -389,6 +402,16 @@ def _rgb(picture: Image.Image) -> Image.Image:
         picture = picture.convert("RGBA")
         picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
     return picture.convert("RGB")
+
+
+def write_picture(picture: Image.Image, path: Path, texts: dict[str, str]) -> None:
+    """Writes a PNG with texts in it, whole or not at all. Raises OSError."""
+    info = PngImagePlugin.PngInfo()
+    for name, text in texts.items():
+        info.add_text(name, text)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with written_whole(path) as unfinished:
+        picture.save(unfinished, "PNG", pnginfo=info, compress_level=4)
 
 
 def picture_key(*paths: Path) -> str:

@@ -1,6 +1,7 @@
 """The one room that knows ComfyUI's insides: MODEL to `Denoiser`, gradients on, progress, stop, safe paths."""
 
 import hashlib
+import json
 import logging
 import os
 from collections.abc import Iterator, Mapping
@@ -19,6 +20,7 @@ import comfy.utils
 import folder_paths
 import latent_preview
 import torch
+from comfy.cli_args import args
 from comfy.model_patcher import ModelPatcher
 from comfy.weight_adapter import WeightAdapterBase
 from PIL import Image
@@ -33,6 +35,7 @@ from ..consislora_core.trainer import Denoiser, StepEvent
 
 NEARLY_CLEAN = 1e-4  # a sigma to rise from: at 0 there is no direction to rise in
 Cancelled = comfy.model_management.InterruptProcessingException
+OutOfMemory = comfy.model_management.OOM_EXCEPTION  # on which ComfyUI unloads its models
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -402,6 +405,48 @@ def text_behind(hidden: Any, input_name: str) -> str:
     origin = graph.get(hidden and hidden.unique_id, {"inputs": {}})["inputs"].get(input_name, [None])[0]
     text = graph[origin]["inputs"].get("text") if origin in graph else None
     return text if isinstance(text, str) else ""
+
+
+def numbers_behind(hidden: Any, input_name: str, names: set[str]) -> dict[str, float]:
+    """Values of widgets by name, each from the nearest node that has it on the way to an input of the running node."""
+    graph = (hidden and hidden.prompt) or {}
+    found, seen = {}, set()
+    links = [graph.get(hidden and hidden.unique_id, {"inputs": {}})["inputs"].get(input_name)]
+    for link in links:
+        if isinstance(link, list) and link[0] in graph and link[0] not in seen:
+            seen.add(link[0])
+            inputs = graph[link[0]]["inputs"]
+            links += inputs.values()
+            found = {name: value for name, value in inputs.items() if _is_number(value) and name in names} | found
+    return found
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def workflow_texts(hidden: Any) -> dict[str, str]:
+    """What ComfyUI's Save Image writes into a PNG, from which the frontend opens the workflow again."""
+    if args.disable_metadata or not hidden:
+        return {}
+    texts = {"prompt": hidden.prompt, **(hidden.extra_pnginfo or {})}
+    return {name: json.dumps(value) for name, value in texts.items() if value is not None}
+
+
+def show_text(hidden: Any, text: str) -> None:
+    """Shows a text on the running node."""
+    if hidden and hidden.unique_id:
+        from server import PromptServer  # there is none where ComfyUI's parts run without a server
+
+        PromptServer.instance.send_progress_text(text, hidden.unique_id)
+
+
+def input_folder() -> Path:
+    return Path(folder_paths.get_input_directory())
+
+
+def output_folder() -> Path:
+    return Path(folder_paths.get_output_directory())
 
 
 def lora_files() -> list[str]:

@@ -154,6 +154,12 @@ def test_results_come_back_as_they_were_in_their_order(results):
     assert list(results.read().values()) == [Result("pot", "k2"), CUP]
 
 
+def test_a_clock_that_jumps_changes_no_order(results):
+    for year in (2026, 1970, 2099):
+        results.record([Result(f"in {year}", finished=f"{year}-01-01T00:00:00+00:00")])
+    assert list(results.read()) == ["in 2026", "in 1970", "in 2099"]
+
+
 def test_a_column_that_a_person_added_stays(tmp_path):
     results = ResultsSheet(sheet(tmp_path, "name;my note\ncup;nice\npot;bad\n", "results.csv"))
     results.record([CUP])

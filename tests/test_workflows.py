@@ -13,7 +13,7 @@ from demo.run import IMAGES, NAME
 
 FOLDER = Path(__file__).resolve().parent.parent / "workflows"
 USES = ["content_only", "dual_guidance", "style_only"]  # of saved LoRAs
-NAMES = [f"{use}_{base}" for use in [*USES, "train_and_stylise"] for base in ("demo", "sdxl")]
+NAMES = [f"{use}_{base}" for use in ["catalogue", *USES, "train_and_stylise"] for base in ("demo", "sdxl")]
 FEW = {"steps": 4, "transition_step": 2, "learning_rate": 0.01, "reconstruction_learning_rate": 0.01}
 QUIET = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"]
 QUIET += ["--disable-background-networking", "--disable-component-update"]

@@ -22,6 +22,8 @@ TITLE, SLOT, WIDGET, GAP = 30, 20, 26, 50
 WIDTH = 350
 CONTENTS = {"CLIPTextEncode": 90, "LoadImage": 230, "SaveImage": 320, "LossGraphNode": 230, NOTE: 440}
 CONTENTS |= {"ConsisLoRATrainImage": 270, "ConsisLoRATrainStyle": 270}  # the preview while it trains
+CONTENTS |= {"ConsisLoRACatalogLoad": 260, "ConsisLoRACatalogSave": 320}  # its report; its picture
+CONTROLS = {"index": "increment"}  # what becomes of a number after each run, where it does not stay
 
 
 class From(NamedTuple):
@@ -50,6 +52,7 @@ Workflow = list[list[Group]]  # stacks of groups, left to right
 
 
 MODEL, CLIP, VAE = (From("base", output) for output in ("MODEL", "CLIP", "VAE"))
+DECODED = Node("VAEDecode", "To picture", {"samples": From("sampled", "LATENT"), "vae": VAE})
 
 
 class Settings(NamedTuple):
@@ -113,16 +116,43 @@ def guided(use: Use, settings: Settings) -> Workflow:
     ]
 
 
+def catalogue(settings: Settings, note: str) -> Workflow:
+    """Folders in, folders out: the whole method for every pair of a content and a style picture."""
+    loras = {"content": From("content_training", "consislora"), "style": From("look_training", "consislora")}
+    empty = {"samples": From("content_latent", "LATENT"), "multiplier": 0.0}
+    saved = {"images": From("decoded", "IMAGE"), "job": From("pairs", "job"), **loras}
+    words = {**asked(BOTH, settings.side), "empty": Node("LatentMultiply", "Empty, in the thing's size", empty)}
+    made = {
+        "sampled": Node("ConsisLoRASampler", "Sample, guided", {"model": MODEL, **loras, **sampling(settings)}),
+        "decoded": DECODED,
+        "result": Node("ConsisLoRACatalogSave", "Into the catalogue", saved),
+    }
+    sized = {key: node for image in loras for key, node in scaled(image, From("pairs", image), settings.side).items()}
+    return [
+        [start_here(settings, note)],
+        [Group("1. The folders", BLUE, [{"pairs": Node("ConsisLoRACatalogLoad", "Every thing, every look")}, sized])],
+        [
+            Group("2. Learn the thing", BROWN, learn_thing(settings.rates)[:1]),
+            Group("3. Learn the look, in two stages", BROWN, learn_look(settings.rates)[:2]),
+        ],
+        [Group("4. The thing in the look", GREEN, [words, made])],
+    ]
+
+
 def start_here(settings: Settings, note: str) -> Group:
     column = {"note": Node(NOTE, "What to change first", {"": note}), "base": settings.base}
     return Group("Start here", BLUE, [column])
 
 
 def picture(key: str, title: str, file: str, side: int) -> Column:
+    loaded = {f"{key}_image": Node("LoadImage", title, {"image": file})}
+    return {**loaded, **scaled(key, From(f"{key}_image", "IMAGE"), side)}
+
+
+def scaled(key: str, image: From, side: int) -> Column:
     size = {"upscale_method": "lanczos", "largest_size": side}
     return {
-        f"{key}_image": Node("LoadImage", title, {"image": file}),
-        f"{key}_sized": Node("ImageScaleToMaxDimension", "Scale", {"image": From(f"{key}_image", "IMAGE"), **size}),
+        f"{key}_sized": Node("ImageScaleToMaxDimension", "Scale", {"image": image, **size}),
         f"{key}_latent": Node("VAEEncode", "To latent", {"pixels": From(f"{key}_sized", "IMAGE"), "vae": VAE}),
     }
 
@@ -188,10 +218,7 @@ def sampling(settings: Settings) -> dict:
 
 def shown(title: str) -> Column:
     result = {"images": From("decoded", "IMAGE"), "filename_prefix": "consislora"}
-    return {
-        "decoded": Node("VAEDecode", "To picture", {"samples": From("sampled", "LATENT"), "vae": VAE}),
-        "result": Node("SaveImage", title, result),
-    }
+    return {"decoded": DECODED, "result": Node("SaveImage", title, result)}
 
 
 def text(title: str, words: str) -> Node:
@@ -250,6 +277,21 @@ Afterwards change only what stands in group 5 and queue again: the training is r
 - The look is too weak: raise `style_guidance`, or lower `content_strength`.
 
 Learning rates are five times the paper's, for a model this small.
+"""
+
+CATALOGUE = """\
+# A whole catalogue in every look
+
+{base}
+
+1. Put photos of the things into `input/catalogue/contents`, pictures of the looks into `input/catalogue/styles`.
+2. Set the number beside **Run** to the number of pairs, then **Queue**. Every run takes the next pair.
+
+Results are in `output/catalogue`, with a sheet, `results.csv`. What is done is passed over, so that you can stop and go
+on at any time; to have a result made again, delete its picture. Files that cannot be opened are in the sheet too.
+
+Every picture is trained once, however many pairs it is in. Prompt, strengths and guidance in group 4 hold for the whole
+catalogue. For other values in each picture, use the command that the README tells of.
 """
 
 START = """\
@@ -352,6 +394,8 @@ SDXL = Settings(
 WORKFLOWS = {
     "train_and_stylise_demo": train_and_stylise(DEMO, TRAIN_DEMO),
     "train_and_stylise_sdxl": train_and_stylise(SDXL, TRAIN_SDXL),
+    "catalogue_demo": catalogue(DEMO, CATALOGUE.format(base=DEMO.words)),
+    "catalogue_sdxl": catalogue(SDXL, CATALOGUE.format(base="First choose your **SDXL checkpoint**.")),
     **{f"{name}_{base.name}": guided(use, base) for name, use in USES.items() for base in (DEMO, SDXL)},
 }
 
@@ -460,7 +504,8 @@ def specs(type: str, object_info: dict) -> dict[str, list]:
 
 
 def is_widget(spec: list) -> bool:
-    return isinstance(spec[0], list) or spec[0] in WIDGETS
+    forced = len(spec) > 1 and spec[1].get("forceInput")
+    return not forced and (isinstance(spec[0], list) or spec[0] in WIDGETS)
 
 
 def sockets(type: str, object_info: dict) -> dict[str, str]:
@@ -495,7 +540,7 @@ def widget_values(node: Node, object_info: dict) -> list:
         spec = specs(node.type, object_info)[name]
         if is_widget(spec):
             values.append(value)
-            values += ["fixed"] * bool(spec[1:] and spec[1].get("control_after_generate"))
+            values += [CONTROLS.get(name, "fixed")] * bool(spec[1:] and spec[1].get("control_after_generate"))
             values += ["image"] * bool(spec[1:] and spec[1].get("image_upload"))
     return values
 
