@@ -1,0 +1,380 @@
+"""The job sheet's way through a server that refuses, forgets, hangs up and comes back."""
+
+import asyncio
+import copy
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+from aiohttp import web
+from aiohttp.test_utils import TestServer
+from conftest import COMFYUI, ROOT
+from PIL import Image
+
+import batch.server
+from batch import run
+from batch.server import Refused, Server, Unreachable
+from batch.workflow import filled, mismatched, refused
+from consislora_core import catalog
+from consislora_core.catalog import Job, Result, ResultsSheet
+from demo.run import IMAGES, nodes
+from demo.server import ComfyServer
+
+WORKFLOW = json.loads((ROOT / "workflows" / "api" / "catalogue_demo.json").read_text(encoding="utf-8"))
+JOB = Job("cup.png", "ink.png", "cup", prompt="a [c] cup", seed=7, content_strength=0.5)
+
+
+def fill(**changes) -> dict:
+    return filled(WORKFLOW, Job(**{**vars(JOB), **changes}), "a.png", "b.png", "batch/jobs")[0]
+
+
+def inputs(workflow: dict, kind: str) -> dict:
+    (node,) = nodes(workflow, kind)
+    return workflow[node]["inputs"]
+
+
+# A job in the workflow
+
+
+def test_a_job_fills_the_workflow_and_leaves_the_rest(monkeypatch):
+    before = copy.deepcopy(WORKFLOW)
+    made = fill()
+    sampler, load = inputs(made, "ConsisLoRASampler"), inputs(made, "ConsisLoRACatalogLoad")
+    assert (sampler["seed"], sampler["content_strength"], sampler["style_strength"]) == (7, 0.5, 1.0)
+    assert made[sampler["positive"][0]]["inputs"]["text"] == "a [c] cup"
+    assert {node["inputs"]["seed"] for node in made.values() if "rank" in node["inputs"]} == {0}
+    assert (load["contents"], load["styles"]) == ("consislora_batch/a.png", "consislora_batch/b.png")
+    assert before == WORKFLOW
+
+
+def test_an_adapter_takes_the_place_of_its_training():
+    made = fill(content_lora="cup.safetensors")
+    sampler, save = inputs(made, "ConsisLoRASampler"), inputs(made, "ConsisLoRACatalogSave")
+    assert sampler["content"] == save["content"] == ["content_lora", 0]
+    assert made["content_lora"] == {"class_type": "ConsisLoRALoad", "inputs": {"lora_name": "cup.safetensors"}}
+    assert len(nodes(made, "ConsisLoRATrainImage")) == 1  # of the style image
+    assert nodes(fill(content_lora="c", style_lora="s"), "ConsisLoRATrainImage") == []
+
+
+def test_a_job_has_a_key_of_its_own():
+    changes = [{}, {"seed": 8}, {"style_lora": "s"}, {"prompt": "x"}, {"name": "other"}]
+    keys = [inputs(fill(**change), "ConsisLoRACatalogLoad")["name"] for change in changes]
+    assert len(set(keys)) == 4 and keys[4] == keys[0]  # the name decides nothing
+
+
+def test_a_workflow_that_lacks_what_a_job_needs_is_refused():
+    with pytest.raises(ValueError, match="has 0 nodes of the kind ConsisLoRACatalogLoad"):
+        filled({}, JOB, "", "", "")
+    bare = {node: content for node, content in WORKFLOW.items() if content["class_type"] != "ConsisLoRASampler"}
+    with pytest.raises(ValueError, match="no node of the workflow takes content_strength"):
+        filled(bare, JOB, "", "", "")
+
+
+def test_what_the_server_would_not_take_is_told():
+    spec = {"required": {"seed": ["INT", {"min": 0, "max": 9}], "scheduler": [["normal"], {}], "model": ["MODEL"]}}
+    newer = {"required": {"lora_name": ["COMBO", {"options": ["a/x.safetensors", "y.safetensors"]}]}}
+    info = {"Sampler": {"input": spec}, "Load": {"input": newer}}
+    workflow = {
+        "1": {"class_type": "Sampler", "inputs": {"seed": 10, "scheduler": "karras", "model": ["2", 0]}},
+        "2": {"class_type": "Load", "inputs": {"lora_name": "x.safetensors"}},
+        "3": {"class_type": "Gone", "inputs": {}},
+    }
+    assert list(refused(workflow, info)) == [
+        "seed of Sampler is 10; it must be from 0 to 9.",
+        "scheduler of Sampler is 'karras', which the server does not have. It has normal.",
+        "lora_name of Load is 'x.safetensors', which the server does not have. It has a/x.safetensors.",
+        "the server has no node Gone. Install the pack it is from, or update it.",
+    ]
+
+
+def test_adapters_of_different_models_are_told_apart():
+    metadata = {
+        "one": {"consislora.base_model_hash": "1", "modelspec.architecture": "stable-diffusion-xl-v1-base/lora"},
+        "two": {"consislora.base_model_hash": "2"},
+        "flux": {"modelspec.architecture": "flux-1-dev/lora"},
+    }
+
+    def told(content, style):
+        return list(mismatched(Job("a", "b", content_lora=content, style_lora=style), metadata))
+
+    assert told("one", "one") == told("one", None) == told("one", "stranger") == []
+    assert told("one", "two") == [
+        "content_lora and style_lora were trained on different base models. Train one of them again."
+    ]
+    assert told("one", "flux") == ["style_lora was trained on flux-1-dev/lora, not on SDXL."]
+
+
+# A server that misbehaves
+
+
+@asynccontextmanager
+async def pretended(routes: dict, patience: float = 5):
+    """A Server that talks to a ComfyUI of these answers: handlers by path."""
+
+    async def answer(request):
+        return routes[request.path](request) if request.path in routes else web.Response(status=404)
+
+    app = web.Application()
+    app.router.add_route("*", "/{path:.*}", answer)
+    async with TestServer(app) as there, Server(str(there.make_url("")), patience, tell=lambda text: None) as server:
+        yield server
+
+
+@pytest.fixture(autouse=True)
+def at_once(monkeypatch):
+    monkeypatch.setattr(batch.server, "FIRST_DELAY", 0.01)
+    monkeypatch.setattr(batch.server, "LISTENING", 0.05)
+
+
+def asked(routes: dict, question, **settings):
+    async def ask():
+        async with pretended(routes, **settings) as server:
+            return await question(server)
+
+    return asyncio.run(ask())
+
+
+@pytest.mark.parametrize("status", batch.server.BUSY)
+def test_a_busy_server_is_asked_again(status):
+    answers = [web.Response(status=status), web.Response(status=status), web.json_response([1])]
+    assert asked({"/queue": lambda _: answers.pop(0)}, lambda server: server.get("/queue")) == [1]
+
+
+def test_patience_ends():
+    busy = {"/queue": lambda _: web.Response(status=503)}
+    with pytest.raises(Unreachable, match="503 Service Unavailable"):
+        asked(busy, lambda server: server.get("/queue"), patience=0.05)
+    with pytest.raises(Unreachable, match="cannot be reached"):
+        asyncio.run(unreachable())
+
+
+async def unreachable():
+    async with Server("http://127.0.0.1:1", 0) as server:
+        await server.get("/queue")
+
+
+def test_a_redirection_is_not_followed_and_a_flood_is_stopped(monkeypatch):
+    monkeypatch.setattr(batch.server, "LIMIT", 1000)
+    routes = {
+        "/a": lambda _: web.Response(status=302, headers={"Location": "/b"}),
+        "/b": lambda _: web.Response(body=b"x" * 2000),
+    }
+    with pytest.raises(Refused, match="302"):
+        asked(routes, lambda server: server.call("GET", "/a"))
+    with pytest.raises(Refused, match="larger than"):
+        asked(routes, lambda server: server.call("GET", "/b"))
+
+
+def test_a_refused_workflow_names_node_and_input():
+    error = {"message": "value too small", "details": "seed"}
+    told = {
+        "error": {"message": "invalid", "details": ""},
+        "node_errors": {"1": {"class_type": "S", "errors": [error]}},
+    }
+    routes = {"/prompt": lambda _: web.json_response(told, status=400)}
+    with pytest.raises(Refused, match="^invalid; S: value too small: seed$"):
+        asked(routes, lambda server: server.run({}, print))
+
+
+ID = "12345678-1234-5678-1234-567812345678"
+
+
+def history(held: list[bool], entry: dict | None) -> dict:
+    """Routes of a server that holds a workflow as long as it says, and then has an entry of it or none."""
+    others = [[number, f"other {number}", {}] for number in range(1000)]
+
+    def queue(_):
+        pending = others + [[1000, ID, {}]] * (len(held) > 0 and held.pop(0))
+        return web.json_response({"queue_running": others[:1], "queue_pending": pending})
+
+    return {
+        "/prompt": lambda _: web.json_response({"prompt_id": ID}),
+        "/queue": queue,
+        f"/history/{ID}": lambda _: web.json_response({ID: entry} if entry and not held else {}),
+    }
+
+
+def test_behind_a_full_queue_a_job_waits():
+    routes = history([True, True, True], {"status": "done"})
+    assert asked(routes, lambda server: server.run({}, print)) == {"status": "done"}
+
+
+def test_a_job_that_a_restarted_server_has_lost_is_told():
+    assert asked(history([True, True], None), lambda server: server.run({}, print)) is None
+
+
+def test_an_id_of_the_server_is_no_path():
+    routes = {"/prompt": lambda _: web.json_response({"prompt_id": "../../x"}), "/queue": history([], None)["/queue"]}
+    with pytest.raises(ValueError, match="badly formed"):
+        asked(routes, lambda server: server.run({}, print))
+
+
+# The whole sheet, with a server in its place
+
+
+class Shelf:
+    """Answers as a Server does. outcomes: of every workflow in turn; an entry, or None for one that was lost."""
+
+    def __init__(self, *outcomes):
+        self.outcomes, self.prompts, self.files = list(outcomes), [], {}
+
+    async def upload(self, picture, name, folder):
+        pass
+
+    async def run(self, prompt, progress):
+        self.prompts.append(prompt)
+        outcome = self.outcomes.pop(0)
+        if outcome == DONE:
+            key = inputs(prompt, "ConsisLoRACatalogLoad")["name"]
+            self.files |= {
+                f"{key}.png": png(),
+                catalog.RESULTS: f"name,scores,files\n{key},good,../../evil.png".encode(),
+            }
+        return outcome
+
+    async def file(self, name, folder):
+        assert folder == "consislora_batch/jobs"
+        return self.files.get(name)
+
+
+DONE = {"status": {"messages": []}}
+CANCELLED = {"status": {"messages": [["execution_interrupted", {}]]}}
+FAILED = {"status": {"messages": [["execution_error", {"node_type": "VAEDecode", "exception_message": "no memory\n"}]]}}
+
+
+def png() -> bytes:
+    data = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(data, "PNG")
+    return data.getvalue()
+
+
+@pytest.fixture
+def made(tmp_path, capsys):
+    """Makes jobs of these names on a server of these outcomes; the results, and the server."""
+    for name in ("cup.png", "ink.png"):
+        Image.new("RGB", (8, 8)).save(tmp_path / name)
+
+    def make(names, *outcomes):
+        server = Shelf(*outcomes)
+        one = run.Batch(server, WORKFLOW, tmp_path / "jobs.csv", tmp_path / "out")
+        jobs = [Job("cup.png", "ink.png", name, seed=number) for number, name in enumerate(names)]
+        assert one.local_problems(jobs) == []
+        asyncio.run(one.make_all(jobs))
+        assert server.outcomes == []
+        return ResultsSheet(tmp_path / "out" / catalog.RESULTS).read(), server
+
+    return make
+
+
+def test_results_come_home_under_our_names_whatever_the_server_calls_them(made, tmp_path):
+    results, _ = made(["a/cup"], DONE)
+    (result,) = results.values()
+    assert (result.name, result.files, result.scores, result.content) == ("a/cup", "a/cup.png", "good", "cup.png")
+    assert (tmp_path / "out" / "a" / "cup.png").read_bytes() == png()
+
+
+def test_what_is_done_is_not_done_again_and_what_failed_is(made):
+    results, _ = made(["one", "two", "three"], DONE, FAILED, CANCELLED)
+    assert [result.error for result in results.values()] == [
+        "",
+        "VAEDecode: no memory",
+        "it was cancelled on the server",
+    ]
+    results, server = made(["one", "two", "three"], DONE, DONE)
+    assert [result.error for result in results.values()] == ["", "", ""]
+    assert len(server.prompts) == 2
+    made(["one", "two", "three"])
+
+
+def test_a_lost_job_is_queued_again_but_not_for_ever(made):
+    results, server = made(["one", "two"], None, DONE, None, None, None)
+    assert server.prompts[0] == server.prompts[1]
+    assert results["one"].error == ""
+    assert results["two"].error == "the server was restarted at it 3 times. Look into the server's log."
+
+
+def test_all_problems_are_told_before_any_job_is_sent(tmp_path, capsys):
+    (tmp_path / "bad.png").write_bytes(b"")
+    (tmp_path / "jobs.csv").write_text("content,style,seed\nbad.png,none.png,1\nbad.png,bad.png,2\n")
+    told = run.main([str(tmp_path / "jobs.csv"), "--dry-run", "--server", "http://127.0.0.1:1"])
+    assert told.splitlines() == [
+        "jobs.csv has 2 problems:",
+        "- bad__none, column content: bad.png is empty (0 bytes). Copy it again.",
+        "- bad__none, column style: none.png cannot be read: No such file or directory.",
+    ]
+
+
+def test_a_dry_run_without_a_server_checks_what_it_can(tmp_path, capsys):
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    (tmp_path / "jobs.csv").write_text("content,style\na.png,a.png\n")
+    assert run.main([str(tmp_path / "jobs.csv"), "--dry-run", "--server", "http://127.0.0.1:1"]) == 0
+    assert "The jobs are not checked against it.\n1 jobs, no problems found." in capsys.readouterr().out
+
+
+# A real server
+
+
+@pytest.fixture
+def sheet(tmp_path):
+    """Three jobs of one pair of pictures, a workflow that trains for two steps, and a folder for a server."""
+    for name in ("crown-flat.png", "umbrella-high-contrast.png"):
+        (tmp_path / name).write_bytes((IMAGES / name).read_bytes())
+    rows = [f"crown-flat.png,umbrella-high-contrast.png,job {number},{number},2" for number in range(3)]
+    (tmp_path / "jobs.csv").write_text("\n".join(["content,style,name,seed,steps", *rows]))
+    quick = copy.deepcopy(WORKFLOW)
+    for node in quick.values():
+        node["inputs"] |= {"steps": 2, "transition_step": 1, "rank": 4} if "rank" in node["inputs"] else {}
+    for node in nodes(quick, "ConsisLoRATrainStyle"):
+        del quick[node]["inputs"]["transition_step"]
+    (tmp_path / "quick.json").write_text(json.dumps(quick))
+    return tmp_path / "jobs.csv"
+
+
+def started(sheet: Path, server: ComfyServer) -> subprocess.Popen:
+    command = [sys.executable, str(ROOT / "batch"), str(sheet), "--server", server.url]
+    command += ["--workflow", str(sheet.with_name("quick.json")), "--patience", "600"]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def results(sheet: Path) -> dict[str, Result]:
+    return ResultsSheet(sheet.with_name("jobs_results") / catalog.RESULTS).read()
+
+
+def wait_for(sheet: Path, count: int, process: subprocess.Popen) -> None:
+    while len(results(sheet)) < count:
+        assert process.poll() is None, process.stdout.read()
+        time.sleep(0.05)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="a program cannot press Ctrl-C for one other program there")
+def test_stopped_and_with_its_server_killed_every_job_is_done_once(sheet, tmp_path):
+    server = ComfyServer(tmp_path / "base", COMFYUI)
+    with server:
+        process = started(sheet, server)
+        wait_for(sheet, 1, process)
+        process.send_signal(signal.SIGINT)
+        assert "Stopped. The server finishes the job it is at" in process.communicate()[0]
+        first = results(sheet)["job 0"]
+        process = started(sheet, server)
+        wait_for(sheet, 2, process)
+        server.kill()
+    with server:  # again, at the same address
+        output = process.communicate()[0]
+        assert process.returncode == 0, output
+        assert "3 of 3 are in" in output
+    done = results(sheet)
+    assert [(name, result.error, result.seed, result.steps) for name, result in done.items()] == [
+        (f"job {number}", "", number, 2) for number in range(3)
+    ]
+    assert done["job 0"] == first
+    there = ResultsSheet(tmp_path / "base" / "output" / "consislora_batch" / "jobs" / catalog.RESULTS).read()
+    assert there.keys() == {result.key for result in done.values()}
+    pictures = [catalog.open_picture(sheet.with_name("jobs_results") / result.files) for result in done.values()]
+    assert len({picture.tobytes() for picture in pictures}) == 3
