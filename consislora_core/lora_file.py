@@ -1,8 +1,10 @@
 """Reads and writes LoRA files, every spelling, as parts by role with metadata."""
 
 import json
+import math
 import os
 import re
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -19,6 +21,8 @@ SUFFIX = re.compile(
     r"(?P<module>.+?)\.(?:(?P<down>lora_down|lora\.down|lora_A(?:\.default)?)|(?P<up>lora_up|lora\.up|lora_B(?:\.default)?))\.weight"
     r"|(?P<scaled>.+)\.alpha"
 )
+
+MAX_VALUES = 2**24  # of one tensor: rank 1024 in a layer of SDXL takes 2**21
 
 # ModelSpec, by which model managers sort files.
 MODEL_SPEC = {"modelspec.sai_model_spec": "1.0.1", "modelspec.architecture": "stable-diffusion-xl-v1-base/lora"}
@@ -73,29 +77,35 @@ def to_state_dict(lora: ImageLora) -> dict[str, Tensor]:
     return state
 
 
-def from_state_dict(state: dict[str, Tensor], metadata: dict[str, str] | None = None) -> ImageLora:
+def from_state_dict(state: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> ImageLora:
     """Parts by role from any known spelling. Raises ValueError that names the keys it cannot place."""
     found: dict[Target, dict[str, Tensor]] = {}
-    strangers = []
-    for key, tensor in state.items():
-        match = SUFFIX.fullmatch(key)
-        target = match and parse_module(match["module"] or match["scaled"])
-        if target is None:
-            strangers.append(key)
-            continue
-        kind = "down" if match["down"] else "up" if match["up"] else "alpha"
-        found.setdefault(target, {})[kind] = tensor
-    if strangers:
-        raise ValueError(
-            f"{len(strangers)} of {len(state)} keys are not LoRA weights of SDXL's content or style block, for example "
-            f"{', '.join(sorted(strangers)[:3])}. The file is for another architecture, or adapts the whole model."
-        )
-    if not found:
-        raise ValueError("The file holds no LoRA weights.")
+    for key, (target, kind) in _placed(state).items():
+        found.setdefault(target, {})[kind] = state[key]
     parts: dict[str, Part] = {}
     for target, tensors in found.items():
         parts.setdefault(target.role, {})[target.layer] = _layer(target, tensors)
     return ImageLora({role: parts[role] for role in ROLES if role in parts}, metadata or {})
+
+
+def _placed(keys: Collection[str]) -> dict[str, tuple[Target, str]]:
+    """What each key means: a layer, and down, up or alpha. Raises ValueError that names those it cannot place."""
+    placed, strangers = {}, []
+    for key in keys:
+        match = SUFFIX.fullmatch(key)
+        target = match and parse_module(match["module"] or match["scaled"])
+        if target is None:
+            strangers.append(key)
+        else:
+            placed[key] = target, "down" if match["down"] else "up" if match["up"] else "alpha"
+    if strangers:
+        raise ValueError(
+            f"{len(strangers)} of {len(keys)} keys are not LoRA weights of SDXL's content or style block, for example "
+            f"{', '.join(sorted(strangers)[:3])}. The file is for another architecture, or adapts the whole model."
+        )
+    if not placed:
+        raise ValueError("The file holds no LoRA weights.")
+    return placed
 
 
 def _layer(target: Target, tensors: dict[str, Tensor]) -> LoraLayer:
@@ -113,7 +123,10 @@ def read(path: str | os.PathLike) -> ImageLora:
     """Reads a LoRA file to the CPU. Raises ValueError for a file that is broken, foreign or incomplete."""
     try:
         with safe_open(path, framework="pt") as file:
-            return from_state_dict({key: file.get_tensor(key) for key in file.keys()}, file.metadata())  # noqa: SIM118
+            shapes = {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118
+            _placed(shapes)  # both checks before a tensor takes memory
+            _check_size(shapes)
+            return from_state_dict({key: file.get_tensor(key) for key in shapes}, file.metadata())
     except SafetensorError as error:
         raise ValueError(
             f"{Path(path).name} is not a whole safetensors file ({error}). It may be cut off or of another kind; "
@@ -121,6 +134,15 @@ def read(path: str | os.PathLike) -> ImageLora:
         ) from error
     except ValueError as error:
         raise ValueError(f"{Path(path).name}: {error}") from error
+
+
+def _check_size(shapes: dict[str, list[int]]) -> None:
+    largest = max(shapes, key=lambda key: math.prod(shapes[key]))
+    if math.prod(shapes[largest]) > MAX_VALUES:
+        raise ValueError(
+            f"{largest} has shape {tuple(shapes[largest])}, which is more than any LoRA of SDXL needs. The file is "
+            "damaged or of another kind."
+        )
 
 
 def write(lora: ImageLora, path: str | os.PathLike, dtype: torch.dtype = torch.float16) -> None:

@@ -211,8 +211,26 @@ class Job(NamedTuple):
         """The trained LoRA and the loss of every step.
 
         resume: sets a new trainer to where an earlier one was left, and gives the losses until there. save: keeps a
-        trainer for it, every `CHECKPOINT_EVERY` steps and on a cancel.
+        trainer for it, every `CHECKPOINT_EVERY` steps and on a cancel. Raises OutOfMemory with advice.
         """
+        try:
+            return self._run(hidden, resume, save)
+        except bridge.OutOfMemory:
+            pass
+        # Out here no traceback holds the tensors of the training any more.
+        height, width = (8 * side for side in self.latent["samples"].shape[-2:])
+        raise bridge.OutOfMemory(
+            f"There is not enough memory to train on {width} x {height} pixels in {self.dtype}. Close what else uses "
+            "the graphics card and queue again: training goes on from its last checkpoint. Or use a smaller image, "
+            "precision bf16, or a lower rank."
+        )
+
+    def _run(
+        self,
+        hidden: io.HiddenHolder | None,
+        resume: Callable[[Trainer], list[float]],
+        save: Callable[[Trainer, list[float]], None],
+    ) -> tuple[ImageLora, list[float]]:
         progress = bridge.Progress(self.model, self.stage.steps)
         with bridge.open_for_training(self.model, self.latent["samples"].shape, self.dtype) as denoiser:
             z_0 = bridge.clean_latents(self.model, self.latent)

@@ -1,5 +1,6 @@
 """LoRA files: every spelling in, one spelling out, and the same picture in every program that reads it."""
 
+import json
 import re
 
 import pytest
@@ -124,6 +125,18 @@ def test_a_file_that_is_no_safetensors_says_so(content, tmp_path):
     (tmp_path / "x.safetensors").write_bytes(content)
     with pytest.raises(ValueError, match="x.safetensors is not a whole safetensors file"):
         lora_file.read(tmp_path / "x.safetensors")
+
+
+def test_a_tensor_that_no_lora_needs_is_refused_before_it_takes_memory(tmp_path):
+    key = "lora_unet_up_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q.lora_down.weight"
+    header = json.dumps({key: {"dtype": "I8", "shape": [2**13, 2**12], "data_offsets": [0, 2**25]}}).encode()
+    with (tmp_path / "huge.safetensors").open("wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        file.truncate(8 + len(header) + 2**25)
+    with pytest.raises(
+        ValueError, match=r"huge.safetensors: .*lora_down.weight has shape \(8192, 4096\), which is more"
+    ):
+        lora_file.read(tmp_path / "huge.safetensors")
 
 
 def test_a_missing_part_is_named():

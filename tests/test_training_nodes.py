@@ -4,6 +4,7 @@ import hashlib
 import itertools
 import logging
 import shutil
+import weakref
 
 import pytest
 import torch
@@ -519,6 +520,37 @@ def test_a_loss_that_is_not_finite_keeps_the_last_good_checkpoint(nodes, comfy, 
         broken.setattr(model.model, "apply_model", breaking)
         with pytest.raises(FloatingPointError, match="The loss became nan in step 4 of 6.*Lower the learning rate"):
             train_image(nodes, model, steps=6)
+    lora, *_ = train_image(nodes, model, steps=6)
+    assert steps == [1, 2, 3, 3, 4, 5, 6]
+    assert bits(lora) == bits(whole)
+
+
+def test_out_of_memory_is_told_with_advice_and_frees_all_and_the_next_training_works(
+    nodes, comfy, steps, store, monkeypatch
+):
+    monkeypatch.setattr(nodes, "CHECKPOINT_EVERY", 2)
+    whole, *_ = train_image(nodes, comfy_model(), steps=6)
+    shutil.rmtree(store.folder)
+    steps.clear()
+    model = loaded_model()
+    before, apply_model, held = everything_about(model), model.model.apply_model, []
+
+    def exhausted(*args, **kwargs):
+        answer = apply_model(*args, **kwargs)
+        if steps == [1, 2, 3]:
+            held.append(weakref.ref(answer))
+            raise comfy.model_management.OOM_EXCEPTION("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return answer
+
+    with monkeypatch.context() as broken:
+        broken.setattr(model.model, "apply_model", exhausted)
+        with pytest.raises(
+            comfy.model_management.OOM_EXCEPTION, match="128 x 128 pixels.*Close what else uses"
+        ) as told:
+            train_image(nodes, model, steps=6)
+    assert [one() for one in held] == [None]
+    assert told.value.__context__ is None
+    assert everything_about(model) == before
     lora, *_ = train_image(nodes, model, steps=6)
     assert steps == [1, 2, 3, 3, 4, 5, 6]
     assert bits(lora) == bits(whole)
