@@ -1,0 +1,91 @@
+"""`python benchmarks/catalogue.py [--jobs 200]`: a long sheet through the real queue, with adapters trained before.
+
+A ComfyUI with the demo model makes every job of a sheet as `python batch` asks it to. Told at the end: whether every
+picture and row is there, by how much the server's memory after all jobs differs from that after half of them, and how
+much longer a job took in the last fifth than in the first. Exits with 1 if something is missing, or memory differs by
+more than 2 %.
+"""
+
+import argparse
+import asyncio
+import csv
+import json
+import os
+import runpy
+import statistics
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+ALLOWED = 0.02
+PICTURES = ("crown-flat.png", "umbrella-high-contrast.png")
+STEPS, TRAINING_STEPS = 4, 2  # what is measured is the queue, not the model
+
+
+def lay_out(folder: Path, jobs: int) -> Path:
+    """The sheet, with its pictures beside it. The first job trains; its adapters serve all."""
+    for name in PICTURES:
+        (folder / name).write_bytes((ROOT / "demo" / "images" / name).read_bytes())
+    with (folder / "jobs.csv").open("w", newline="") as file:
+        rows = csv.writer(file)
+        rows.writerow(["content", "style", "name", "seed", "steps", "content_strength"])
+        rows.writerows([*PICTURES, f"job {n:04}", n, STEPS, 0.5 + n / jobs] for n in range(jobs))
+    return folder / "jobs.csv"
+
+
+def quick_workflow() -> dict:
+    workflow = json.loads((ROOT / "workflows" / "api" / "catalogue_demo.json").read_text(encoding="utf-8"))
+    for node in workflow.values():
+        if "rank" in node["inputs"]:
+            node["inputs"] |= {"steps": TRAINING_STEPS, "rank": 4}
+        if "transition_step" in node["inputs"]:
+            node["inputs"]["transition_step"] = 1
+    return workflow
+
+
+def measure(count: int, folder: Path) -> bool:
+    """Print what was found; whether all is there and within bounds."""
+    sys.path[0] = str(ROOT)  # python put benchmarks/ there
+    import psutil
+
+    from batch.run import Batch
+    from batch.server import Server
+    from consislora_core import catalog
+    from demo.server import ComfyServer
+
+    sheet = lay_out(folder, count)
+    jobs, output = catalog.read_jobs(sheet), folder / "results"
+    with ComfyServer(folder / "comfyui", Path(os.environ["COMFYUI_PATH"])) as comfyui:
+        (process,) = (child for child in psutil.Process().children() if "main.py" in " ".join(child.cmdline()))
+
+        async def make(some: list) -> int:
+            async with Server(comfyui.url, patience=60) as server:
+                batch = Batch(server, quick_workflow(), sheet, output)
+                assert batch.local_problems(some) == []
+                await batch.make_all(some)
+            return process.memory_info().rss
+
+        sizes = [asyncio.run(make(part)) for part in (jobs[: count // 2], jobs[count // 2 :])]
+    results = catalog.ResultsSheet(output / catalog.RESULTS).read()
+    present = [job for job in jobs if results[job.name].done(results[job.name].key, output)]
+    seconds = [results[job.name].seconds for job in jobs]
+    fifth = max(1, count // 5)
+    growth = sizes[1] / sizes[0] - 1
+    print(f"jobs present with picture and row: {len(present)} of {count}")
+    shown = " and ".join(f"{size / 1e6:.0f} MB" for size in sizes)
+    print(f"server's memory after {count // 2} and {count} jobs: {shown} ({growth:+.2%})")
+    late, early = (statistics.median(part) for part in (seconds[-fifth:], seconds[1 : fifth + 1]))
+    print(
+        f"time per job, median of the last {fifth} against the first {fifth} after training: {late / early:.2f} times"
+    )
+    return len(present) == count and abs(growth) <= ALLOWED
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--jobs", type=int, default=200)
+    options = parser.parse_args()
+    runpy.run_path(str(ROOT / "bootstrap.py"))["enter"]("tests")
+    with tempfile.TemporaryDirectory() as folder:
+        sys.exit(not measure(options.jobs, Path(folder)))
