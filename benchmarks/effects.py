@@ -5,7 +5,7 @@ images, draws every content image's thing in every style image's look, and score
 
 A stopped run goes on where it was: in DIR are the LoRAs, by training workflow and demo model, and the pictures, by
 workflow and LoRAs. That does not see a change in the pack's code: delete DIR after one. `--few` takes three
-combinations and two seeds, and leaves its results in DIR.
+combinations, and leaves its results in DIR.
 """
 
 import argparse
@@ -75,7 +75,7 @@ class Bench(NamedTuple):
     cache: Path
     loras: str
     pairs: list[Pair]
-    seeds: int
+    seeds: int = 2  # of each pair
 
 
 class Scored(NamedTuple):
@@ -412,16 +412,16 @@ def introduction(bench: Bench) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Measures what each control of dual guidance does to the picture.")
     parser.add_argument("--work", type=Path, metavar="DIR", default=PACK / "benchmarks" / "work", help="for resuming")
-    parser.add_argument("--few", action="store_true", help="three combinations, two seeds; the results stay in DIR")
+    parser.add_argument("--few", action="store_true", help="three combinations; the results stay in DIR")
     options = parser.parse_args()
     everything = [Pair(*names) for names in product(*zip(*TRAINED, strict=True))]
-    pairs, seeds, results = (TRAINED, 2, options.work) if options.few else (everything, 4, PACK / "benchmarks/results")
+    pairs, results = (TRAINED, options.work) if options.few else (everything, PACK / "benchmarks/results")
     loras = f"effects/{hashlib.sha256(TRAIN.read_bytes() + WEIGHTS.read_bytes()).hexdigest()[:8]}"
     with ComfyServer(options.work / "comfyui", Path(os.environ["COMFYUI_PATH"])) as server:
         for picture in IMAGES.glob("*.png"):
             server.upload(picture)
         train(server, loras)
-        bench = Bench(server, options.work / "pictures", loras, pairs, seeds)
+        bench = Bench(server, options.work / "pictures", loras, pairs)
         sections = [introduction(bench), scales_section(bench, results), strengths_section(bench, results)]
         sections += [cheaper_section(bench), lock_section(bench, results)]
     text = "\n".join(sections)
