@@ -1,8 +1,9 @@
 """The list of nodes, in the order a user meets them."""
 
 from .demo import LoadDemoModel
-from .guide import Guider, Sampler
+from .evaluate import Evaluate, Gate
+from .guide import Guider, Sampler, StrengthGrid
 from .lora import Apply, Load, Save
 from .train import TrainImage, TrainStyle
 
-NODES = [TrainImage, TrainStyle, Save, Load, Apply, Guider, Sampler, LoadDemoModel]
+NODES = [TrainImage, TrainStyle, Save, Load, Apply, Guider, Sampler, StrengthGrid, Evaluate, Gate, LoadDemoModel]
