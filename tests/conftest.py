@@ -104,6 +104,7 @@ def chromium():
 @pytest.fixture(scope="session")
 def frontend(chromium, server):
     """ComfyUI's frontend, up and empty; `frontend.complaints` gathers what it reports as errors."""
+    server.post("/settings", {"Comfy.TutorialCompleted": True})  # or the template browser opens over the canvas
     page = chromium.new_page()
     page.complaints = []
     page.on("console", lambda said: said.type == "error" and complain(page, said.text))
