@@ -7,8 +7,6 @@ from prompts import graph
 
 SETTING = "([id, value]) => app.ui.settings.setSettingValueAsync(id, value)"
 QUEUED = "async () => (await app.graphToPrompt()).output"
-IDLE = "async () => { const { queue_running, queue_pending } = await (await fetch('/queue')).json();"
-IDLE += " return queue_running.length + queue_pending.length === 0 }"
 GUIDANCE, STRENGTH = (["content_" + what, "style_" + what] for what in ("guidance", "strength"))
 HELP = {"en": "Pitfalls", "ja": "注意点", "zh": "注意事项"}
 
@@ -83,7 +81,7 @@ def test_a_queued_workflow_ends_with_a_picture_on_the_node(frontend, server, tra
     assert (server.base / "output" / told).exists()
 
 
-def test_training_shows_its_loss_and_stops_when_it_is_told_to(frontend, trained):
+def test_training_shows_its_loss_and_stops_when_it_is_told_to(frontend, server, trained):
     changes = {"steps": 100_000, "transition_step": 10, "seed": 5}
     opened(frontend, "train_content_demo", changes, "ConsisLoRATrainImage")
     frontend.evaluate("app.queuePrompt(0)")
@@ -91,7 +89,9 @@ def test_training_shows_its_loss_and_stops_when_it_is_told_to(frontend, trained)
     curve.first.wait_for(state="attached")
     frontend.get_by_text("reconstruction").first.wait_for()
     frontend.evaluate("app.extensionManager.command.execute('Comfy.Interrupt')")
-    frontend.wait_for_function(IDLE)
+    frontend.get_by_text("Execution has been interrupted").first.wait_for()
+    (last,) = server.get("/history?max_items=1").values()
+    assert last["status"]["messages"][-1][0] == "execution_interrupted"
 
 
 def test_the_loss_of_every_step_is_there_in_the_end(frontend, trained):
