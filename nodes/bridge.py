@@ -301,26 +301,28 @@ def loss_curve(stage: Stage, losses: list[float], first: int = 0) -> dict:
 class Progress:
     """Shows training on the node: a bar, every few steps the restored image and the losses, and the loss in the log.
 
-    node: the running node's id, for the browser.
+    node: the running node's id, for the browser. losses: of all steps so far; training adds to the list.
     """
 
     def __init__(
         self, model: ModelPatcher, stage: Stage, node: str | None, preview_every: int = 20, log_every: int = 50
     ):
         self.bar = comfy.utils.ProgressBar(stage.steps)
-        self.stage, self.node, self.told = stage, node, 0
+        self.stage, self.node = stage, node
+        self.losses: list[float] = []
+        self.told = 0  # how many of them the browser knows
         self.preview_every, self.log_every = preview_every, log_every
         factors = model.model.latent_format
         self.previewer = factors.latent_rgb_factors and latent_preview.Latent2RGBPreviewer(
             factors.latent_rgb_factors, getattr(factors, "latent_rgb_factors_bias", None)
         )
 
-    def show(self, event: StepEvent, losses: list[float]) -> None:
-        """losses: of all steps so far. Raises Cancelled when the user pressed cancel."""
+    def show(self, event: StepEvent) -> None:
+        """Raises Cancelled when the user pressed cancel."""
         stop_if_cancelled()
         if event.step % self.preview_every == 1 and (browser := server()):
-            browser.send_sync("consislora.loss", {"node": self.node, **loss_curve(self.stage, losses, self.told)})
-            self.told = len(losses)
+            browser.send_sync("consislora.loss", {"node": self.node, **loss_curve(self.stage, self.losses, self.told)})
+            self.told = len(self.losses)
         preview = None
         if self.previewer and event.step % self.preview_every == 1:
             picture = self.previewer.decode_latent_to_preview(event.z_0_hat.float().cpu())

@@ -219,7 +219,7 @@ class Job(NamedTuple):
             z_0 = bridge.clean_latents(self.model, self.latent)
             cond = bridge.encoded_conditioning(self.model, self.positive, z_0)
             with Trainer(denoiser, z_0, cond, self.stage, self.frozen, bridge.loss_scale(self.dtype)) as trainer:
-                losses = resume(trainer)
+                losses = progress.losses = resume(trainer)
                 if losses:
                     logging.info("ConsisLoRA %s stage: goes on from step %d.", self.stage.name, trainer.step)
                 try:
@@ -227,7 +227,7 @@ class Job(NamedTuple):
                         losses.append(event.loss)
                         if event.step % CHECKPOINT_EVERY == 0:
                             save(trainer, losses)
-                        progress.show(event, losses)
+                        progress.show(event)
                 except bridge.Cancelled:
                     save(trainer, losses)
                     raise
