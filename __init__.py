@@ -10,7 +10,9 @@ async def comfy_entrypoint():
     """What ComfyUI calls to get the nodes."""
     from comfy_api.latest import ComfyExtension
 
-    from .nodes import NODES
+    from .nodes import NODES, provenance
+
+    provenance.listen()
 
     class ConsisLoRA(ComfyExtension):
         async def get_node_list(self):

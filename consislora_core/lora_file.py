@@ -1,5 +1,6 @@
 """Reads and writes LoRA files, every spelling, as parts by role with metadata."""
 
+import hashlib
 import json
 import math
 import os
@@ -75,6 +76,15 @@ def to_state_dict(lora: ImageLora) -> dict[str, Tensor]:
             state[f"{name}.lora_up.weight"] = layer.up.contiguous()
             state[f"{name}.alpha"] = torch.tensor(layer.alpha)
     return state
+
+
+def weights_hash(lora: ImageLora) -> str:
+    """Names a LoRA by its weights in fp16, so that one just trained and all files saved from it have one name."""
+    digest = hashlib.sha256()
+    for key, tensor in sorted(to_state_dict(lora).items()):
+        digest.update(key.encode())
+        digest.update(tensor.detach().to("cpu", torch.float16).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def from_state_dict(state: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> ImageLora:

@@ -4,9 +4,13 @@ Pictures are tensors b 3 h w, 0 to 1. Features are rows b d of whichever network
 ones; the functions only compare them. All scores are without a unit, one for each picture of the batch.
 """
 
+from collections.abc import Mapping
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+Scores = list[dict[str, float]]  # of every picture, by the score's name
 
 SCALES = (1, 2, 4)  # pixels a step, so that both fine lines and whole shapes count
 PATCH, PROJECTIONS = 3, 64
@@ -14,6 +18,36 @@ WINDOW, SIGMA = 11, 1.5  # pixels; with the next line SSIM's constants, from its
 STABLE = (0.01**2, 0.03**2)
 BACKGROUND = 0.1  # how far a colour channel of the background may be from its usual value
 COARSE = 128
+
+
+def structure_scores(pictures: Tensor, content: Tensor) -> dict[str, Tensor]:
+    """Edge and silhouette overlap of pictures (b 3 h w, 0 to 1) with a content image (1 3 h w): 1 is exactly.
+
+    At about COARSE pixels, so that they are the same for a picture and its enlargement.
+    """
+    small, small_content = (
+        F.avg_pool2d(image, max(1, min(image.shape[-2:]) // COARSE)) for image in (pictures, content)
+    )
+    return {"edges": content_score(small, small_content), "silhouette": silhouette_overlap(small, small_content)}
+
+
+def feature_scores(features: Tensor, content: Tensor, style: Tensor) -> dict[str, Tensor]:
+    """Content, style and leakage of pictures by their features (b d), beside those of both images (n d, m d).
+
+    Leakage counts from the content image, which holds nothing of the style image's thing.
+    """
+    return {
+        "content": content_similarity(features, content),
+        "style": style_similarity(features, style),
+        "leakage": leakage(features, style, F.normalize(content, dim=1).mean(0, keepdim=True)),
+    }
+
+
+def misses(scores: Mapping[str, float], least: Mapping[str, float], most: Mapping[str, float]) -> list[str]:
+    """In words, which bounds (by the score's name) a picture with these scores misses."""
+    below = [f"{name} {scores[name]:.2f} is below {bound:g}" for name, bound in least.items() if scores[name] < bound]
+    above = [f"{name} {scores[name]:.2f} is above {bound:g}" for name, bound in most.items() if scores[name] > bound]
+    return below + above
 
 
 def content_score(picture: Tensor, content: Tensor) -> Tensor:

@@ -2,8 +2,23 @@
 
 from .catalog import CatalogLoad, CatalogSave
 from .demo import LoadDemoModel
-from .guide import Guider, Sampler
+from .evaluate import Evaluate, Gate
+from .guide import Guider, Sampler, StrengthGrid
 from .lora import Apply, Load, Save
 from .train import TrainImage, TrainStyle
 
-NODES = [TrainImage, TrainStyle, Save, Load, Apply, Guider, Sampler, CatalogLoad, CatalogSave, LoadDemoModel]
+NODES = [
+    TrainImage,
+    TrainStyle,
+    Save,
+    Load,
+    Apply,
+    Guider,
+    Sampler,
+    StrengthGrid,
+    Evaluate,
+    Gate,
+    CatalogLoad,
+    CatalogSave,
+    LoadDemoModel,
+]

@@ -4,6 +4,7 @@ import hashlib
 import json
 import logging
 import os
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
@@ -243,22 +244,35 @@ def sigmas(model: ModelPatcher, steps: int, sampler_name: str, scheduler: str, d
 
 
 def sample(
-    guider: comfy.samplers.CFGGuider, latent: dict, seed: int, sampler_name: str, sigmas: Tensor, noised: bool = False
+    guider: comfy.samplers.CFGGuider,
+    latent: dict,
+    seed: int,
+    sampler_name: str,
+    sigmas: Tensor,
+    noised: bool = False,
+    run: tuple[int, int] = (0, 1),
 ) -> dict:
     """A latent sampled as ComfyUI's KSampler does, with another guider: noise, mask, preview and progress alike.
 
-    noised: the latent is as noisy as sampling begins already, and no noise is added.
+    noised: the latent is as noisy as sampling begins already, and no noise is added. run: which of how many runs of
+    a node this is, for its progress.
     """
+    number, runs = run
     model = guider.model_patcher
     start = comfy.sample.fix_empty_latent_channels(model, latent["samples"])
     noise = comfy.sample.prepare_noise(start, seed, latent.get("batch_index"))
+    progress = latent_preview.prepare_callback(model, runs * (len(sigmas) - 1))
+
+    def show(step, z_0_hat, x, steps):
+        progress(number * steps + step, z_0_hat, x, runs * steps)
+
     samples = guider.sample(
         torch.zeros_like(noise) if noised else noise,
         start,
         comfy.samplers.sampler_object(sampler_name),
         sigmas,
         latent.get("noise_mask"),
-        latent_preview.prepare_callback(model, len(sigmas) - 1),
+        show,
         disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
         seed=seed,
     )
@@ -276,11 +290,30 @@ def stop_if_cancelled() -> None:
     comfy.model_management.throw_exception_if_processing_interrupted()
 
 
-class Progress:
-    """Shows training on the node: a bar, every few steps the restored image, and the loss in the log."""
+def server() -> Any:
+    """ComfyUI's PromptServer; None where nodes run without one, as in a test."""
+    module = sys.modules.get("server")
+    return getattr(module and module.PromptServer, "instance", None)
 
-    def __init__(self, model: ModelPatcher, steps: int, preview_every: int = 20, log_every: int = 50):
-        self.bar = comfy.utils.ProgressBar(steps)
+
+def loss_curve(stage: Stage, losses: list[float], first: int = 0) -> dict:
+    """What web/js/loss_curve.js draws: the losses of the steps from `first` on, counted from 0."""
+    return {"first": first, "losses": losses[first:], "phases": [[phase.loss, phase.steps] for phase in stage.phases]}
+
+
+class Progress:
+    """Shows training on the node: a bar, every few steps the restored image and the losses, and the loss in the log.
+
+    node: the running node's id, for the browser. losses: of all steps so far; training adds to the list.
+    """
+
+    def __init__(
+        self, model: ModelPatcher, stage: Stage, node: str | None, preview_every: int = 20, log_every: int = 50
+    ):
+        self.bar = comfy.utils.ProgressBar(stage.steps)
+        self.stage, self.node = stage, node
+        self.losses: list[float] = []
+        self.told = 0  # how many of them the browser knows
         self.preview_every, self.log_every = preview_every, log_every
         factors = model.model.latent_format
         self.previewer = factors.latent_rgb_factors and latent_preview.Latent2RGBPreviewer(
@@ -290,6 +323,9 @@ class Progress:
     def show(self, event: StepEvent) -> None:
         """Raises Cancelled when the user pressed cancel."""
         stop_if_cancelled()
+        if event.step % self.preview_every == 1 and (browser := server()):
+            browser.send_sync("consislora.loss", {"node": self.node, **loss_curve(self.stage, self.losses, self.told)})
+            self.told = len(self.losses)
         preview = None
         if self.previewer and event.step % self.preview_every == 1:
             picture = self.previewer.decode_latent_to_preview(event.z_0_hat.float().cpu())

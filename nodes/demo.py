@@ -15,7 +15,11 @@ class LoadDemoModel(io.ComfyNode):
             description="A tiny model of SDXL's architecture that draws emoji at 128 x 128 pixels. "
             "It tries every workflow on any computer; it is not for real work.",
             inputs=[],
-            outputs=[io.Model.Output(), io.Clip.Output(), io.Vae.Output()],
+            outputs=[
+                io.Model.Output(tooltip="To train on and to sample from."),
+                io.Clip.Output(tooltip="For CLIP Text Encode; it knows the names of emoji."),
+                io.Vae.Output(tooltip="For VAE Encode and VAE Decode."),
+            ],
         )
 
     @classmethod

@@ -1,9 +1,11 @@
 """Sample with content and style guided apart: as a guider for any sampler, or all in one node."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
+from typing import NamedTuple
 
 import comfy.samplers
+import torch
 from comfy.model_patcher import ModelPatcher
 from comfy_api.latest import io
 from torch import Tensor
@@ -20,7 +22,8 @@ from ..consislora_core.guidance import (
     wanted,
 )
 from ..consislora_core.lora_file import ImageLora
-from . import bridge, passes
+from . import bridge, drawing, passes
+from .provenance import HIDDEN, note
 from .sockets import CATEGORY, ConsisLora
 
 PROMPTS = [row.prompt for pair in GUIDANCE.values() for row in pair]
@@ -111,23 +114,40 @@ def guidance_inputs() -> list[io.Input]:
             "cfg", default=5.0, min=0.0, max=100.0, step=0.1, tooltip="How closely the picture follows the prompt."
         ),
         io.Float.Input(
-            "content_guidance", tooltip="Pulls toward the content image's thing. 0 is off and costs nothing.", **scale
+            "content_guidance",
+            tooltip="Pulls toward the content image's thing. 0 is off and costs nothing; "
+            "leave it at 0 while content is not connected.",
+            **scale,
         ),
         io.Float.Input(
-            "style_guidance", tooltip="Pulls toward the style image's look. 0 is off and costs nothing.", **scale
+            "style_guidance",
+            tooltip="Pulls toward the style image's look. 0 is off and costs nothing; "
+            "leave it at 0 while style is not connected.",
+            **scale,
         ),
-        io.Float.Input("content_strength", tooltip="1 is as trained, 0 is off, below 0 is the opposite.", **strength),
-        io.Float.Input("style_strength", tooltip="1 is as trained, 0 is off, below 0 is the opposite.", **strength),
+        io.Float.Input(
+            "content_strength",
+            tooltip="Of the content LoRA: 1 is as trained, 0 is off, below 0 is the opposite. "
+            "No effect while content is not connected.",
+            **strength,
+        ),
+        io.Float.Input(
+            "style_strength",
+            tooltip="Of the style LoRA: 1 is as trained, 0 is off, below 0 is the opposite. "
+            "No effect while style is not connected.",
+            **strength,
+        ),
         io.Float.Input(
             "start_percent",
             default=0.0,
-            tooltip="Content and style guidance begin here; 0 is the first step.",
+            tooltip="Content and style guidance begin here, as a fraction of sampling: 0 is the first step.",
             **percent,
         ),
         io.Float.Input(
             "end_percent",
             default=1.0,
-            tooltip="Content and style guidance end here; 1 is the last step. An earlier end is faster.",
+            tooltip="Content and style guidance end here, as a fraction of sampling: 1 is the last step. "
+            "An earlier end is faster.",
             **percent,
         ),
         io.Int.Input(
@@ -165,6 +185,34 @@ def model_and_prompts() -> list[io.Input]:
     ]
 
 
+def sampling_inputs() -> list[io.Input]:
+    return [
+        io.Latent.Input("latent_image", tooltip="An empty latent, or a picture's to start from with denoise below 1."),
+        io.Int.Input(
+            "seed",
+            default=0,
+            min=0,
+            max=2**64 - 1,
+            control_after_generate=True,
+            tooltip="Fixes the starting noise: the same seed and inputs make the same picture.",
+        ),
+        io.Int.Input("steps", default=30, min=1, max=10_000, tooltip="Denoising steps."),
+        io.Combo.Input(
+            "sampler_name",
+            options=comfy.samplers.KSampler.SAMPLERS,
+            tooltip="How each step is taken, as in KSampler. euler and dpmpp_2m are safe choices.",
+        ),
+        io.Combo.Input(
+            "scheduler",
+            options=comfy.samplers.KSampler.SCHEDULERS,
+            tooltip="How noise is spread over the steps, as in KSampler. normal and karras are safe choices.",
+        ),
+        io.Float.Input(
+            "denoise", default=1.0, min=0.0, max=1.0, step=0.01, tooltip="Below 1 keeps some of latent_image."
+        ),
+    ]
+
+
 class Guider(io.ComfyNode):
     @classmethod
     def define_schema(cls):
@@ -174,11 +222,13 @@ class Guider(io.ComfyNode):
             category=CATEGORY,
             description="Guides content and style apart, with SamplerCustomAdvanced: any sampler, any sigmas.",
             inputs=[*model_and_prompts(), *guidance_inputs(), *optional_inputs()],
-            outputs=[io.Guider.Output()],
+            outputs=[io.Guider.Output(tooltip="For SamplerCustomAdvanced.")],
+            hidden=HIDDEN,
         )
 
     @classmethod
     def execute(cls, model, positive, negative, content=None, style=None, **given) -> io.NodeOutput:
+        note(cls.hidden, {"content": content, "style": style}, given)
         return io.NodeOutput(guider_for(model, positive, negative, content, style, given))
 
 
@@ -192,23 +242,7 @@ class Sampler(io.ComfyNode):
             description="KSampler with content and style guidance.",
             inputs=[
                 *model_and_prompts(),
-                io.Latent.Input(
-                    "latent_image", tooltip="An empty latent, or a picture's to start from with denoise below 1."
-                ),
-                io.Int.Input(
-                    "seed",
-                    default=0,
-                    min=0,
-                    max=2**64 - 1,
-                    control_after_generate=True,
-                    tooltip="Of the starting noise.",
-                ),
-                io.Int.Input("steps", default=30, min=1, max=10_000, tooltip="Denoising steps."),
-                io.Combo.Input("sampler_name", options=comfy.samplers.KSampler.SAMPLERS, tooltip="As in KSampler."),
-                io.Combo.Input("scheduler", options=comfy.samplers.KSampler.SCHEDULERS, tooltip="As in KSampler."),
-                io.Float.Input(
-                    "denoise", default=1.0, min=0.0, max=1.0, step=0.01, tooltip="Below 1 keeps some of latent_image."
-                ),
+                *sampling_inputs(),
                 *guidance_inputs(),
                 io.Boolean.Input(
                     "structure_lock",
@@ -218,7 +252,8 @@ class Sampler(io.ComfyNode):
                 ),
                 *optional_inputs(),
             ],
-            outputs=[io.Latent.Output()],
+            outputs=[io.Latent.Output(tooltip="The denoised latent, for VAE Decode.")],
+            hidden=HIDDEN,
         )
 
     @classmethod
@@ -242,6 +277,7 @@ class Sampler(io.ComfyNode):
         sigmas = bridge.sigmas(model, steps, sampler_name, scheduler, denoise)
         if structure_lock:
             latent_image = bridge.inverted(restoring(model, negative, content), lockable(latent_image), sigmas)
+        note(cls.hidden, {"content": content, "style": style}, {**given, "seed": seed, "steps": steps})
         return io.NodeOutput(bridge.sample(guider, latent_image, seed, sampler_name, sigmas, noised=structure_lock))
 
 
@@ -261,3 +297,112 @@ def lockable(latent: dict) -> dict:
             "structure_lock needs a picture, and latent_image is empty. Connect the content image's latent."
         )
     return latent
+
+
+class Sweep(NamedTuple):
+    """What a grid varies: guidance or strength, and the values of each axis."""
+
+    what: str
+    content: list[float]
+    style: list[float]
+
+    def cells(self) -> Iterator[dict[str, float]]:
+        """The two inputs of every picture, in rows from above: content grows to the right, style upward."""
+        for style in reversed(self.style):
+            for content in self.content:
+                yield {f"content_{self.what}": content, f"style_{self.what}": style}
+
+
+class StrengthGrid(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="ConsisLoRAStrengthGrid",
+            display_name="Strength Grid",
+            category=CATEGORY,
+            description="One picture for each pair of content and style values, from one seed, with labelled axes.",
+            inputs=[
+                *model_and_prompts(),
+                io.Vae.Input("vae", tooltip="Of the same checkpoint; turns all latents into pictures at the end."),
+                *sampling_inputs(),
+                io.Combo.Input(
+                    "sweep",
+                    options=["guidance", "strength"],
+                    default="guidance",
+                    tooltip="What the grid varies: both guidances or both strengths. "
+                    "Their own widgets are then not read.",
+                ),
+                *sweep_inputs("content"),
+                *sweep_inputs("style"),
+                io.Int.Input(
+                    "cell_size",
+                    default=256,
+                    min=64,
+                    max=2048,
+                    step=8,
+                    tooltip="Width of a picture in the grid, in pixels. images keeps the full size.",
+                ),
+                *guidance_inputs(),
+                *optional_inputs(),
+            ],
+            outputs=[
+                io.Image.Output(display_name="grid", tooltip="All pictures on one page: content across, style up."),
+                io.Image.Output(
+                    display_name="images", tooltip="The single pictures, row by row from the top left of the grid."
+                ),
+            ],
+            hidden=HIDDEN,
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        model,
+        positive,
+        negative,
+        vae,
+        latent_image,
+        seed,
+        steps,
+        sampler_name,
+        scheduler,
+        denoise,
+        sweep,
+        cell_size,
+        content: ImageLora | None = None,
+        style: ImageLora | None = None,
+        **given,
+    ) -> io.NodeOutput:
+        if (count := len(latent_image["samples"])) != 1:
+            raise ValueError(f"latent_image holds {count} latents; a grid is drawn from one. Set its batch_size to 1.")
+        swept = Sweep(sweep, swept_values(given, "content"), swept_values(given, "style"))
+        sigmas = bridge.sigmas(model, steps, sampler_name, scheduler, denoise)
+        cells = list(swept.cells())
+        latents = []
+        for i, cell in enumerate(cells):
+            guider = guider_for(model, positive, negative, content, style, {**given, **cell})
+            sampled = bridge.sample(guider, latent_image, seed, sampler_name, sigmas, run=(i, len(cells)))
+            latents.append(sampled["samples"])
+        # All at the end, so that model and VAE take turns on a small GPU only once.
+        images = vae.decode(torch.cat(latents))
+        note(cls.hidden, {"content": content, "style": style}, {**given, "seed": seed, "steps": steps, "sweep": sweep})
+        return io.NodeOutput(drawing.grid(images, swept.what, swept.content, swept.style, cell_size), images)
+
+
+def sweep_inputs(image: str) -> list[io.Input]:
+    value = dict(min=-10.0, max=10.0, step=0.05)
+    return [
+        io.Float.Input(f"{image}_from", default=0.0, tooltip=f"First {image} value.", **value),
+        io.Float.Input(f"{image}_to", default=2.0, tooltip=f"Last {image} value.", **value),
+        io.Int.Input(
+            f"{image}_steps",
+            default=3,
+            min=1,
+            max=20,
+            tooltip=f"How many {image} values, evenly spaced; 1 is the first value alone.",
+        ),
+    ]
+
+
+def swept_values(given: dict, image: str) -> list[float]:
+    return torch.linspace(given[f"{image}_from"], given[f"{image}_to"], given[f"{image}_steps"]).tolist()

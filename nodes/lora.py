@@ -6,7 +6,10 @@ from ..consislora_core import lora_file
 from ..consislora_core.guidance import parts_of, wanted
 from ..consislora_core.lora_file import ImageLora
 from . import bridge, passes
+from .provenance import HIDDEN, note
 from .sockets import CATEGORY, ConsisLora
+
+PERMISSION = ["not stated", "trained with permission", "trained without permission"]
 
 
 class Save(io.ComfyNode):
@@ -31,6 +34,19 @@ class Save(io.ComfyNode):
                     default="fp16",
                     tooltip="fp16 halves the file and is enough for use; fp32 keeps every bit.",
                 ),
+                io.String.Input(
+                    "rights",
+                    default="",
+                    optional=True,
+                    tooltip="A note on author and licence. It is kept in the file and in every picture made with it.",
+                ),
+                io.Combo.Input(
+                    "permission",
+                    options=PERMISSION,
+                    default=PERMISSION[0],
+                    optional=True,
+                    tooltip="Whether the image's author agrees to the training. Kept like the note on rights.",
+                ),
             ],
             outputs=[
                 io.String.Output(
@@ -40,8 +56,15 @@ class Save(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, consislora, filename, precision) -> io.NodeOutput:
-        return io.NodeOutput(bridge.save_lora(consislora, filename, precision))
+    def execute(cls, consislora, filename, precision, rights="", permission=PERMISSION[0]) -> io.NodeOutput:
+        stated = {"rights": rights.strip(), "permission": permission if permission != PERMISSION[0] else ""}
+        return io.NodeOutput(bridge.save_lora(signed(consislora, stated), filename, precision))
+
+
+def signed(lora: ImageLora, stated: dict[str, str]) -> ImageLora:
+    """The LoRA with its hash and with what is stated now; of what is not, it keeps what it came with."""
+    entries = {"weights": lora_file.weights_hash(lora), **{name: words for name, words in stated.items() if words}}
+    return lora._replace(metadata={**lora.metadata, **{f"consislora.{name}": words for name, words in entries.items()}})
 
 
 class Load(io.ComfyNode):
@@ -53,7 +76,7 @@ class Load(io.ComfyNode):
             category=CATEGORY,
             description="Reads a ConsisLoRA or B-LoRA from models/loras, in any published key spelling.",
             inputs=[io.Combo.Input("lora_name", options=bridge.lora_files(), tooltip="A file in models/loras.")],
-            outputs=[ConsisLora.Output(display_name="consislora")],
+            outputs=[ConsisLora.Output(display_name="consislora", tooltip="The content and style parts in the file.")],
         )
 
     @classmethod
@@ -83,7 +106,8 @@ class Apply(io.ComfyNode):
                 io.Float.Input("content_strength", tooltip="1 is as trained, 0 is off.", **strength),
                 io.Float.Input("style_strength", tooltip="1 is as trained, 0 is off.", **strength),
             ],
-            outputs=[io.Model.Output()],
+            outputs=[io.Model.Output(tooltip="The model with both parts at work in it, for any sampler.")],
+            hidden=HIDDEN,
         )
 
     @classmethod
@@ -91,4 +115,6 @@ class Apply(io.ComfyNode):
         cls, model, content_strength, style_strength, content: ImageLora | None = None, style: ImageLora | None = None
     ) -> io.NodeOutput:
         bridge.find_roles(model)
+        strengths = {"content_strength": content_strength, "style_strength": style_strength}
+        note(cls.hidden, {"content": content, "style": style}, strengths)
         return io.NodeOutput(passes.with_mix(model, parts_of(content, style), wanted(content_strength, style_strength)))

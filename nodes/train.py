@@ -78,7 +78,7 @@ class TrainImage(io.ComfyNode):
                     min=0,
                     max=100_000,
                     tooltip="From this step on the loss compares restored images instead of noise. "
-                    "0: always; equal to steps: never (B-LoRA).",
+                    "0: always; equal to steps, which is the most: never (B-LoRA).",
                 ),
                 learning_rate("learning_rate", 2e-4, "Learning rate before the transition."),
                 learning_rate("reconstruction_learning_rate", 1e-4, "Learning rate after the transition."),
@@ -177,18 +177,19 @@ def train(
     job = Job(model, base, latent, positive, stage, frozen or {}, bridge.training_dtype(model, precision))
     store, key = bridge.store(), bridge.training_key(*job)
     if key is None:
-        return output(*job.run(hidden))
+        return output(stage, *job.run(hidden))
     with store.locked(key, waiting=bridge.stop_if_cancelled):
         if found := store.find(key):
             logging.info("ConsisLoRA %s stage: trained before, taken from %s.", stage.name, store.folder)
-            return output(*found)
+            return output(stage, *found)
         lora, losses = job.run(hidden, partial(store.resume, key), partial(store.save_checkpoint, key))
         store.keep(key, lora, losses)
-    return output(lora, losses)
+    return output(stage, lora, losses)
 
 
-def output(lora: ImageLora, losses: list[float]) -> io.NodeOutput:
-    return io.NodeOutput(lora, {"loss": losses}, lora_file.to_state_dict(lora))
+def output(stage: Stage, lora: ImageLora, losses: list[float]) -> io.NodeOutput:
+    curve = {"consislora_loss": [bridge.loss_curve(stage, losses)]}
+    return io.NodeOutput(lora, {"loss": losses}, lora_file.to_state_dict(lora), ui=curve)
 
 
 class Job(NamedTuple):
@@ -231,12 +232,12 @@ class Job(NamedTuple):
         resume: Callable[[Trainer], list[float]],
         save: Callable[[Trainer, list[float]], None],
     ) -> tuple[ImageLora, list[float]]:
-        progress = bridge.Progress(self.model, self.stage.steps)
+        progress = bridge.Progress(self.model, self.stage, hidden and hidden.unique_id)
         with bridge.open_for_training(self.model, self.latent["samples"].shape, self.dtype) as denoiser:
             z_0 = bridge.clean_latents(self.model, self.latent)
             cond = bridge.encoded_conditioning(self.model, self.positive, z_0)
             with Trainer(denoiser, z_0, cond, self.stage, self.frozen, bridge.loss_scale(self.dtype)) as trainer:
-                losses = resume(trainer)
+                losses = progress.losses = resume(trainer)
                 if losses:
                     logging.info("ConsisLoRA %s stage: goes on from step %d.", self.stage.name, trainer.step)
                 try:

@@ -5,14 +5,21 @@ import importlib
 import importlib.util
 import os
 import pkgutil
+import shutil
 import sys
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+from prompts import quick
 
 ROOT = Path(__file__).resolve().parent.parent
 COMFYUI = Path(os.environ.get("COMFYUI_PATH", ROOT / ".comfyui"))
+
+QUIET = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"]
+QUIET += ["--disable-background-networking", "--disable-component-update"]
+# The frontend looks unpublished nodes up in ComfyUI's registry; a server without API nodes forbids it that.
+ELSEWHERE = ("Failed to load resource", "Content Security Policy")
 
 # At the end: ComfyUI goes to the front, and its `nodes` must be found before ours.
 sys.path.append(str(ROOT))
@@ -53,6 +60,16 @@ def server(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def trained(server):
+    """Both LoRAs in models/loras/workflows, from few steps with the demo model; the demo's pictures in input."""
+    from demo.run import IMAGES
+
+    for file in IMAGES.glob("*.png"):
+        server.upload(file)
+    server.run(quick("train_and_stylise_demo", rights="photo: A. Smith", permission="trained with permission"))
+
+
+@pytest.fixture(scope="session")
 def comfy(tmp_path_factory):
     """The package `comfy`, in this process; after it `import folder_paths`, `import nodes` are ComfyUI's too."""
     return load_comfy(tmp_path_factory.mktemp("base"))
@@ -66,3 +83,38 @@ def pack(comfy):
     names = ["consislora_core", *(f"consislora_core.{module.name}" for module in pkgutil.iter_modules(core.__path__))]
     sys.modules.update({f"consislora_pack.{name}": importlib.import_module(name) for name in names})
     return load_pack()
+
+
+@pytest.fixture(scope="session")
+def chromium():
+    """A real browser. Where there is none a person is told so; on CI it must be there."""
+    path = next(filter(None, map(shutil.which, ["chromium", "chromium-browser", "google-chrome"])), None)
+    if path is None:
+        (pytest.fail if os.environ.get("CI") else pytest.skip)("no chromium found: install it to run the browser tests")
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=path, args=QUIET)
+        context = browser.new_context(viewport={"width": 1800, "height": 1000})
+        context.set_default_timeout(300_000)  # a busy machine takes minutes to draw its first page
+        yield context
+        browser.close()
+
+
+@pytest.fixture(scope="session")
+def frontend(chromium, server):
+    """ComfyUI's frontend, up and empty; `frontend.complaints` gathers what it reports as errors."""
+    server.post("/settings", {"Comfy.TutorialCompleted": True})  # or the template browser opens over the canvas
+    page = chromium.new_page()
+    page.complaints = []
+    page.on("console", lambda said: said.type == "error" and complain(page, said.text))
+    page.on("pageerror", lambda error: complain(page, str(error)))
+    page.goto(server.url)
+    page.wait_for_function("window.app?.graph && window.app.vueAppReady")
+    yield page
+    page.close()
+
+
+def complain(page, text: str) -> None:
+    if not any(reason in text for reason in ELSEWHERE):
+        page.complaints.append(text)

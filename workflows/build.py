@@ -21,9 +21,11 @@ BLUE, BROWN, GREEN = "#3f789e", "#8a6d3b", "#5b8c5a"
 TITLE, SLOT, WIDGET, GAP = 30, 20, 26, 50
 WIDTH = 350
 CONTENTS = {"CLIPTextEncode": 90, "LoadImage": 230, "SaveImage": 320, "LossGraphNode": 230, NOTE: 440}
-CONTENTS |= {"ConsisLoRATrainImage": 270, "ConsisLoRATrainStyle": 270}  # the preview while it trains
 CONTENTS |= {"ConsisLoRACatalogLoad": 260, "ConsisLoRACatalogSave": 320}  # its report; its picture
 CONTROLS = {"index": "increment"}  # what becomes of a number after each run, where it does not stay
+CONTENTS |= {"ConsisLoRATrainImage": 380, "ConsisLoRATrainStyle": 380}  # preview and loss while it trains
+CONTENTS |= {"ConsisLoRASampler": 200, "ConsisLoRAGuider": 200}  # the pad
+CONTENTS |= {"ConsisLoRAEvaluate": 240, "PreviewAny": 120, "PreviewImage": 300}
 
 
 class From(NamedTuple):
@@ -52,11 +54,14 @@ Workflow = list[list[Group]]  # stacks of groups, left to right
 
 
 MODEL, CLIP, VAE = (From("base", output) for output in ("MODEL", "CLIP", "VAE"))
-DECODED = Node("VAEDecode", "To picture", {"samples": From("sampled", "LATENT"), "vae": VAE})
+LOADED = {image: From(f"{image}_lora", "consislora") for image in ("content", "style")}
 
 
 class Settings(NamedTuple):
-    """What differs from one base model to the next. words: about it, for the notes. rates: of learning."""
+    """What differs from one base model to the next.
+
+    words: about it, for the notes. rates: of learning. bounds: of Gate. encoder: for Evaluate, if there is one.
+    """
 
     name: str
     words: str
@@ -65,6 +70,8 @@ class Settings(NamedTuple):
     side: int
     rates: dict[str, float]
     sampling: dict
+    bounds: dict[str, float]
+    encoder: Node | None = None
 
 
 class Use(NamedTuple):
@@ -100,6 +107,98 @@ def train_and_stylise(settings: Settings, note: str) -> Workflow:
     ]
 
 
+def train_content(settings: Settings, note: str) -> Workflow:
+    """The content image in, its LoRA out."""
+    image, _ = settings.images
+    return [
+        [start_here(settings, note)],
+        [Group("1. The thing", BLUE, [picture("content", "Content image", image, settings.side)])],
+        [Group("2. Learn the thing", BROWN, learn_thing(settings.rates))],
+    ]
+
+
+def train_style(settings: Settings, note: str) -> Workflow:
+    """The style image in, its LoRA out."""
+    _, image = settings.images
+    return [
+        [start_here(settings, note)],
+        [Group("1. The look", BLUE, [picture("style", "Style image", image, settings.side)])],
+        [Group("2. Learn the look, in two stages", BROWN, learn_look(settings.rates))],
+    ]
+
+
+def strength_grid(settings: Settings, note: str) -> Workflow:
+    """Saved LoRAs in, one picture for each pair of guidances out."""
+    grid = {"model": MODEL, "vae": VAE, **LOADED, **sampling(settings), "cell_size": max(128, settings.side // 4)}
+    saved = {"images": From("grid", "grid"), "filename_prefix": "consislora_grid"}
+    return [
+        [start_here(settings, note)],
+        [
+            Group("1. The thing and the look", BLUE, [both_loaded()]),
+            Group("2. What the pictures show", BLUE, [asked(BOTH, settings.side)]),
+        ],
+        [
+            Group(
+                "3. From faithful to free",
+                GREEN,
+                [
+                    {"grid": Node("ConsisLoRAStrengthGrid", "Every pair of guidances", grid)},
+                    {
+                        "result": Node("SaveImage", "The grid", saved),
+                        "single": Node("PreviewImage", "Single pictures", {"images": From("grid", "images")}),
+                    },
+                ],
+            )
+        ],
+    ]
+
+
+def evaluate_and_gate(settings: Settings, note: str) -> Workflow:
+    """Saved LoRAs in, four pictures out, the good parted from the bad."""
+    images = {image: From(f"{image}_image", "IMAGE") for image in ("content", "style")}
+    shown = {
+        f"{image}_image": Node("LoadImage", f"{image.title()} image", {"image": file})
+        for image, file in zip(images, settings.images, strict=True)
+    }
+    sampled = {"model": MODEL, **LOADED, **sampling(settings)}
+    scored = {"images": From("decoded", "IMAGE"), "content_image": images["content"], "style_image": images["style"]}
+    if settings.encoder:
+        shown["encoder"] = settings.encoder
+        scored["clip_vision"] = From("encoder", "CLIP_VISION")
+    gate = {"images": From("decoded", "IMAGE"), "scores": From("scored", "scores"), **settings.bounds}
+    return [
+        [start_here(settings, note)],
+        [
+            Group("1. The thing and the look", BLUE, [both_loaded()]),
+            Group("2. What the pictures show", BLUE, [asked(BOTH, settings.side, count=4)]),
+        ],
+        [Group("3. What they are compared with", BLUE, [shown])],
+        [
+            Group(
+                "4. Four pictures, scored and parted",
+                GREEN,
+                [
+                    {
+                        "sampled": Node("ConsisLoRASampler", "Sample, guided", sampled),
+                        "decoded": decoded(),
+                    },
+                    {
+                        "scored": Node("ConsisLoRAEvaluate", "Scores", scored),
+                        "gate": Node("ConsisLoRAGate", "Accept or reject", gate),
+                        "reasons": Node("PreviewAny", "Why", {"source": From("gate", "reasons")}),
+                    },
+                    {side: kept(side) for side in ("accepted", "rejected")},
+                ],
+            )
+        ],
+    ]
+
+
+def kept(side: str) -> Node:
+    images = {"images": From("gate", side), "filename_prefix": f"consislora_{side}"}
+    return Node("SaveImage", side.title(), images)
+
+
 def guided(use: Use, settings: Settings) -> Workflow:
     """Saved LoRAs in, a picture out, content and style guided apart."""
     loaded = {f"{image}_lora": load(image) for image in use.images}
@@ -124,7 +223,7 @@ def catalogue(settings: Settings, note: str) -> Workflow:
     words = {**asked(BOTH, settings.side), "empty": Node("LatentMultiply", "Empty, in the thing's size", empty)}
     made = {
         "sampled": Node("ConsisLoRASampler", "Sample, guided", {"model": MODEL, **loras, **sampling(settings)}),
-        "decoded": DECODED,
+        "decoded": decoded(),
         "result": Node("ConsisLoRACatalogSave", "Into the catalogue", saved),
     }
     sized = {key: node for image in loras for key, node in scaled(image, From("pairs", image), settings.side).items()}
@@ -202,11 +301,11 @@ def stylise(settings: Settings) -> list[Column]:
     return [asked(BOTH, settings.side), {"sampled": sampled, **shown("The thing in the look")}]
 
 
-def asked(prompt: str, side: int) -> Column:
+def asked(prompt: str, side: int, count: int = 1) -> Column:
     return {
         "positive": text("Prompt", prompt),
         "negative": text("Negative prompt", ""),
-        "empty": Node("EmptyLatentImage", "Size of the picture", {"width": side, "height": side}),
+        "empty": Node("EmptyLatentImage", "Size of the picture", {"width": side, "height": side, "batch_size": count}),
     }
 
 
@@ -218,7 +317,14 @@ def sampling(settings: Settings) -> dict:
 
 def shown(title: str) -> Column:
     result = {"images": From("decoded", "IMAGE"), "filename_prefix": "consislora"}
-    return {"decoded": DECODED, "result": Node("SaveImage", title, result)}
+    return {
+        "decoded": decoded(),
+        "result": Node("SaveImage", title, result),
+    }
+
+
+def decoded() -> Node:
+    return Node("VAEDecode", "To picture", {"samples": From("sampled", "LATENT"), "vae": VAE})
 
 
 def text(title: str, words: str) -> Node:
@@ -239,8 +345,12 @@ def save(title: str, training: str, filename: str) -> Node:
 
 
 def load(image: str) -> Node:
-    """Loads what train_and_stylise saves first."""
+    """Loads what training saves first."""
     return Node("ConsisLoRALoad", f"{image.title()} LoRA", {"lora_name": f"consislora/{image}_00001.safetensors"})
+
+
+def both_loaded() -> Column:
+    return {f"{image}_lora": load(image) for image in LOADED}
 
 
 TRAIN_SDXL = """\
@@ -299,8 +409,8 @@ START = """\
 
 {base}
 
-First run *train_and_stylise_{name}*: what it saves first is loaded here. Or choose your own file; press **R** to
-refresh the list.
+First run *train_and_stylise_{name}*, or *train_content_{name}* and *train_style_{name}*: what they save first is
+loaded here. Or choose your own file; press **R** to refresh the list.
 
 """
 
@@ -339,6 +449,53 @@ Change the **Prompt** first: name anything, and keep *in the style of [v]*.
 
 `content_guidance` is 0, for no content LoRA is connected and there is no thing to hold. Above 0 it pushes away from
 the thing in the style image: try 0.5 if that one creeps in.
+"""
+
+CONTENT_TRAINING = """\
+# Learn a thing
+
+{base}
+
+1. **Content image**: one photo of the thing, as large in the picture as it can be.
+2. **Queue.** The LoRA is saved in `models/loras/consislora`. Then open *dual_guidance_{name}*, or
+*strength_grid_{name}* to find good values.
+
+`[c]` is the thing's name from now on: prompts need it. Whether you may use the photo can be noted in **Save**: it is
+kept in the LoRA's file and in every picture made with it.
+"""
+
+STYLE_TRAINING = """\
+# Learn a look
+
+{base}
+
+1. **Style image**: one picture in the look you want.
+2. **Queue.** Training has two stages: first all of the picture, then its look alone. The LoRA is saved in
+`models/loras/consislora`. Then open *dual_guidance_{name}* or *style_only_{name}*.
+
+`[v]` is the look's name from now on: prompts need it. Whose look it is, and whether you may use it, can be noted in
+**Save**: it is kept in the LoRA's file and in every picture made with it.
+"""
+
+GRID = """\
+Change first what stands in group 3: the first and the last value of each axis, and how many. Then take the pair you
+like best to *dual_guidance_{name}*.
+
+- `sweep`: both guidances, or both strengths. What is not swept keeps the value of its own widget.
+- Further right the thing is held more firmly, further up the look is stronger.
+- All pictures have the same seed, so that they differ in these two values alone.
+- A grid of 3 x 3 takes as long as nine pictures. A small picture (group 2) and few `steps` are enough to compare.
+"""
+
+JUDGING = """\
+Four pictures are made and scored, and those that miss a bound in **Accept or reject** go another way. Change the
+bounds first: look at the cards under **Scores**, then choose values between the good and the bad.
+
+- `edges` and `silhouette`: does the picture have the shape of the content image? They need no network, and suit things
+that stand on a plain ground and keep their place.
+- `content` and `style`: does it look like the content image, and like the style image? `leakage`: how much of the style
+image's thing is in it? All three need **Load CLIP Vision**, with a CLIP or DINOv2 in `models/clip_vision`.
+- A side without pictures is left out, and nothing is saved for it.
 """
 
 BOTH = "a [c] in the style of [v]"
@@ -380,7 +537,8 @@ DEMO = Settings(
     images=("crown-flat.png", "umbrella-high-contrast.png"),
     side=128,
     rates={"learning_rate": 1e-3, "reconstruction_learning_rate": 5e-4},
-    sampling={"steps": 20, "cfg": 4.0, "sampler_name": "dpmpp_2m", "scheduler": "karras"},
+    sampling={"steps": 20, "cfg": 2.0, "sampler_name": "dpmpp_2m", "scheduler": "karras"},
+    bounds={"min_silhouette": 0.6},
 )
 SDXL = Settings(
     name="sdxl",
@@ -390,6 +548,8 @@ SDXL = Settings(
     side=1024,
     rates={},  # the nodes' defaults are the paper's
     sampling={"steps": 30, "cfg": 7.5, "sampler_name": "euler", "scheduler": "normal"},
+    bounds={"min_content": 0.6, "max_leakage": 0.3},
+    encoder=Node("CLIPVisionLoader", "CLIP or DINOv2", {"clip_name": "clip_vision_h.safetensors"}),
 )
 WORKFLOWS = {
     "train_and_stylise_demo": train_and_stylise(DEMO, TRAIN_DEMO),
@@ -397,6 +557,16 @@ WORKFLOWS = {
     "catalogue_demo": catalogue(DEMO, CATALOGUE.format(base=DEMO.words)),
     "catalogue_sdxl": catalogue(SDXL, CATALOGUE.format(base="First choose your **SDXL checkpoint**.")),
     **{f"{name}_{base.name}": guided(use, base) for name, use in USES.items() for base in (DEMO, SDXL)},
+    **{
+        f"{make.__name__}_{base.name}": make(base, note.format(title=title, base=base.words, name=base.name))
+        for make, title, note in (
+            (train_content, "", CONTENT_TRAINING),
+            (train_style, "", STYLE_TRAINING),
+            (strength_grid, "Which guidance?", START + GRID),
+            (evaluate_and_gate, "Only the good ones", START + JUDGING),
+        )
+        for base in (DEMO, SDXL)
+    },
 }
 
 

@@ -1,0 +1,146 @@
+"""Score pictures for content, style and leakage, and part the good from the bad."""
+
+import json
+from typing import Any
+
+import comfy.utils
+import torch
+from comfy_api.latest import io, ui
+from comfy_execution.graph import ExecutionBlocker
+from torch import Tensor
+
+from ..consislora_core.metrics import Scores, feature_scores, misses, structure_scores
+from . import drawing
+from .sockets import CATEGORY, PictureScores
+
+# Gate's bounds: by input, the score, and the value that every picture keeps.
+LEAST = {"min_content": ("content", -1.0), "min_style": ("style", -1.0)}
+LEAST |= {"min_edges": ("edges", 0.0), "min_silhouette": ("silhouette", 0.0)}
+MOST = {"max_leakage": ("leakage", 1.0)}
+
+
+class Evaluate(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="ConsisLoRAEvaluate",
+            display_name="Evaluate",
+            category=CATEGORY,
+            description="Scores pictures: is it the content image's thing, in the style image's look?",
+            is_output_node=True,
+            inputs=[
+                io.Image.Input("images", tooltip="The pictures to score."),
+                io.Image.Input(
+                    "content_image",
+                    tooltip="The thing as it should be; shapes are compared with the first picture of a batch.",
+                ),
+                io.Image.Input("style_image", tooltip="The look as it should be; may be a batch in one look."),
+                io.ClipVision.Input(
+                    "clip_vision",
+                    optional=True,
+                    tooltip="CLIP or DINOv2, from Load CLIP Vision, for the content, style and leakage scores. "
+                    "Without it only shapes are compared.",
+                ),
+            ],
+            outputs=[
+                PictureScores.Output(display_name="scores", tooltip="For Accept or Reject."),
+                io.Image.Output(display_name="card", tooltip="For every picture a card with its scores."),
+                io.String.Output(
+                    display_name="report", tooltip="The scores as JSON: of every picture, and their mean."
+                ),
+            ],
+            hidden=[io.Hidden.prompt, io.Hidden.extra_pnginfo],
+        )
+
+    @classmethod
+    def execute(cls, images, content_image, style_image, clip_vision=None) -> io.NodeOutput:
+        scores = scored(images, content_image, style_image, clip_vision)
+        sources = {"content": drawing.to_picture(content_image[0]), "style": drawing.to_picture(style_image[0])}
+        cards = drawing.stacked(
+            [
+                drawing.card({**sources, "picture": drawing.to_picture(image)}, score)
+                for image, score in zip(images, scores, strict=True)
+            ]
+        )
+        return io.NodeOutput(scores, cards, report(scores), ui=ui.PreviewImage(cards, cls=cls))
+
+
+def scored(images: Tensor, content_image: Tensor, style_image: Tensor, clip_vision: Any = None) -> Scores:
+    """All scores of pictures (b h w c) that can be had: those by features need a CLIP_VISION."""
+    pictures = channels_first(images)
+    height, width = pictures.shape[-2:]
+    content = comfy.utils.common_upscale(channels_first(content_image[:1]), width, height, "area", "center")
+    found = structure_scores(pictures, content)
+    if clip_vision is not None:
+        everyone = (images, content_image, style_image)
+        found = feature_scores(*(clip_vision.encode_image(batch)["image_embeds"].float() for batch in everyone)) | found
+    return [dict(zip(found, each, strict=True)) for each in torch.stack(list(found.values()), 1).tolist()]
+
+
+def channels_first(images: Tensor) -> Tensor:
+    """b 3 h w, without an alpha channel, in full precision"""
+    return images[..., :3].movedim(-1, 1).float()
+
+
+def report(scores: Scores) -> str:
+    mean = {name: sum(score[name] for score in scores) / len(scores) for name in scores[0]}
+    rounded = [{name: round(value, 4) for name, value in each.items()} for each in (mean, *scores)]
+    return json.dumps({"mean": rounded[0], "pictures": rounded[1:]}, indent=1)
+
+
+class Gate(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        cosine, share = dict(min=-1.0, max=1.0, step=0.01), dict(min=0.0, max=1.0, step=0.01)
+        return io.Schema(
+            node_id="ConsisLoRAGate",
+            display_name="Accept or Reject",
+            category=CATEGORY,
+            description="Parts pictures by their scores. What is connected to a side without pictures does not run.",
+            inputs=[
+                io.Image.Input("images", tooltip="The pictures that were scored."),
+                PictureScores.Input("scores", tooltip="From Evaluate."),
+                io.Float.Input("min_content", default=-1.0, tooltip="Least content score; -1 accepts all.", **cosine),
+                io.Float.Input("min_style", default=-1.0, tooltip="Least style score; -1 accepts all.", **cosine),
+                io.Float.Input("max_leakage", default=1.0, tooltip="Most leakage; 1 accepts all.", **cosine),
+                io.Float.Input("min_edges", default=0.0, tooltip="Least overlap of edges; 0 accepts all.", **share),
+                io.Float.Input(
+                    "min_silhouette", default=0.0, tooltip="Least overlap of silhouettes; 0 accepts all.", **share
+                ),
+            ],
+            outputs=[
+                io.Image.Output(display_name="accepted", tooltip="The pictures that keep every bound."),
+                io.Image.Output(display_name="rejected", tooltip="The pictures that miss a bound."),
+                io.String.Output(
+                    display_name="reasons", tooltip="For every picture whether it is accepted, or why not."
+                ),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, images, scores, **bounds) -> io.NodeOutput:
+        reasons = judged(len(images), scores, bounds)
+        sides = [[not why for why in reasons], [bool(why) for why in reasons]]
+        # Nodes fail at a batch of none, so those behind an empty side are left out.
+        accepted, rejected = (images[side] if any(side) else ExecutionBlocker(None) for side in sides)
+        lines = [f"{i}: {'; '.join(why) or 'accepted'}" for i, why in enumerate(reasons, 1)]
+        return io.NodeOutput(accepted, rejected, "\n".join(lines))
+
+
+def judged(count: int, scores: Scores, bounds: dict[str, float]) -> list[list[str]]:
+    """For every one of `count` pictures which bounds it misses. Raises ValueError for scores that do not fit."""
+    if count != len(scores):
+        raise ValueError(
+            f"images holds {count} pictures, but scores are for {len(scores)}. "
+            "Connect the same pictures to Evaluate and to Accept or Reject."
+        )
+    least, most = (
+        {score: bounds[name] for name, (score, all_keep) in table.items() if bounds[name] != all_keep}
+        for table in (LEAST, MOST)
+    )
+    if missing := (least.keys() | most.keys()) - scores[0].keys():
+        raise ValueError(
+            f"There is a bound for {' and '.join(sorted(missing))}, but no such score. Connect clip_vision "
+            "to Evaluate, or leave the bound where it accepts all."
+        )
+    return [misses(score, least, most) for score in scores]

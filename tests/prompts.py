@@ -1,0 +1,23 @@
+"""The shared workflow files, as tests open and queue them."""
+
+import json
+from pathlib import Path
+
+FOLDER = Path(__file__).resolve().parent.parent / "workflows"
+FEW = {"steps": 4, "transition_step": 2, "learning_rate": 0.01, "reconstruction_learning_rate": 0.01}
+
+
+def graph(name: str) -> dict:
+    return json.loads((FOLDER / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def api(name: str) -> dict:
+    return json.loads((FOLDER / "api" / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def quick(name: str, **changes) -> dict:
+    """The API form with few but long steps and other changed inputs, its LoRAs in a folder that no other test uses."""
+    prompt = json.loads(json.dumps(api(name)).replace('"consislora/', '"workflows/'))
+    for node in prompt.values():
+        node["inputs"] |= {key: value for key, value in {**FEW, **changes}.items() if key in node["inputs"]}
+    return prompt

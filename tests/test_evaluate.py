@@ -1,0 +1,176 @@
+"""Evaluate and Gate: scores rank what they should, with a network or none, and each side goes its own way."""
+
+import json
+import re
+
+import pytest
+import torch
+from images import IMAGES, loaded
+from PIL import Image
+
+from demo.server import WorkflowError
+
+VIT = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_hidden_layers": 3}
+CLIP = {**VIT, "image_size": 224, "patch_size": 32, "projection_dim": 16, "num_channels": 3, "hidden_act": "quick_gelu"}
+CLIP |= {"model_type": "clip_vision_model"}
+DINO = {**VIT, "layer_norm_eps": 1e-6, "model_type": "dinov2", "use_swiglu_ffn": False, "image_size": 518}
+
+
+@pytest.fixture
+def nodes(pack):
+    return pack.nodes.evaluate
+
+
+def image(name: str):
+    """1 128 128 3"""
+    return loaded(name).movedim(1, -1)
+
+
+def images(*names: str):
+    return torch.cat([image(name) for name in names])
+
+
+@pytest.fixture
+def owls(nodes):
+    """A crown and two owls, one of them in other colours, scored against an owl."""
+    pictures = torch.cat([images("crown-flat", "owl-flat"), image("owl-flat").flip(-1)])
+    return pictures, nodes.scored(pictures, image("owl-flat"), image("crown-flat"))
+
+
+@pytest.fixture
+def encoder(comfy, tmp_path, request):
+    """A tiny CLIP_VISION with random weights."""
+    import comfy.clip_vision
+
+    (tmp_path / "config.json").write_text(json.dumps(request.param))
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = comfy.clip_vision.ClipVisionModel(tmp_path / "config.json")
+        for parameter in model.model.parameters():
+            torch.nn.init.normal_(parameter, std=0.2)
+    return model
+
+
+def test_without_a_network_shapes_are_scored(owls):
+    _, (crown, owl, recoloured) = owls
+    assert owl == {"edges": pytest.approx(1), "silhouette": pytest.approx(1)}
+    assert recoloured["edges"] == pytest.approx(1)
+    assert max(crown.values()) < 0.9
+
+
+def test_a_picture_and_its_enlargement_have_the_same_scores(nodes):
+    crown, owl = image("crown-flat"), image("owl-flat")
+    large = torch.nn.functional.interpolate(crown.movedim(-1, 1), scale_factor=8).movedim(1, -1)
+    (small_scores,), (large_scores,) = (nodes.scored(picture, owl, crown) for picture in (crown, large))
+    assert large_scores == pytest.approx(small_scores, abs=1e-4)
+
+
+def test_pictures_of_another_shape_and_with_alpha_are_compared_at_the_middle(nodes):
+    wide = torch.ones(1, 128, 256, 4)
+    wide[:, :, 64:192, :3] = image("owl-flat")
+    (score,) = nodes.scored(image("owl-flat"), wide, image("crown-flat"))
+    assert score["edges"] > 0.99
+
+
+@pytest.mark.parametrize("encoder", [CLIP, DINO], ids=["clip", "dinov2"], indirect=True)
+def test_a_network_adds_content_style_and_leakage(nodes, encoder):
+    owl, crown = image("owl-flat"), image("crown-flat")
+    scores = nodes.scored(torch.cat([owl, crown]), owl, crown, encoder)
+    assert [list(score) for score in scores] == 2 * [["content", "style", "leakage", "edges", "silhouette"]]
+    assert [scores[0]["content"], scores[1]["style"]] == pytest.approx([1, 1], abs=1e-4)
+    assert [score["leakage"] for score in scores] == pytest.approx([0, 1], abs=1e-2)
+    assert scores[0]["style"] == pytest.approx(scores[1]["content"], abs=1e-4)
+    assert scores[0]["style"] < 0.9999
+
+
+def test_the_report_holds_every_score_and_the_mean(nodes, owls):
+    _, scores = owls
+    report = json.loads(nodes.report(scores))
+    assert report["pictures"][1] == {"edges": 1.0, "silhouette": 1.0}
+    assert report["mean"]["edges"] == pytest.approx(sum(score["edges"] for score in scores) / 3, abs=1e-3)
+
+
+def gate(nodes, pictures, scores, **bounds):
+    everything = {name: all_keep for name, (_, all_keep) in (nodes.LEAST | nodes.MOST).items()}
+    return nodes.Gate.execute(pictures, scores, **{**everything, **bounds}).result
+
+
+def test_the_gate_parts_pictures_and_says_why(nodes, owls):
+    pictures, scores = owls
+    accepted, rejected, reasons = gate(nodes, pictures, scores, min_edges=0.9, min_silhouette=0.9)
+    assert torch.equal(accepted, pictures[1:]) and torch.equal(rejected, pictures[:1])
+    first, *others = reasons.splitlines()
+    assert re.fullmatch(r"1: edges 0\.\d\d is below 0\.9; silhouette 0\.\d\d is below 0\.9", first)
+    assert others == ["2: accepted", "3: accepted"]
+
+
+def test_leakage_is_bounded_from_above(nodes):
+    scores = [{"leakage": 0.1, "edges": 0.0}, {"leakage": 0.5, "edges": 0.0}]
+    accepted, rejected, reasons = gate(nodes, torch.rand(2, 8, 8, 3), scores, max_leakage=0.3)
+    assert (len(accepted), len(rejected)) == (1, 1)
+    assert reasons.splitlines()[1] == "2: leakage 0.50 is above 0.3"
+
+
+def test_bounds_that_nothing_was_scored_for_are_named(nodes, owls):
+    with pytest.raises(ValueError, match="bound for content and leakage, but no such score. Connect clip_vision"):
+        gate(nodes, *owls, min_content=0.5, max_leakage=0.2)
+
+
+def test_scores_of_other_pictures_are_refused(nodes, owls):
+    pictures, scores = owls
+    with pytest.raises(ValueError, match="images holds 2 pictures, but scores are for 3"):
+        gate(nodes, pictures[:2], scores)
+
+
+# ---- in the server
+
+
+def judging(server, *names: str, **bounds) -> dict:
+    """Scores pictures against the flat owl, parts them, and saves each side."""
+    for name in {*names, "owl-flat", "crown-flat"}:
+        server.upload(IMAGES / f"{name}.png")
+    prompt = {name: {"class_type": "LoadImage", "inputs": {"image": f"{name}.png"}} for name in {*names, "owl-flat"}}
+    prompt |= {"style": {"class_type": "LoadImage", "inputs": {"image": "crown-flat.png"}}}
+    batch = [names[0], 0]
+    for i, name in enumerate(names[1:]):
+        inputs = {"image1": batch, "image2": [name, 0]}
+        prompt[f"batch {i}"] = {"class_type": "ImageBatch", "inputs": inputs}
+        batch = [f"batch {i}", 0]
+    everything = {"min_content": -1, "min_style": -1, "max_leakage": 1, "min_edges": 0, "min_silhouette": 0}
+    evaluate = {"images": batch, "content_image": ["owl-flat", 0], "style_image": ["style", 0]}
+    prompt["scores"] = {"class_type": "ConsisLoRAEvaluate", "inputs": evaluate}
+    inputs = {"images": batch, "scores": ["scores", 0], **everything, **bounds}
+    prompt["gate"] = {"class_type": "ConsisLoRAGate", "inputs": inputs}
+    for i, side in enumerate(["accepted", "rejected"]):
+        inputs = {"images": ["gate", i], "filename_prefix": side}
+        prompt[side] = {"class_type": "SaveImage", "inputs": inputs}
+    prompt["reasons"] = {"class_type": "PreviewAny", "inputs": {"source": ["gate", 2]}}
+    return prompt
+
+
+def sides(entry: dict) -> dict[str, int]:
+    return {
+        side: len(entry["outputs"][side]["images"]) for side in ("accepted", "rejected") if side in entry["outputs"]
+    }
+
+
+def test_both_sides_are_saved_and_the_card_is_shown(server):
+    entry = server.run(judging(server, "owl-flat", "crown-flat", "taxi-flat", min_edges=0.9))
+    assert sides(entry) == {"accepted": 1, "rejected": 2}
+    assert "3: edges" in entry["outputs"]["reasons"]["text"][0]
+    shown = [server.base / "temp" / card["filename"] for card in entry["outputs"]["scores"]["images"]]
+    assert len(shown) == 3
+    with Image.open(shown[0]) as card:
+        assert card.width > 2 * card.height
+
+
+@pytest.mark.parametrize(("least", "side"), [(0.0, "accepted"), (1.0, "rejected")])
+def test_what_follows_an_empty_side_is_left_out_and_nothing_fails(server, least, side):
+    entry = server.run(judging(server, "crown-flat", "taxi-flat", min_silhouette=least))
+    assert sides(entry) == {side: 2}
+    assert entry["status"]["status_str"] == "success"
+
+
+def test_the_server_shows_what_a_bound_lacks(server):
+    with pytest.raises(WorkflowError, match="ConsisLoRAGate .*bound for style.*Connect clip_vision"):
+        server.run(judging(server, "crown-flat", min_style=0.3))

@@ -1,0 +1,101 @@
+"""What is stated of a LoRA stays with it: in its file, and in every picture made with it."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+from PIL import Image
+from prompts import quick
+from reference import DATA
+from safetensors import safe_open
+
+from consislora_core import lora_file
+
+AUTHORS = DATA / "loras" / "stage2_style.safetensors"
+STATED = {"rights": "photo: A. Smith", "permission": "trained with permission"}
+
+
+@pytest.fixture
+def lora():
+    return lora_file.read(AUTHORS)
+
+
+def saved(pack, lora, *given):
+    name = pack.nodes.lora.Save.execute(lora, "rights", *given).result[0]
+    return lora_file.read(pack.nodes.bridge.lora_path(name))
+
+
+def test_a_lora_and_its_files_have_one_hash_and_another_lora_another(pack, lora):
+    files = [saved(pack, lora, precision) for precision in ("fp16", "fp32")]
+    assert {lora_file.weights_hash(one) for one in (lora, *files)} == {files[0].metadata["consislora.weights"]}
+    content = lora_file.ImageLora({"content": lora.part("content")}, {})
+    assert lora_file.weights_hash(content) != lora_file.weights_hash(lora)
+
+
+def test_what_is_stated_is_in_the_file_and_stays_when_nothing_new_is_stated(pack, lora):
+    first = saved(pack, lora, "fp16", " photo: A. Smith\n", STATED["permission"])
+    again = saved(pack, first, "fp16")
+    for file in (first, again):
+        assert {name: file.metadata[f"consislora.{name}"] for name in STATED} == STATED
+
+
+def test_what_is_not_stated_is_not_in_the_file(pack, lora):
+    assert not {f"consislora.{name}" for name in STATED} & saved(pack, lora, "fp16").metadata.keys()
+
+
+def running(prompt: dict, node: str) -> SimpleNamespace:
+    return SimpleNamespace(prompt=prompt, unique_id=node, extra_pnginfo={"workflow": {}})
+
+
+def stylising(seed: int) -> dict:
+    return {
+        "1": {"class_type": "ConsisLoRALoad", "inputs": {"lora_name": "style.safetensors"}},
+        "2": {"class_type": "ConsisLoRASampler", "inputs": {"style": ["1", 0], "seed": seed}},
+        "3": {"class_type": "SaveImage", "inputs": {"images": ["2", 0], "filename_prefix": "a"}},
+    }
+
+
+def test_a_node_that_runs_notes_it_and_one_that_does_not_is_recalled(pack, lora):
+    provenance, hidden = pack.nodes.provenance, running(stylising(1), "2")
+    provenance.note(hidden, {"content": None, "style": lora}, {"seed": 1, "content_positive": [["text", {}]]})
+    record = {"2": {"style": provenance.described(lora), "seed": 1}}
+    assert hidden.extra_pnginfo == {"workflow": {}, "consislora": record}
+
+    renamed = stylising(1)
+    renamed["3"]["inputs"]["filename_prefix"] = "b"
+    assert provenance.recall({"prompt": renamed})["extra_data"]["extra_pnginfo"] == {"consislora": record}
+    assert provenance.recall({"prompt": stylising(2)})["extra_data"]["extra_pnginfo"] == {}
+
+
+def test_what_is_remembered_has_a_limit(pack, lora, monkeypatch):
+    provenance = pack.nodes.provenance
+    monkeypatch.setattr(provenance, "noted", {})
+    monkeypatch.setattr(provenance, "KEPT", 3)
+    for seed in range(5):
+        provenance.note(running(stylising(seed), "2"), {}, {"seed": seed})
+    assert [record["seed"] for record in provenance.noted.values()] == [2, 3, 4]
+
+
+# ---- in the server
+
+
+def test_a_saved_picture_tells_its_loras_also_when_sampling_was_remembered(server, trained):
+    prompt = quick("dual_guidance_demo", steps=1, content_strength=0.75)
+    first = told(server, prompt)
+    (record,) = first.values()
+    assert record["content_strength"] == 0.75
+    for image, words in (("content", "A [c]"), ("style", "An image in the style of [v]")):
+        path = server.base / "models" / "loras" / "workflows" / f"{image}_00001.safetensors"
+        with safe_open(path, "pt") as file:
+            weights = file.metadata()["consislora.weights"]
+        assert record[image] == {"weights": weights, "prompt": words, **STATED}
+    renamed = {**prompt}
+    (result,) = [node for node, one in prompt.items() if one["class_type"] == "SaveImage"]
+    renamed[result] = {**prompt[result], "inputs": {**prompt[result]["inputs"], "filename_prefix": "renamed"}}
+    assert told(server, renamed) == first
+
+
+def told(server, prompt: dict) -> dict:
+    (file,) = server.images(server.run(prompt))
+    with Image.open(file) as image:
+        return json.loads(image.text["consislora"])

@@ -1,0 +1,112 @@
+// The loss of every step on a training node, as it grows and once it has ended. Each phase has a colour of its own:
+// the two losses are not on one scale.
+
+import { api } from "../../../scripts/api.js";
+import { app } from "../../../scripts/app.js";
+
+const NODES = ["ConsisLoRATrainImage", "ConsisLoRATrainStyle"];
+const COLOURS = { noise: "#64b5f6", reconstruction: "#ffb74d" };
+const WIDTH = 300;
+const HEIGHT = 90;
+const AVERAGED = 25; // steps: a single step's loss mostly says how noisy its sample was
+
+app.registerExtension({
+  name: "ConsisLoRA.LossCurve",
+  setup() {
+    api.addEventListener("consislora.loss", ({ detail }) => {
+      const node = nodeAt(detail.node);
+      if (node) curveOf(node).add(detail);
+    });
+  },
+  nodeCreated(node) {
+    if (!NODES.includes(node.comfyClass)) return;
+    const before = node.onExecuted;
+    node.onExecuted = function (output) {
+      before?.apply(this, arguments);
+      const [told] = output?.consislora_loss ?? [];
+      if (told) curveOf(node).add(told);
+    };
+  },
+});
+
+// A node inside of subgraphs is named by the way to it, such as 7:3.
+function nodeAt(path) {
+  return String(path)
+    .split(":")
+    .reduce((found, id) => (found?.subgraph ?? found)?.getNodeById?.(id), app.graph);
+}
+
+function curveOf(node) {
+  node.consisloraCurve ??= new Curve(node);
+  return node.consisloraCurve;
+}
+
+class Curve {
+  constructor(node) {
+    this.losses = [];
+    this.root = document.createElement("div");
+    this.root.className = "consislora-loss";
+    this.root.style.cssText = "width: 100%; height: 100%; position: relative; font-size: 11px";
+    this.root.addEventListener("pointermove", (event) => this.tell(event));
+    const widget = node.addDOMWidget("loss_curve", "consislora_loss", this.root, {
+      serialize: false,
+      getMinHeight: () => HEIGHT + 20,
+      getMaxHeight: () => HEIGHT + 20,
+    });
+    widget.serialize = false;
+    node.setSize([node.size[0], Math.max(node.size[1], node.computeSize()[1])]);
+  }
+
+  // losses: of the steps from `first` on, counted from 0. phases: [loss, steps] of each.
+  add({ first, losses, phases }) {
+    this.losses = [...this.losses.slice(0, first), ...losses];
+    this.phases = phases;
+    this.draw();
+  }
+
+  draw() {
+    let start = 0;
+    const steps = this.phases.reduce((sum, [, length]) => sum + length, 0);
+    const curves = this.phases.map(([kind, length]) => {
+      const part = averaged(this.losses.slice(start, start + length).map((loss) => Math.log(Math.max(loss, 1e-12))));
+      const [low, high] = [Math.min(...part), Math.max(...part)];
+      const points = part.map((loss, i) => {
+        const [x, y] = [(start + i + 0.5) / steps, high > low ? (high - loss) / (high - low) : 0.5];
+        return `${(x * WIDTH).toFixed(1)},${(4 + y * (HEIGHT - 8)).toFixed(1)}`;
+      });
+      const edge = (start / steps) * WIDTH;
+      start += length;
+      return `<line x1="${edge}" x2="${edge}" y1="0" y2="${HEIGHT}" stroke="#8886" />
+        <polyline points="${points.join(" ")}" fill="none" stroke="${COLOURS[kind]}" stroke-width="1.5"
+          vector-effect="non-scaling-stroke" />`;
+    });
+    this.root.innerHTML = `<svg viewBox="0 0 ${WIDTH} ${HEIGHT}" preserveAspectRatio="none"
+      style="width: 100%; height: ${HEIGHT}px; background: var(--comfy-input-bg, #222); border-radius: 4px">
+      ${curves.join("")}</svg><div class="words"></div>`;
+    this.say(this.losses.length - 1);
+  }
+
+  say(step) {
+    const before = (count) => this.phases.slice(0, count).reduce((sum, [, length]) => sum + length, 0);
+    const phase = this.phases.findIndex((_, i) => step < before(i + 1));
+    if (!(step in this.losses) || phase < 0) return;
+    const kind = this.phases[phase][0];
+    const words = this.root.querySelector(".words");
+    words.style.color = COLOURS[kind];
+    words.textContent = `${kind} ${this.losses[step].toPrecision(3)} · ${step + 1} / ${before(this.phases.length)}`;
+  }
+
+  tell(event) {
+    const box = this.root.getBoundingClientRect();
+    const steps = this.phases.reduce((sum, [, length]) => sum + length, 0);
+    this.say(Math.floor(((event.clientX - box.left) / box.width) * steps));
+  }
+}
+
+function averaged(values) {
+  let sum = 0;
+  return values.map((value, i) => {
+    sum += value - (i >= AVERAGED ? values[i - AVERAGED] : 0);
+    return sum / Math.min(i + 1, AVERAGED);
+  });
+}
