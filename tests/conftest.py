@@ -85,9 +85,12 @@ def pack(comfy):
     return load_pack()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def chromium():
-    """A real browser. Where there is none a person is told so; on CI it must be there."""
+    """A real browser, for one module: while Playwright is up, nothing else in this process can run an event loop.
+
+    Where there is none a person is told so; on CI it must be there.
+    """
     path = next(filter(None, map(shutil.which, ["chromium", "chromium-browser", "google-chrome"])), None)
     if path is None:
         (pytest.fail if os.environ.get("CI") else pytest.skip)("no chromium found: install it to run the browser tests")
@@ -101,7 +104,7 @@ def chromium():
         browser.close()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def frontend(chromium, server):
     """ComfyUI's frontend, up and empty; `frontend.complaints` gathers what it reports as errors."""
     server.post("/settings", {"Comfy.TutorialCompleted": True})  # or the template browser opens over the canvas

@@ -1,6 +1,7 @@
 """What people do with our nodes in ComfyUI's frontend: turn the pad, watch training, stop it, read the help."""
 
 import json
+import time
 
 import pytest
 from prompts import graph
@@ -90,6 +91,8 @@ def test_training_shows_its_loss_and_stops_when_it_is_told_to(frontend, server, 
     frontend.get_by_text("reconstruction").first.wait_for()
     frontend.evaluate("app.extensionManager.command.execute('Comfy.Interrupt')")
     frontend.get_by_text("Execution has been interrupted").first.wait_for()
+    while any(server.get("/queue").values()):  # the frontend hears of it a moment before the history does
+        time.sleep(0.1)
     (last,) = server.get("/history?max_items=1").values()
     assert last["status"]["messages"][-1][0] == "execution_interrupted"
 
