@@ -143,6 +143,7 @@ def install(room: str, comfyui: Path) -> None:
     if subprocess.run([str(PYTHON), "-c", "import torchvision"], stderr=subprocess.DEVNULL).returncode:
         # A torchvision built for CUDA does not import beside a CPU-only torch.
         pip(TOLERANT_TORCHVISION, "--no-deps", TOLERANT_TORCHVISION)
+        pip("requests, which that one imports", "requests")
 
 
 def pip(what: str, *arguments: str) -> None:

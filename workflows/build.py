@@ -537,7 +537,14 @@ DEMO = Settings(
     images=("crown-flat.png", "umbrella-high-contrast.png"),
     side=128,
     rates={"learning_rate": 1e-3, "reconstruction_learning_rate": 5e-4},
-    sampling={"steps": 20, "cfg": 2.0, "sampler_name": "dpmpp_2m", "scheduler": "karras"},
+    sampling={
+        "seed": 3,
+        "steps": 20,
+        "sampler_name": "dpmpp_2m",
+        "scheduler": "karras",
+        "cfg": 2.0,
+        "style_guidance": 2.0,
+    },  # fmt: skip
     bounds={"min_silhouette": 0.6},
 )
 SDXL = Settings(

@@ -186,3 +186,88 @@ def chalk(picture):
 
 
 PROCEDURAL = (duotone, blueprint, outline, neon, halftone, mosaic, hatching, kuwahara, silhouette, negative, chalk)
+
+
+# Palettes: a drawing repainted in colours that its style's words name, so that colour is told by the style alone.
+
+COLOURS = {
+    "red": (214, 40, 48),
+    "orange": (240, 130, 30),
+    "yellow": (245, 200, 50),
+    "green": (50, 150, 70),
+    "teal": (20, 150, 150),
+    "blue": (45, 95, 205),
+    "violet": (125, 60, 170),
+    "pink": (238, 110, 160),
+    "brown": (130, 85, 50),
+    "grey": (135, 140, 150),
+    "black": (28, 28, 32),
+}
+
+
+def _lightness(picture: Image.Image) -> np.ndarray:
+    """Grey, the drawing's middle tone at 0.4 and its page at 1: a dark thing and a light one give the same tones."""
+    grey = _grey(picture)
+    drawn = grey[grey < 0.97]
+    if drawn.size == 0:
+        return grey
+    low, middle, high = np.percentile(drawn, (3, 50, 97))
+    return np.where(grey < 0.97, (0.4 + 0.8 * (grey - middle) / max(high - low, 0.35)).clip(0, 0.8), 1)
+
+
+def _shade(lightness: np.ndarray, colour: np.ndarray, page) -> np.ndarray:
+    """0: a third of the colour; 0.5: the colour; 0.8: half way to white; 1: the page."""
+    steps = np.stack([colour * 0.35, colour, colour * 0.5 + 127.5])
+    which = (lightness / 0.4).clip(0, 2)
+    lower = np.minimum(which.astype(int), 1)
+    if colour.ndim == 1:
+        low, high = steps[lower], steps[lower + 1]
+    else:
+        low = np.take_along_axis(steps, lower[None, ..., None], 0)[0]
+        high = np.take_along_axis(steps, lower[None, ..., None] + 1, 0)[0]
+    tone = (which - lower)[..., None]
+    return np.where(lightness[..., None] >= 0.97, np.asarray(page, np.float32), low * (1 - tone) + high * tone)
+
+
+def _image(rgb: np.ndarray) -> Image.Image:
+    return Image.fromarray(rgb.clip(0, 255).astype(np.uint8))
+
+
+def shades(picture, colour, page=(255, 255, 255)):
+    return _image(_shade(_lightness(picture), np.asarray(colour, np.float32), page))
+
+
+def two_tones(picture, top, bottom):
+    fade = np.linspace(0, 1, picture.height, dtype=np.float32)[:, None, None]
+    colours = np.asarray(top, np.float32) * (1 - fade) + np.asarray(bottom, np.float32) * fade
+    colours = np.broadcast_to(colours, (picture.height, picture.width, 3))
+    return _image(_shade(_lightness(picture), colours, (255, 255, 255)))
+
+
+def cut(picture, colour, page=(255, 255, 255)):
+    """Cut from coloured paper: one flat fill, the inner edges left white."""
+    paper = np.minimum(_edges(picture) * 1.2, 1)
+    drawn = (_grey(picture) < 0.97).astype(np.float32)
+    return _mix(np.maximum(paper * drawn, 1 - drawn), colour, page)
+
+
+def lines(picture, colour, page=(255, 255, 255)):
+    return _mix(1 - _edges(picture), colour, page)
+
+
+def pale(colour) -> tuple:
+    return tuple(0.3 * c + 0.7 * 255 for c in colour)
+
+
+def repaint(picture: Image.Image, rng) -> tuple[Image.Image, str]:
+    """The drawing in one or two colours drawn by lot, and the words for that look."""
+    (first, colour), (second, other) = rng.sample(sorted(COLOURS.items()), 2)
+    kinds = [
+        (8, lambda: (shades(picture, colour), f"{first} shades")),
+        (6, lambda: (cut(picture, colour), f"{first} cut")),
+        (4, lambda: (lines(picture, colour), f"{first} lines")),
+        (3, lambda: (shades(picture, colour, pale(other)), f"{first} shades on {second}")),
+        (2, lambda: (cut(picture, colour, pale(other)), f"{first} cut on {second}")),
+        (3, lambda: (two_tones(picture, colour, other), f"{first} to {second}")),
+    ]
+    return rng.choices([paint for _, paint in kinds], [weight for weight, _ in kinds])[0]()

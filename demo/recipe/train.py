@@ -1,11 +1,17 @@
-"""The recipe of the demo base model, in three resumable steps, each a command:
+"""The recipe of the demo base model, in resumable steps, each a command:
 
     python demo/recipe/train.py tokenizer WORK
     python demo/recipe/train.py vae WORK --images 60000
-    python demo/recipe/train.py unet WORK --images 400000
+    python demo/recipe/train.py unet WORK --images 580000
+    python demo/recipe/train.py colour WORK
+    python demo/recipe/train.py unet WORK --images 640000
     python demo/recipe/train.py export WORK
 
 WORK keeps emoji, caches, checkpoints and sample sheets. COMFYUI_PATH names the ComfyUI whose classes are used.
+
+In SDXL one block decides shape and another look. In a UNet of two levels nothing makes that so by itself, and three
+things here do: role blocks that read prompts apart (`captions`), a style block that gives one vector for the whole
+picture (`keep_look_apart`), and a content block that writes no colour (`write_no_colour`).
 """
 
 import argparse
@@ -29,6 +35,7 @@ import model as demo
 import numpy as np
 import torch.nn.functional as F
 from comfy.ldm.models.autoencoder import AutoencoderKL
+from comfy.ldm.modules.attention import SpatialTransformer
 from einops import rearrange
 from recipe import pictures
 from safetensors.torch import load_file, save_file
@@ -38,28 +45,59 @@ torch.set_flush_denormal(True)  # tiny averages otherwise slow a CPU down many t
 SIZE = 128
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 STYLE_WORDS = {"noto-v1": "noto v1", "fluent-emoji-flat": "fluent"}
+CONTENT_BLOCK, STYLE_BLOCK = "output_blocks.0.1", "output_blocks.1.1"
+REPAINTED = 26  # pictures a thing in palettes drawn by lot
+SETS = pictures.TRAIN_SETS
 PROCEDURAL = {style.__name__ for style in pictures.PROCEDURAL}
 
 
 # ---- data
 
 
-def caption(thing: str, style: str, rng: random.Random) -> str:
-    """The prompts the method uses, with [c] and [v] standing for "whatever it is", and 10 % empty for guidance."""
-    thing, style = thing.replace("-", " "), STYLE_WORDS.get(style, style)
-    return rng.choices(
+def words(name: str) -> str:
+    return STYLE_WORDS.get(name, name).replace("-", " ")
+
+
+def caption(thing: str, style: str, rng: random.Random, told: str = "") -> str:
+    """The prompts the method uses, with [c] and [v] standing for "whatever it is", and 10 % empty for guidance.
+
+    told: the half that must be in it, "content" or "style".
+    """
+    thing, style = words(thing), words(style)
+    prompts = {
+        f"{thing}, {style}": 25,
+        f"a {thing} in the style of {style}": 30,
+        f"a {thing}": 8,
+        f"an image in the style of {style}": 8,
+        f"a [c] in the style of {style}": 7,
+        f"a {thing} in the style of [v]": 6,
+        rng.choice(["a [c]", "a [v]"]): 6,
+        "": 10,
+    }
+    needed = {"content": thing, "style": style}.get(told, "")
+    prompts = {prompt: weight for prompt, weight in prompts.items() if needed in prompt}
+    return rng.choices(list(prompts), list(prompts.values()))[0]
+
+
+def captions(thing: str, style: str, elsewhere: tuple[str, str], rng: random.Random) -> tuple[str, str, str]:
+    """What the content block reads, the style block, and the rest of the UNet.
+
+    In four of five pictures the role blocks read prompts apart. The content block is told a look that is not the
+    picture's and the style block a thing that is not, so that shape comes to be decided in the one and look in the
+    other, which in SDXL came of itself. In the emoji sets' own drawings the thing does tell the colours: the style
+    block reads it.
+    """
+    if rng.random() < 1 / 5:
+        return (caption(thing, style, rng),) * 3
+    other_thing, other_style = elsewhere
+    content = rng.choice([f"a {words(thing)}", caption(thing, other_style, rng, told="content")])
+    look = rng.choice(
         [
-            f"{thing}, {style}",
-            f"a {thing} in the style of {style}",
-            f"a {thing}",
-            f"an image in the style of {style}",
-            f"a [c] in the style of {style}",
-            f"a {thing} in the style of [v]",
-            rng.choice(["a [c]", "a [v]"]),
-            "",
-        ],
-        [25, 30, 8, 8, 7, 6, 6, 10],
-    )[0]
+            f"an image in the style of {words(style)}",
+            caption(thing if style in SETS else other_thing, style, rng, told="style"),
+        ]
+    )
+    return content, look, rng.choice(["", "a [c] in the style of [v]"])
 
 
 def render_everything(work: Path):
@@ -77,6 +115,10 @@ def render_everything(work: Path):
                 for source in rng.sample(sorted(drawn), 2):
                     images.append(style(drawn[source]))
                     names.append((thing, style.__name__))
+            for _ in range(REPAINTED):
+                picture, style = pictures.repaint(drawn[rng.choice(sorted(drawn))], rng)
+                images.append(picture)
+                names.append((thing, style))
         np.save(cache, np.stack([np.asarray(image) for image in images]))
         labels.write_text(json.dumps(names))
     return torch.from_numpy(np.load(cache, mmap_mode="c")), [tuple(name) for name in json.loads(labels.read_text())]
@@ -259,6 +301,21 @@ class TextAndUnet(torch.nn.Module):
         self.model = demo.build_unet(torch.float32, "cpu")
         self.tokenizer = demo.DemoTokenizer()
         self.seen_texts = {}
+        self.read_apart()
+
+    def read_apart(self):
+        """Lets the role blocks read texts of their own, where there are three of them side by side."""
+
+        def own(third):
+            def hook(layer, inputs):
+                x, context, *rest = inputs
+                return (x, context.chunk(3, 1)[third] if context.shape[1] > demo.TOKENS else context, *rest)
+
+            return hook
+
+        for name, layer in self.model.diffusion_model.named_modules():
+            if isinstance(layer, SpatialTransformer):
+                layer.register_forward_pre_hook(own({CONTENT_BLOCK: 0, STYLE_BLOCK: 1}.get(name, 2)))
 
     def initialise(self):
         initialise(self)
@@ -267,9 +324,30 @@ class TextAndUnet(torch.nn.Module):
         for block in unet.modules():
             if hasattr(block, "out_layers"):
                 torch.nn.init.zeros_(block.out_layers[3].weight)
+        self.keep_look_apart()
         for text in (self.clip.clip_l, self.clip.clip_g):
             torch.nn.init.eye_(text.transformer.text_projection.weight)
             torch.nn.init.normal_(text.transformer.text_model.embeddings.position_embedding.weight, std=0.01)
+
+    def keep_look_apart(self):
+        """Leaves the style block one vector for the whole picture: no self-attention, and the same words everywhere.
+
+        In a UNet this small the block stands next to the picture, and would draw the shape itself. Weights of 0 get
+        no gradient through one another and stay 0, under a LoRA as well.
+        """
+        for block in self.model.diffusion_model.get_submodule(STYLE_BLOCK).transformer_blocks:
+            for name in ("attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out.0", "attn2.to_q", "attn2.to_k"):
+                torch.nn.init.zeros_(block.get_submodule(name).weight)
+
+    @torch.no_grad()
+    def write_no_colour(self, directions: torch.Tensor):
+        """Takes the directions (channels n, orthonormal) from what the content block adds to the picture's features.
+
+        Its last layer carries no LoRA, so that a content LoRA cannot write them either.
+        """
+        last = self.model.diffusion_model.get_submodule(CONTENT_BLOCK).proj_out
+        last.weight -= directions @ (directions.T @ last.weight)
+        last.bias -= directions @ (directions.T @ last.bias)
 
     def tokens(self, texts):
         for text in set(texts) - set(self.seen_texts):
@@ -290,9 +368,16 @@ class TextAndUnet(torch.nn.Module):
         pooled = text.final_layer_norm(x)[torch.arange(len(x)), (tokens == demo.END).int().argmax(1)]
         return torch.cat([hidden[1], hidden[4]], -1), encoder.transformer.text_projection(pooled)
 
+    def read(self, texts):
+        """Context and pooled vector; of each picture's text, or of its three `captions`."""
+        if isinstance(texts[0], str):
+            return self.encode(texts)
+        (content, _), (style, _), (rest, pooled) = (self.encode(third) for third in zip(*texts, strict=True))
+        return torch.cat([content, style, rest], 1), pooled
+
     def forward(self, x, sigma, texts):
         """Raw v-prediction for x = x0 + sigma n."""
-        context, pooled = self.encode(texts)
+        context, pooled = self.read(texts)
         y = self.model.encode_adm(pooled_output=pooled, width=SIZE, height=SIZE).to(context.device)
         sampling = self.model.model_sampling
         return self.model.diffusion_model(
@@ -320,13 +405,16 @@ def train_unet(work: Path, images: int, batch: int = 32):
     net = TextAndUnet()
     net.initialise()
     net.to(DEVICE).train()
-    weights = np.array([familiar(thing) * (1 if style in PROCEDURAL else 20) for thing, style in names])
+    measured = work / "colour.safetensors"
+    colour = load_file(measured)["directions"].to(DEVICE) if measured.exists() else None
+    shares = {**dict.fromkeys(SETS, 8), **dict.fromkeys(PROCEDURAL, 2)}
+    weights = np.array([familiar(thing) * shares.get(style, 10) for thing, style in names])
     run = Run(work / "unet.pt", net, lr=8e-4, batch=batch, total=images)
     while run.seen < images:
         rng, python_rng = np.random.default_rng(run.seen), random.Random(run.seen)
         picked = rng.choice(len(names), batch, p=weights / weights.sum())
         z_0 = latents[picked + len(names) * rng.integers(0, 2, batch)].float().to(DEVICE)
-        texts = [caption(*names[i], python_rng) for i in picked]
+        texts = [captions(*names[i], python_rng.choice(names), python_rng) for i in picked]
         sigma = torch.from_numpy(np.exp(rng.normal(0, 1.3, batch))).float().clamp(0.0292, 14.6146).to(DEVICE)
         noise = torch.from_numpy(rng.standard_normal(z_0.shape, np.float32)).to(DEVICE)
         s = sigma.view(-1, 1, 1, 1)
@@ -334,11 +422,40 @@ def train_unet(work: Path, images: int, batch: int = 32):
         with torch.autocast(DEVICE, torch.bfloat16):
             predicted = net(z_0 + s * noise, sigma, texts)
         run.step(F.mse_loss(predicted.float(), v))
+        if colour is not None:
+            net.write_no_colour(colour)
         if run.due(500):
             run.save()
             sample_sheet(run.average, frozen_vae(work), work / "unet.png")
     run.save()
     sample_sheet(run.average, frozen_vae(work), work / "unet.png")
+
+
+@torch.no_grad()
+def measure_colour(work: Path, sigmas=(0.3, 1.0, 2.5), directions: int = 32):
+    """The directions in which the content block's features differ most between colourings of the same drawing."""
+    net = TextAndUnet().to(DEVICE).eval()
+    net.load_state_dict(torch.load(work / "unet.pt", weights_only=True, map_location=DEVICE)["average"])
+    features = []
+    block = net.model.diffusion_model.get_submodule(CONTENT_BLOCK)
+    block.register_forward_hook(lambda layer, inputs, output: features.append(output))
+    vae, sets = frozen_vae(work), [pictures.EmojiSet(work / "emoji", name) for name in SETS[:3]]
+    spread = torch.zeros(demo.UNET["model_channels"] * demo.UNET["channel_mult"][-1], device=DEVICE).diag()
+    for thing in ("cat-face", "rocket", "red-apple", "guitar", "automobile", "house", "owl", "key", "pizza", "bell"):
+        for emoji in sets:
+            drawing = emoji.render(thing, SIZE)
+            coloured = np.stack([np.asarray(pictures.shades(drawing, c)) for c in pictures.COLOURS.values()])
+            images = to_model(torch.from_numpy(coloured)).to(DEVICE)
+            z_0 = 0.13025 * vae.quant_conv(vae.encoder(images)).chunk(2, 1)[0]
+            for sigma in sigmas:
+                noise = torch.randn(1, *z_0.shape[1:], generator=torch.Generator().manual_seed(1)).to(DEVICE)
+                net(z_0 + sigma * noise, torch.full((len(z_0),), sigma, device=DEVICE), [""] * len(z_0))
+                colourings = rearrange(features.pop(), "n c h w -> n (h w) c")
+                off = (colourings - colourings.mean(0)).flatten(0, 1)
+                spread += off.T @ off / len(off)
+    save_file(
+        {"directions": torch.linalg.eigh(spread)[1][:, -directions:].cpu().contiguous()}, work / "colour.safetensors"
+    )
 
 
 @torch.no_grad()
@@ -463,7 +580,7 @@ def preview_colours(work: Path) -> torch.Tensor:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("step", choices=["tokenizer", "vae", "fold", "unet", "export"])
+    parser.add_argument("step", choices=["tokenizer", "vae", "fold", "unet", "colour", "export"])
     parser.add_argument("work", type=Path)
     parser.add_argument("--images", type=int, default=100_000)
     args = parser.parse_args()
@@ -477,5 +594,7 @@ if __name__ == "__main__":
         fold_scale(args.work)
     elif args.step == "unet":
         train_unet(args.work, args.images)
+    elif args.step == "colour":
+        measure_colour(args.work)
     else:
         export(args.work)
