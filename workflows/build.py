@@ -544,7 +544,7 @@ DEMO = Settings(
         "scheduler": "karras",
         "cfg": 2.0,
         "style_guidance": 2.0,
-    },  # fmt: skip
+    },
     bounds={"min_silhouette": 0.6},
 )
 SDXL = Settings(
