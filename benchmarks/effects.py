@@ -17,6 +17,7 @@ import runpy
 import shutil
 import sys
 from datetime import date
+from functools import cache
 from itertools import product
 from pathlib import Path
 from typing import NamedTuple
@@ -33,6 +34,7 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
+from benchmarks.fidelity.judges import Judge, load_judge
 from consislora_core.metrics import content_score, style_distance
 from demo.run import IMAGES, Clock, nodes
 from demo.server import PACK, ComfyServer
@@ -54,6 +56,7 @@ CHEAPER = [
 ]
 DENOISE = (0.5, 0.65, 0.8, 1.0)
 WAYS = ("noised", "locked")
+JUDGED = ("same_thing", "same_look")
 
 
 class Pair(NamedTuple):
@@ -78,11 +81,13 @@ class Bench(NamedTuple):
 
 
 class Scored(NamedTuple):
-    """Pictures (n 3 h w) of all pairs, seed after seed, and their scores (n)."""
+    """Pictures (n 3 h w) of all pairs, seed after seed, and their scores (n): pixel by pixel, and by the judges."""
 
     pictures: Tensor
     content: Tensor
     style: Tensor
+    same_thing: Tensor
+    same_look: Tensor
 
 
 class Estimate(NamedTuple):
@@ -174,10 +179,25 @@ def scored(bench: Bench, prompts: list[dict]) -> Scored:
     pictures = [loaded(*drawn(bench, prompt)) for prompt in prompts]
     images = [[loaded(IMAGES / f"{name}.png") for name in pair] for pair in bench.pairs]
     scores = [
-        (content_score(some, content), style_distance(some, style))
+        (
+            content_score(some, content),
+            style_distance(some, style),
+            judged("content", some, content),
+            judged("style", some, style),
+        )
         for some, (content, style) in zip(pictures, images, strict=True)
     ]
     return Scored(*map(torch.cat, [pictures, *zip(*scores, strict=True)]))
+
+
+@cache
+def judge(name: str) -> Judge:
+    return load_judge(name)
+
+
+def judged(name: str, pictures: Tensor, image: Tensor) -> Tensor:
+    """How alike a judge of the fidelity benchmark finds pictures (n 3 h w) and an image (1 3 h w): n, -1 to 1."""
+    return (judge(name)(pictures).features * judge(name)(image).features).sum(1)
 
 
 def measured(bench: Bench, **inputs) -> Scored:
@@ -203,7 +223,9 @@ def keep(page: Image.Image, file: Path) -> None:
 SCALES_TEXT = """\
 ## Content and style guidance
 
-Each from nothing to far too much, the other at 1. Differences: to the first row, picture by picture.
+Each from nothing to far too much, the other at 1. Same thing, same look: how alike a judge finds a picture and the
+content or the style image, 1 at most; judges are the networks of `benchmarks/fidelity`, which were trained on real
+drawings only, none of these among them. Differences: to the first row, picture by picture.
 
 {}
 ![scores by guidance](effects_guidance.png)
@@ -215,12 +237,12 @@ def scales_section(bench: Bench, folder: Path) -> str:
     for name in PLAIN:
         sweep, rows = [measured(bench, **{name: scale}) for scale in SCALES], []
         for label, some in [*zip(SCALES, sweep, strict=True), ("both 0", plain)]:
-            content, style = against(some, sweep[0])
-            rows.append([label, f"{some.content.mean():.3f}", content, f"{some.style.mean():.3f}", style])
-        tables.append(table([name, "content score", "difference", "style distance", "difference"], rows))
+            thing, look = (estimate(getattr(some, score) - getattr(sweep[0], score)) for score in JUDGED)
+            rows.append([label, f"{some.same_thing.mean():.3f}", thing, f"{some.same_look.mean():.3f}", look])
+        tables.append(table([name, "same thing", "difference", "same look", "difference"], rows))
         curves[name] = list(zip(*(row[2::2] for row in rows[:-1]), strict=True))
     page = Image.new("RGB", (1800, 660), "white")
-    for i, score in enumerate(["Content score", "Style distance"]):
+    for i, score in enumerate(["Same thing", "Same look"]):
         chart(page, 900 * i, f"{score}, against guidance 0", {name: curve[i] for name, curve in curves.items()})
     keep(page, folder / "effects_guidance.png")
     return SCALES_TEXT.format("\n".join(tables))
@@ -288,7 +310,7 @@ Another seed changes a content score by {apart[0]:.3f} and a style distance by {
 
 def cheaper_section(bench: Bench) -> str:
     full, plain = measured(bench), measured(bench, **PLAIN)
-    by_pair = [scores.view(-1, bench.seeds) for scores in full[1:]]
+    by_pair = [scores.view(-1, bench.seeds) for scores in (full.content, full.style)]
     apart = [(scores - scores.roll(1, 1)).abs().mean().item() for scores in by_pair]
     within, equal, rows = [], [], []
     for change in CHEAPER:
