@@ -30,11 +30,22 @@ def fresh_part(unet: nn.Module, role: str, rank: int, generator: torch.Generator
     return part
 
 
+class RowLinear(nn.Module):
+    """Linear maps side by side, weight (rows out in): batch row k of x goes through the k-th, one map through all."""
+
+    def __init__(self, weight: Tensor):
+        super().__init__()
+        self.weight = nn.Parameter(weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.weight.mT
+
+
 class Inserted:
-    """The LoRA layers now in a UNet, fp32, by role and path."""
+    """The LoRA layers now in a UNet, fp32, by role and path: one set, or one a batch row."""
 
     def __init__(self, layers: dict, learns: tuple[str, ...]):
-        self.layers = layers  # Target -> PEFT layer
+        self.layers = layers  # Target -> PEFT layer of RowLinear
         self.parameters: list[nn.Parameter] = []  # those that learn, in the order of the UNet
         for target, layer in layers.items():
             for parameter in (layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight):
@@ -42,41 +53,43 @@ class Inserted:
                 if parameter.requires_grad:
                     self.parameters.append(parameter)
 
-    def parts(self) -> dict[str, Part]:
-        """Copies of the weights as they are now, on the CPU."""
+    def parts(self, row: int = 0) -> dict[str, Part]:
+        """Copies of the weights of a row as they are now, on the CPU."""
         parts: dict[str, Part] = {}
         for target, layer in self.layers.items():
-            down, up = (weights[ADAPTER].weight.detach().cpu().clone() for weights in (layer.lora_A, layer.lora_B))
+            down, up = (weights[ADAPTER].weight[row].detach().cpu().clone() for weights in (layer.lora_A, layer.lora_B))
             parts.setdefault(target.role, {})[target.layer] = LoraLayer(down, up, float(layer.lora_alpha[ADAPTER]))
         return parts
 
 
 @contextmanager
 def inserted(
-    unet: nn.Module, parts: Mapping[str, Part], learns: tuple[str, ...], device: torch.device
+    unet: nn.Module, rows: Sequence[Mapping[str, Part]], learns: tuple[str, ...], device: torch.device
 ) -> Iterator[Inserted]:
     """Within the context the parts act on the UNet and those of the roles in `learns` ask for gradients.
 
+    rows: the parts by role; one mapping for all that goes through the UNet, or one for each row of the batch.
     Afterwards, also after an error, the UNet's modules and `requires_grad` flags are what they were.
-    Raises ValueError for a part that does not fit the UNet.
+    Raises ValueError for a part that does not fit the UNet, and for rows of unlike rank or alpha.
     """
     from peft import (  # brings transformers along: seconds, so only when training starts
         LoraConfig,
         inject_adapter_in_model,
     )
 
-    check_fit(unet, parts)
-    names = {name: target for name, target in targets(dict(unet.named_modules())).items() if target.role in parts}
+    for parts in rows:
+        check_fit(unet, parts)
+    names = {name: target for name, target in targets(dict(unet.named_modules())).items() if target.role in rows[0]}
     originals = {name: unet.get_submodule(name) for name in names}
     frozen_flags = [(parameter, parameter.requires_grad) for parameter in unet.parameters()]
-    wanted = {name: parts[target.role][target.layer] for name, target in names.items()}
+    wanted = {name: _stacked([parts[role][path] for parts in rows]) for name, (role, path) in names.items()}
     try:
         inject_adapter_in_model(
             LoraConfig(
                 target_modules=list(wanted),
                 r=1,
                 lora_alpha=1,
-                rank_pattern={name: layer.rank for name, layer in wanted.items()},
+                rank_pattern={name: layer.up.shape[-1] for name, layer in wanted.items()},
                 alpha_pattern={name: layer.alpha for name, layer in wanted.items()},
             ),
             unet,
@@ -84,8 +97,8 @@ def inserted(
         )
         layers = {target: unet.get_submodule(name) for name, target in names.items()}
         for name, target in names.items():
-            _set(layers[target].lora_A[ADAPTER], wanted[name].down, device)
-            _set(layers[target].lora_B[ADAPTER], wanted[name].up, device)
+            layers[target].lora_A[ADAPTER] = RowLinear(_owned(wanted[name].down, device))
+            layers[target].lora_B[ADAPTER] = RowLinear(_owned(wanted[name].up, device))
         yield Inserted(layers, learns)
     finally:
         for name, original in originals.items():
@@ -96,8 +109,16 @@ def inserted(
             parameter.requires_grad_(flag)
 
 
-def _set(linear: nn.Linear, weight: Tensor, device: torch.device) -> None:
-    linear.weight = nn.Parameter(weight.detach().to(device, torch.float32, copy=True))
+def _stacked(layers: Sequence[LoraLayer]) -> LoraLayer:
+    """One layer's LoRA of all rows: down (rows rank in), up (rows out rank)."""
+    downs, ups, alphas = zip(*layers, strict=True)
+    if len({(down.shape, alpha) for down, alpha in zip(downs, alphas, strict=True)}) > 1:
+        raise ValueError("The LoRAs have different ranks or alphas: train them one by one, or all with the same rank.")
+    return LoraLayer(torch.stack(downs), torch.stack(ups), alphas[0])
+
+
+def _owned(weight: Tensor, device: torch.device) -> Tensor:
+    return weight.detach().to(device, torch.float32, copy=True)
 
 
 class Run(NamedTuple):

@@ -1,7 +1,7 @@
 """Runs one stage and yields an event per step; can be saved and resumed exactly."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any, NamedTuple
 
@@ -30,14 +30,21 @@ class StepEvent(NamedTuple):
     step: int  # from 1
     stage: str
     phase: str  # the loss in use: "noise" or "reconstruction"
-    loss: float
+    losses: tuple[float, ...]  # of each LoRA that is trained
     learning_rate: float
     sigma: float
-    z_0_hat: Tensor  # the restored image (1 c h w), in the model's latent space: a preview for who wants one
+    z_0_hat: (
+        Tensor  # the restored images (b c h w), one a LoRA, in the model's latent space: a preview for who wants one
+    )
+
+    @property
+    def loss(self) -> float:
+        """Their mean."""
+        return sum(self.losses) / len(self.losses)
 
 
 class Trainer:
-    """One stage of training on one image (or several of one subject), driven by iteration:
+    """One stage of training on one image (or several of one subject, or several apart), driven by iteration:
 
         with Trainer(model, z_0, cond, image_stage()) as trainer:
             for event in trainer:
@@ -45,8 +52,10 @@ class Trainer:
             parts = trainer.parts()
 
     z_0: clean latents (b c h w) in the model's space; a step takes one of them.
-    cond: whatever `denoise` takes as its third argument, for one row.
+    cond: whatever `denoise` takes as its third argument, for one row, or for each.
     frozen: parts that act but do not learn (stage 2: the content part of stage 1).
+    apart: each latent gets a LoRA of its own, as if trained alone with the same seed; a step takes all of them, in
+    rows of one batch. frozen is then a sequence, of as many.
     loss_scale: above 1 for fp16 activations, whose small gradients would vanish; halved where they overflow.
     """
 
@@ -56,14 +65,17 @@ class Trainer:
         z_0: Tensor,
         cond: Any,
         stage: Stage,
-        frozen: Mapping[str, Part] | None = None,
+        frozen: Mapping[str, Part] | Sequence[Mapping[str, Part]] | None = None,
         loss_scale: float = 1.0,
+        apart: bool = False,
     ):
         _check_latents(z_0)
         self.model, self.z_0, self.cond, self.stage = model, z_0.float(), cond, stage
         self.generator = torch.Generator().manual_seed(stage.seed)
         fresh = {role: fresh_part(model.unet, role, stage.rank, self.generator) for role in stage.learns}
-        self.start = {**(frozen or {}), **fresh}
+        frozen = (frozen or [{}] * len(z_0)) if apart else [frozen or {}]
+        self.start = [{**parts, **fresh} for parts in frozen]
+        self.rows = len(self.start)
         self.loss_scale = loss_scale
         self.step = 0
         self.random_state = self.generator.get_state()  # between steps: one that is cut short has drawn already
@@ -88,9 +100,12 @@ class Trainer:
 
     def __iter__(self) -> Iterator[StepEvent]:
         while self.step < self.stage.steps:
-            image = torch.randint(len(self.z_0), (1,), generator=self.generator) if len(self.z_0) > 1 else [0]
-            z_0 = self.z_0[image]
-            yield self.train_step(z_0, draw(z_0, self.model.sigmas, self.stage.noise_offset, self.generator))
+            z_0 = self.z_0
+            if len(z_0) > self.rows:
+                z_0 = z_0[torch.randint(len(z_0), (1,), generator=self.generator)]
+            # The LoRAs see the same noise, as each would alone.
+            random = draw(z_0[:1], self.model.sigmas, self.stage.noise_offset, self.generator)
+            yield self.train_step(z_0, Draw(*(part.expand(len(z_0), -1, -1, -1) for part in random)))
 
     def train_step(self, z_0: Tensor, random: Draw) -> StepEvent:
         """One step on given noise and sigma.
@@ -98,42 +113,50 @@ class Trainer:
         Raises FloatingPointError before the weights move if the loss is not finite.
         """
         phase = self.stage.phase_at(self.step)
-        z_0_hat, loss = self._backward(z_0, random, phase.loss)
+        z_0_hat, losses = self._backward(z_0, random, phase.loss)
         if self.stage.max_grad_norm is not None:
-            nn.utils.clip_grad_norm_(self.inserted.parameters, self.stage.max_grad_norm)
+            self._clip(self.stage.max_grad_norm)
         for group in self.optimizer.param_groups:
             group["lr"] = phase.learning_rate
         self.optimizer.step()
         self.step += 1
         self.random_state = self.generator.get_state()
         return StepEvent(
-            self.step, self.stage.name, phase.loss, loss, phase.learning_rate, random.sigma.mean().item(), z_0_hat
+            self.step, self.stage.name, phase.loss, losses, phase.learning_rate, random.sigma.mean().item(), z_0_hat
         )
 
-    def _backward(self, z_0: Tensor, random: Draw, loss_name: str) -> tuple[Tensor, float]:
+    def _clip(self, max_grad_norm: float) -> None:
+        """To a norm over all layers, of each LoRA by itself."""
+        grads = [parameter.grad for parameter in self.inserted.parameters]
+        norms = torch.cat([grad.flatten(1) for grad in grads], 1).norm(dim=1)
+        for grad in grads:
+            grad.mul_((max_grad_norm / (norms + 1e-6)).clamp(max=1).view(-1, 1, 1))
+
+    def _backward(self, z_0: Tensor, random: Draw, loss_name: str) -> tuple[Tensor, tuple[float, ...]]:
         while True:
             x = add_noise(z_0, random.noise, random.sigma)
             z_0_hat = self.model.denoise(x, random.sigma.flatten(), self.cond)
-            loss = LOSSES[loss_name](z_0, z_0_hat, random.noise, random.sigma)
+            rows = zip(*(tensor.split(1) for tensor in (z_0, z_0_hat, *random)), strict=True)
+            losses = torch.stack([LOSSES[loss_name](*row) for row in rows])
             self.optimizer.zero_grad()
-            (loss * self.loss_scale).backward()
+            (losses.sum() * self.loss_scale).backward()
             grads = [parameter.grad for parameter in self.inserted.parameters]
             torch._foreach_div_(grads, self.loss_scale)
             # Told to the CPU together: each number by itself would make a GPU wait.
-            value, size = torch.stack([loss.detach(), torch.stack(torch._foreach_norm(grads)).sum()]).tolist()
-            if math.isfinite(value) and math.isfinite(size):
-                return z_0_hat.detach(), value
-            if self.loss_scale <= 1 or not math.isfinite(value):
+            *values, size = torch.stack([*losses.detach(), torch.stack(torch._foreach_norm(grads)).sum()]).tolist()
+            if math.isfinite(sum(values) + size):
+                return z_0_hat.detach(), tuple(values)
+            if self.loss_scale <= 1 or not math.isfinite(sum(values)):
                 raise FloatingPointError(
-                    f"The loss became {value} in step {self.step + 1} of {self.stage.steps} "
+                    f"The loss became {sum(values)} in step {self.step + 1} of {self.stage.steps} "
                     f"({loss_name} phase, learning rate {self.stage.phase_at(self.step).learning_rate:g}). "
                     "Lower the learning rate, or choose precision bf16 or fp32."
                 )
             self.loss_scale /= 2
 
-    def parts(self) -> dict[str, Part]:
-        """The parts as trained so far, frozen ones included, on the CPU in fp32."""
-        return self.inserted.parts()
+    def parts(self, row: int = 0) -> dict[str, Part]:
+        """The parts as trained so far, frozen ones included, on the CPU in fp32; with `apart`, of a row's LoRA."""
+        return self.inserted.parts(row)
 
     def state_dict(self) -> dict[str, Tensor]:
         """All that a later Trainer of the same arguments needs to go on as if never stopped, on the CPU.

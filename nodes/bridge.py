@@ -67,7 +67,8 @@ def open_for_training(model: ModelPatcher, latent_shape: tuple[int, ...], dtype:
     )
 
     def denoise(x: Tensor, sigma: Tensor, cond: dict[str, Tensor]) -> Tensor:
-        return base.apply_model(x, sigma, transformer_options={**options, "sigmas": sigma}, **cond)
+        rows = {name: value.expand(len(x), *value.shape[1:]) for name, value in cond.items()}
+        return base.apply_model(x, sigma, transformer_options={**options, "sigmas": sigma}, **rows)
 
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))

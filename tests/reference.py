@@ -75,7 +75,10 @@ def diffusers_denoiser(unet) -> Denoiser:
         timestep = torch.tensor([(sigmas - s).abs().argmin() for s in sigma])
         s = sigma.view(-1, 1, 1, 1)
         noise = unet(
-            x / (s**2 + 1).sqrt(), timestep, text, added_cond_kwargs={"text_embeds": pooled, "time_ids": time_ids}
+            x / (s**2 + 1).sqrt(),
+            timestep,
+            text.expand(len(x), -1, -1),
+            added_cond_kwargs={"text_embeds": pooled.expand(len(x), -1), "time_ids": time_ids.expand(len(x), -1)},
         ).sample
         return x - s * noise
 

@@ -178,7 +178,7 @@ def ours(question):
     """What our adapters make of the authors' file, in diffusers' UNet."""
     unet = diffusers_unet()
     x, sigma, cond, _ = question
-    with inserted(unet, lora_file.read(AUTHORS).parts, (), torch.device("cpu")), torch.no_grad():
+    with inserted(unet, [lora_file.read(AUTHORS).parts], (), torch.device("cpu")), torch.no_grad():
         return diffusers_denoiser(unet).denoise(x, sigma, cond)
 
 
@@ -238,7 +238,7 @@ def test_apply_takes_each_role_from_its_own_image(pack, question):
     unet = diffusers_unet()
     x, sigma, cond, _ = question
     with (
-        inserted(unet, {"content": content.parts["content"], "style": style.parts["style"]}, (), torch.device("cpu")),
+        inserted(unet, [{"content": content.parts["content"], "style": style.parts["style"]}], (), torch.device("cpu")),
         torch.no_grad(),
     ):
         expected = diffusers_denoiser(unet).denoise(x, sigma, cond)

@@ -79,7 +79,7 @@ def test_training_gives_the_authors_losses_and_weights(host, name, request):
         start = {"content": loras(before, "lora_after/16/")["content"], "style": start["style"]}
     with host(tensors, request) as (model, z_0, cond):
         trainer = Trainer(model, z_0, cond, stage, {"content": start["content"]})
-        trainer.start = start
+        trainer.start = [start]
         with trainer:
             for step in range(stage.steps):
                 sigma = sigmas[tensors["timesteps"][step]].view(1, 1, 1, 1)
