@@ -57,6 +57,8 @@ CHEAPER = [
 DENOISE = (0.5, 0.65, 0.8, 1.0)
 WAYS = ("noised", "locked")
 JUDGED = ("same_thing", "same_look")
+PIXELS = ("content", "style")
+SCORES = ("same thing", "same look", "content score", "style distance")  # of both, in words
 
 
 class Pair(NamedTuple):
@@ -225,7 +227,8 @@ SCALES_TEXT = """\
 
 Each from nothing to far too much, the other at 1. Same thing, same look: how alike a judge finds a picture and the
 content or the style image, 1 at most; judges are the networks of `benchmarks/fidelity`, which were trained on real
-drawings only, none of these among them. Differences: to the first row, picture by picture.
+drawings only, none of these among them. Beside them both scores that only compare pixels; they and the judges need not
+agree. Differences: to the first row, picture by picture.
 
 {}
 ![scores by guidance](effects_guidance.png)
@@ -237,10 +240,14 @@ def scales_section(bench: Bench, folder: Path) -> str:
     for name in PLAIN:
         sweep, rows = [measured(bench, **{name: scale}) for scale in SCALES], []
         for label, some in [*zip(SCALES, sweep, strict=True), ("both 0", plain)]:
-            thing, look = (estimate(getattr(some, score) - getattr(sweep[0], score)) for score in JUDGED)
-            rows.append([label, f"{some.same_thing.mean():.3f}", thing, f"{some.same_look.mean():.3f}", look])
-        tables.append(table([name, "same thing", "difference", "same look", "difference"], rows))
-        curves[name] = list(zip(*(row[2::2] for row in rows[:-1]), strict=True))
+            row = [label]
+            for score in (*JUDGED, *PIXELS):
+                values = getattr(some, score)
+                row += [f"{values.mean():.3f}", estimate(values - getattr(sweep[0], score))]
+            rows.append(row)
+        named = [cell for score in SCORES for cell in (score, "difference")]
+        tables.append(table([name, *named], rows))
+        curves[name] = list(zip(*(row[2:5:2] for row in rows[:-1]), strict=True))
     page = Image.new("RGB", (1800, 660), "white")
     for i, score in enumerate(["Same thing", "Same look"]):
         chart(page, 900 * i, f"{score}, against guidance 0", {name: curve[i] for name, curve in curves.items()})

@@ -216,7 +216,7 @@ def _lightness(picture: Image.Image) -> np.ndarray:
 
 
 def _shade(lightness: np.ndarray, colour: np.ndarray, page) -> np.ndarray:
-    """0: a third of the colour; 0.5: the colour; 0.8: half way to white; 1: the page."""
+    """0: a third of the colour; 0.4: the colour; 0.8: half way to white; 1: the page."""
     steps = np.stack([colour * 0.35, colour, colour * 0.5 + 127.5])
     which = (lightness / 0.4).clip(0, 2)
     lower = np.minimum(which.astype(int), 1)
