@@ -132,18 +132,20 @@ def fetch_comfyui() -> None:
 
 def install(room: str, comfyui: Path) -> None:
     """Install torch, ComfyUI's packages and those of `room`, resolved together so that none moves another."""
-    lines = (comfyui / "requirements.txt").read_text().splitlines()
-    if comfyui == COMFYUI:
-        # This one needs torchaudio for its sound nodes only, and some builds of it break beside a CPU-only torch.
-        lines = [line for line in lines if not line.startswith("torchaudio")]
-    wanted = VENV / "comfyui-requirements.txt"
-    wanted.write_text("\n".join(lines))
     own = ROOT / room / "requirements.txt"
-    pip(f"{TORCH} and the packages of ComfyUI and {own.relative_to(ROOT)}", TORCH, "-r", str(wanted), "-r", str(own))
-    if subprocess.run([str(PYTHON), "-c", "import torchvision"], stderr=subprocess.DEVNULL).returncode:
-        # A torchvision built for CUDA does not import beside a CPU-only torch.
+    name = own.relative_to(ROOT)
+    theirs = comfyui / "requirements.txt"
+    pip(f"{TORCH} and the packages of ComfyUI and {name}", TORCH, "-r", str(theirs), "-r", str(own))
+    # What was built for CUDA does not import beside a CPU-only torch.
+    if not imports("torchvision"):
         pip(TOLERANT_TORCHVISION, "--no-deps", TOLERANT_TORCHVISION)
         pip("requests, which that one imports", "requests")
+    if not imports("torchaudio"):  # better missing: ComfyUI 0.3.75 and transformers go on without it
+        subprocess.run([str(PYTHON), "-m", "pip", "uninstall", "--quiet", "--yes", "torchaudio"], check=True)
+
+
+def imports(package: str) -> bool:
+    return subprocess.run([str(PYTHON), "-c", f"import {package}"], stderr=subprocess.DEVNULL).returncode == 0
 
 
 def pip(what: str, *arguments: str) -> None:
