@@ -97,8 +97,9 @@ def inserted(
         )
         layers = {target: unet.get_submodule(name) for name, target in names.items()}
         for name, target in names.items():
-            layers[target].lora_A[ADAPTER] = RowLinear(_owned(wanted[name].down, device))
-            layers[target].lora_B[ADAPTER] = RowLinear(_owned(wanted[name].up, device))
+            layer = wanted.pop(name)  # which the UNet keeps from here on
+            layers[target].lora_A[ADAPTER] = RowLinear(layer.down.to(device))
+            layers[target].lora_B[ADAPTER] = RowLinear(layer.up.to(device))
         yield Inserted(layers, learns)
     finally:
         for name, original in originals.items():
@@ -110,15 +111,11 @@ def inserted(
 
 
 def _stacked(layers: Sequence[LoraLayer]) -> LoraLayer:
-    """One layer's LoRA of all rows: down (rows rank in), up (rows out rank)."""
+    """One layer's LoRA of all rows, copied: down (rows rank in), up (rows out rank), fp32."""
     downs, ups, alphas = zip(*layers, strict=True)
     if len({(down.shape, alpha) for down, alpha in zip(downs, alphas, strict=True)}) > 1:
         raise ValueError("The LoRAs have different ranks or alphas: train them one by one, or all with the same rank.")
-    return LoraLayer(torch.stack(downs), torch.stack(ups), alphas[0])
-
-
-def _owned(weight: Tensor, device: torch.device) -> Tensor:
-    return weight.detach().to(device, torch.float32, copy=True)
+    return LoraLayer(torch.stack(downs).detach().float(), torch.stack(ups).detach().float(), alphas[0])
 
 
 class Run(NamedTuple):
