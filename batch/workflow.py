@@ -6,11 +6,10 @@ import json
 from collections.abc import Iterator
 from pathlib import PurePosixPath
 
-from consislora_core.catalog import Job
+from consislora_core.catalog import SETTINGS, Job
 from consislora_core.files import portable
 
 INPUTS = "consislora_batch"  # folder in the server's input folder; pictures there are named by their bytes
-SETTINGS = ("content_strength", "style_strength", "content_guidance", "style_guidance", "cfg", "steps", "seed")
 PROMPTS = {"prompt": "positive", "negative_prompt": "negative"}
 ADAPTERS = {"content_lora": "content", "style_lora": "style"}
 

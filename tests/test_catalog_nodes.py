@@ -156,7 +156,7 @@ def test_settings_are_those_of_the_nearest_node_before(pack):
         "5": {"inputs": {"images": ["3", 0], "seed": 9}},
     }
     hidden = type("Hidden", (), {"prompt": graph, "unique_id": "5"})
-    found = pack.nodes.bridge.numbers_behind(hidden, "images", pack.nodes.catalog.SETTINGS)
+    found = pack.nodes.bridge.numbers_behind(hidden, "images", pack.nodes.catalog.catalog.SETTINGS)
     assert found == {"seed": 2, "steps": 20, "cfg": 7.5}
     assert pack.nodes.bridge.numbers_behind(None, "images", {"seed"}) == {}
 
