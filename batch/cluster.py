@@ -83,7 +83,9 @@ class Worker:
         """Waits until ComfyUI is up."""
         with self.log.open("wb") as log:
             try:
-                process = await asyncio.create_subprocess_exec(*self.command, stdout=log, stderr=asyncio.subprocess.STDOUT)
+                process = await asyncio.create_subprocess_exec(
+                    *self.command, stdout=log, stderr=asyncio.subprocess.STDOUT
+                )
             except OSError as error:
                 raise Lost(f"{self.command[0]} does not run ({error}).") from None
         self.process, self.ended = process, asyncio.ensure_future(process.wait())

@@ -5,7 +5,6 @@ import json
 import time
 import uuid
 from collections.abc import Callable
-from pathlib import Path
 
 import aiohttp
 
@@ -82,9 +81,8 @@ class Server:
         answer = await self.call("GET", path, **query)
         return None if answer is None else json.loads(answer)
 
-    async def upload(self, picture: Path, name: str, folder: str) -> None:
+    async def upload(self, data: bytes, name: str, folder: str) -> None:
         """Puts a picture into a folder inside the server's input folder."""
-        data = picture.read_bytes()
 
         def form() -> aiohttp.FormData:
             fields = aiohttp.FormData({"subfolder": folder, "overwrite": "true"})

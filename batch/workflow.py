@@ -21,11 +21,14 @@ def catalogue_folder(name: str) -> str:
     return f"consislora_batch/{portable(name)}"
 
 
-def filled(workflow: Workflow, job: Job, content: str, style: str, folder: str) -> tuple[Workflow, str]:
+def filled(
+    workflow: Workflow, job: Job, content: str, style: str, folder: str, metadata: dict[str, dict]
+) -> tuple[Workflow, str]:
     """The workflow of one job, and its key: the name that its picture has on the server.
 
-    content, style: names of the uploaded pictures. folder: the catalogue's on the server. Raises ValueError for a
-    workflow that lacks what the job needs.
+    content, style: names of the uploaded pictures. folder: the catalogue's on the server. metadata: of LoRA files by
+    name; ours tell their weights by a hash, so that a file replaced under its name makes another job. Raises ValueError
+    for a workflow that lacks what the job needs.
     """
     made = copy.deepcopy(workflow)
     load, save = (the_one(made, f"ConsisLoRACatalog{verb}") for verb in ("Load", "Save"))
@@ -42,7 +45,8 @@ def filled(workflow: Workflow, job: Job, content: str, style: str, folder: str) 
             node["inputs"][socket] = [column, 0]
             made[column] = {"class_type": "ConsisLoRALoad", "inputs": {"lora_name": getattr(job, column)}}
     made = {node: made[node] for node in reached(made, save)}
-    key = hashlib.sha256(json.dumps(made, sort_keys=True).encode()).hexdigest()[:32]
+    adapters = [metadata.get(getattr(job, column)) for column in ADAPTERS]
+    key = hashlib.sha256(json.dumps([made, adapters], sort_keys=True).encode()).hexdigest()[:32]
     made[load]["inputs"]["name"] = key
     return made, key
 

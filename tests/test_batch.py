@@ -20,6 +20,8 @@ from PIL import Image
 
 import batch.server
 from batch import run
+from batch.crew import Crew, Lost
+from batch.maker import Maker
 from batch.server import Refused, Server, Unreachable
 from batch.workflow import filled, mismatched, refused
 from consislora_core import catalog
@@ -32,7 +34,7 @@ JOB = Job("cup.png", "ink.png", "cup", prompt="a [c] cup", seed=7, content_stren
 
 
 def fill(**changes) -> dict:
-    return filled(WORKFLOW, Job(**{**vars(JOB), **changes}), "a.png", "b.png", "batch/jobs")[0]
+    return filled(WORKFLOW, Job(**{**vars(JOB), **changes}), "a.png", "b.png", "batch/jobs", {})[0]
 
 
 def inputs(workflow: dict, kind: str) -> dict:
@@ -69,12 +71,21 @@ def test_a_job_has_a_key_of_its_own():
     assert len(set(keys)) == 4 and keys[4] == keys[0]  # the name decides nothing
 
 
+def test_an_adapter_that_was_replaced_under_its_name_makes_another_job():
+    job = Job("a.png", "b.png", content_lora="cup.safetensors")
+
+    def key(weights: str) -> str:
+        return filled(WORKFLOW, job, "a", "b", "", {"cup.safetensors": {"consislora.weights": weights}})[1]
+
+    assert key("1a") == key("1a") != key("2b")
+
+
 def test_a_workflow_that_lacks_what_a_job_needs_is_refused():
     with pytest.raises(ValueError, match="has 0 nodes of the kind ConsisLoRACatalogLoad"):
-        filled({}, JOB, "", "", "")
+        filled({}, JOB, "", "", "", {})
     bare = {node: content for node, content in WORKFLOW.items() if content["class_type"] != "ConsisLoRASampler"}
     with pytest.raises(ValueError, match="no node of the workflow takes content_strength"):
-        filled(bare, JOB, "", "", "")
+        filled(bare, JOB, "", "", "", {})
 
 
 def test_what_the_server_would_not_take_is_told():
@@ -225,7 +236,10 @@ class Shelf:
     def __init__(self, *outcomes):
         self.outcomes, self.prompts, self.files = list(outcomes), [], {}
 
-    async def upload(self, picture, name, folder):
+    async def get(self, path, **query):
+        raise AssertionError(path)
+
+    async def upload(self, data, name, folder):
         pass
 
     async def run(self, prompt, progress):
@@ -263,10 +277,10 @@ def made(tmp_path, capsys):
 
     def make(names, *outcomes):
         server = Shelf(*outcomes)
-        one = run.Batch(server, WORKFLOW, tmp_path / "jobs.csv", tmp_path / "out")
+        one = run.Batch(WORKFLOW, tmp_path / "jobs.csv", tmp_path / "out")
         jobs = [Job("cup.png", "ink.png", name, seed=number) for number, name in enumerate(names)]
         assert one.local_problems(jobs) == []
-        asyncio.run(one.make_all(jobs))
+        asyncio.run(one.make_all(jobs, Maker(server)))
         assert server.outcomes == []
         return ResultsSheet(tmp_path / "out" / catalog.RESULTS).read(), server
 
@@ -297,7 +311,7 @@ def test_a_lost_job_is_queued_again_but_not_for_ever(made):
     results, server = made(["one", "two"], None, DONE, None, None, None)
     assert server.prompts[0] == server.prompts[1]
     assert results["one"].error == ""
-    assert results["two"].error == "the server was restarted at it 3 times. Look into the server's log."
+    assert results["two"].error == "the server broke down at it 3 times. Look into ComfyUI's log."
 
 
 def test_all_problems_are_told_before_any_job_is_sent(tmp_path, capsys):
@@ -316,6 +330,84 @@ def test_a_dry_run_without_a_server_checks_what_it_can(tmp_path, capsys):
     (tmp_path / "jobs.csv").write_text("content,style\na.png,a.png\n")
     assert run.main([str(tmp_path / "jobs.csv"), "--dry-run", "--server", "http://127.0.0.1:1"]) == 0
     assert "The jobs are not checked against it.\n1 jobs, no problems found." in capsys.readouterr().out
+
+
+# Several workers, each with a server in its place
+
+
+class Hand:
+    """A worker that dies at the jobs of some names, each time or once."""
+
+    def __init__(self, dies_at, died):
+        self.maker, self.dies_at, self.died, self.made = Maker(Shelf()), dies_at, died, []
+
+    async def make(self, order, pictures):
+        name = order.result.name
+        await asyncio.sleep(0)
+        if name in self.dies_at and (self.dies_at[name] == "always" or name not in self.died):
+            self.died.append(name)
+            raise Lost("killed")
+        self.made.append(name)
+        self.maker.server.outcomes.append(DONE)
+        return await self.maker.make(order, pictures)
+
+
+@pytest.fixture
+def spread(tmp_path, monkeypatch):
+    """Makes jobs, named by their two pictures, with a crew; results, and what every worker made."""
+    monkeypatch.setattr("batch.crew.LOOK", 0)
+
+    def make(names, size=2, most=99, **dies_at):
+        hired, died = [], []
+
+        async def hire():
+            if len(hired) == most:
+                raise Lost("no room")
+            hired.append(Hand(dies_at, died))
+            return hired[-1]
+
+        one = run.Batch(WORKFLOW, tmp_path / "jobs.csv", tmp_path / "out")
+        jobs = [Job(f"{name[0]}.png", f"{name[1]}.png", name) for name in names]
+        for picture in {picture for job in jobs for picture in (job.content, job.style)}:
+            Image.new("RGB", (8, 8), tuple(picture[:1].encode() * 3)).save(tmp_path / picture)
+        assert one.local_problems(jobs) == []
+        try:
+            asyncio.run(one.make_all(jobs, Crew(size, hire)))
+        finally:
+            made.update(ResultsSheet(tmp_path / "out" / catalog.RESULTS).read())
+        return made, [hand.made for hand in hired]
+
+    made: dict[str, Result] = {}
+    return make
+
+
+def test_jobs_go_where_their_adapters_are(spread):
+    names = ["ax", "bx", "ay", "by", "az", "bz"]
+    results, made = spread(names)
+    assert sorted(results) == sorted(names)
+    assert list(map(sorted, made)) == [["ax", "ay", "az"], ["bx", "by", "bz"]]
+
+
+def test_the_job_of_a_lost_worker_goes_on_elsewhere_and_nothing_is_made_twice(spread):
+    names = ["ax", "bx", "ay", "by", "az", "bz"]
+    results, made = spread(names, ay="once")
+    assert sorted(results) == sorted(names) == sorted(sum(made, []))
+    assert not any(result.error for result in results.values())
+    assert len(made) == 3  # another was hired in the lost one's place
+
+
+def test_a_job_at_which_every_worker_dies_is_left(spread):
+    results, _ = spread(["ax", "bx"], ax="always")
+    assert results["ax"].error == "the worker broke down at it 3 times. Look into ComfyUI's log."
+    assert not results["bx"].error
+
+
+def test_without_a_worker_it_stops_and_goes_on_later(spread):
+    with pytest.raises(Lost, match="No worker is left, and 2 jobs are."):
+        spread(["ax", "bx", "ay"], size=1, most=1, bx="once")
+    results, made = spread(["ax", "bx", "ay"])
+    assert sorted(results) == ["ax", "ay", "bx"]
+    assert sorted(sum(made, [])) == ["ay", "bx"]
 
 
 # A real server
