@@ -18,14 +18,19 @@ from batch.server import Server, Unreachable
 ROOT = Path(__file__).resolve().parent.parent
 PATIENCE = 600  # seconds for a ComfyUI that runs, but does not answer
 FOLDERS = ("input", "output", "temp", "user")  # models and nodes are shared, these are each worker's own
+SETTINGS = {  # of the cluster that starts here, if none runs
+    "RAY_USAGE_STATS_ENABLED": "0",  # nothing is told to anyone
+    "RAY_worker_niceness": "0",  # a ComfyUI runs no slower than one that was started by hand
+    # Else the ComfyUI of a worker that is killed would stay, and keep the graphics card.
+    "RAY_kill_child_processes_on_worker_exit_with_raylet_subreaper": "true",
+}
 
 
 @asynccontextmanager
 async def crew(size: int, comfyui: list[str], tell: Callable[[str], None]) -> AsyncIterator[Crew]:
     """comfyui: the command that starts ComfyUI on every machine."""
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    # Else the ComfyUI of a worker that is killed would stay, and keep the graphics card.
-    os.environ.setdefault("RAY_kill_child_processes_on_worker_exit_with_raylet_subreaper", "true")
+    for name, value in SETTINGS.items():
+        os.environ.setdefault(name, value)
     code = {"py_modules": [str(ROOT / "batch"), str(ROOT / "consislora_core")]}
     ray.init(runtime_env=code, log_to_driver=False, logging_level="ERROR")
     graphics = min(1, ray.cluster_resources().get("GPU", 0))

@@ -3,8 +3,10 @@
 import asyncio
 import copy
 import io
+import itertools
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -17,6 +19,8 @@ from aiohttp import web
 from aiohttp.test_utils import TestServer
 from conftest import COMFYUI, ROOT
 from PIL import Image
+from prompts import two_steps
+from test_resume import check_every_file_is_whole
 
 import batch.server
 from batch import run
@@ -413,20 +417,15 @@ def test_without_a_worker_it_stops_and_goes_on_later(spread):
 # A real server
 
 
-@pytest.fixture
-def sheet(tmp_path):
-    """Three jobs of one pair of pictures, a workflow that trains for two steps, and a folder for a server."""
-    for name in ("crown-flat.png", "umbrella-high-contrast.png"):
-        (tmp_path / name).write_bytes((IMAGES / name).read_bytes())
-    rows = [f"crown-flat.png,umbrella-high-contrast.png,job {number},{number},2" for number in range(3)]
-    (tmp_path / "jobs.csv").write_text("\n".join(["content,style,name,seed,steps", *rows]))
-    quick = copy.deepcopy(WORKFLOW)
-    for node in quick.values():
-        node["inputs"] |= {"steps": 2, "transition_step": 1, "rank": 4} if "rank" in node["inputs"] else {}
-    for node in nodes(quick, "ConsisLoRATrainStyle"):
-        del quick[node]["inputs"]["transition_step"]
-    (tmp_path / "quick.json").write_text(json.dumps(quick))
-    return tmp_path / "jobs.csv"
+def sheet_of(count: int, folder: Path) -> Path:
+    """Jobs of ever other pictures, and beside them a workflow that trains for two steps."""
+    for picture in IMAGES.glob("*.png"):
+        (folder / picture.name).write_bytes(picture.read_bytes())
+    pairs = itertools.cycle(itertools.permutations(sorted(picture.name for picture in IMAGES.glob("*.png")), 2))
+    rows = [f"{','.join(next(pairs))},job {number},{number},2" for number in range(count)]
+    (folder / "jobs.csv").write_text("\n".join(["content,style,name,seed,steps", *rows]))
+    (folder / "quick.json").write_text(json.dumps(two_steps("catalogue_demo")))
+    return folder / "jobs.csv"
 
 
 def started(sheet: Path, server: ComfyServer) -> subprocess.Popen:
@@ -439,34 +438,46 @@ def results(sheet: Path) -> dict[str, Result]:
     return ResultsSheet(sheet.with_name("jobs_results") / catalog.RESULTS).read()
 
 
-def wait_for(sheet: Path, count: int, process: subprocess.Popen) -> None:
-    while len(results(sheet)) < count:
+def wait_for_one_more(sheet: Path, process: subprocess.Popen) -> Result:
+    before = results(sheet)
+    while len(found := results(sheet)) == len(before):
         assert process.poll() is None, process.stdout.read()
         time.sleep(0.05)
+    return list(found.values())[-1]
 
 
 @pytest.mark.skipif(os.name == "nt", reason="a program cannot press Ctrl-C for one other program there")
-def test_stopped_and_with_its_server_killed_every_job_is_done_once(sheet, tmp_path):
-    server = ComfyServer(tmp_path / "base", COMFYUI)
+@pytest.mark.parametrize("kills", [1, pytest.param(20, marks=pytest.mark.slow)])
+def test_stopped_and_with_its_server_killed_every_job_is_done_once(tmp_path, kills):
+    moments, count = random.Random(kills), 2 * kills + 2
+    sheet, server = sheet_of(count, tmp_path), ComfyServer(tmp_path / "base", COMFYUI)
+    there = tmp_path / "base" / "output" / "consislora_batch" / "jobs"
     with server:
         process = started(sheet, server)
-        wait_for(sheet, 1, process)
+        wait_for_one_more(sheet, process)
         process.send_signal(signal.SIGINT)
         assert "Stopped. The server finishes the job it is at" in process.communicate()[0]
-        first = results(sheet)["job 0"]
-        process = started(sheet, server)
-        wait_for(sheet, 2, process)
-        server.kill()
-    with server:  # again, at the same address
+    process = started(sheet, server)
+    for _ in range(kills):
+        with server:  # each time at the same address
+            last = wait_for_one_more(sheet, process)
+            time.sleep(moments.uniform(0, last.seconds))
+            server.kill()
+        known = results(sheet)
+        check_every_file_is_whole(tmp_path / "base" / "models" / "loras")
+        for picture in [*there.glob("*.png"), *sheet.with_name("jobs_results").glob("*.png")]:
+            catalog.open_picture(picture)
+    with server:
         output = process.communicate()[0]
-        assert process.returncode == 0, output
-        assert "3 of 3 are in" in output
+    assert process.returncode == 0, output
+    assert f"{count} of {count} are in" in output
     done = results(sheet)
+    assert {name: done[name] for name in known} == known  # what was done stayed as it was
     assert [(name, result.error, result.seed, result.steps) for name, result in done.items()] == [
-        (f"job {number}", "", number, 2) for number in range(3)
+        (f"job {number}", "", number, 2) for number in range(count)
     ]
-    assert done["job 0"] == first
-    there = ResultsSheet(tmp_path / "base" / "output" / "consislora_batch" / "jobs" / catalog.RESULTS).read()
-    assert there.keys() == {result.key for result in done.values()}
+    assert ResultsSheet(there / catalog.RESULTS).read().keys() == {result.key for result in done.values()}
+    assert sorted(path.stem for path in there.glob("*.png")) == sorted(result.key for result in done.values())
     pictures = [catalog.open_picture(sheet.with_name("jobs_results") / result.files) for result in done.values()]
-    assert len({picture.tobytes() for picture in pictures}) == 3
+    assert len({picture.tobytes() for picture in pictures}) == count
+    print(f"{kills} kills, {output.count('the job is queued again')} jobs begun again, {count} of {count} done once")

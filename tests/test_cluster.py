@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 from conftest import COMFYUI, ROOT
-from prompts import api
+from prompts import two_steps
 
 from consislora_core import catalog
 from consislora_core.catalog import ResultsSheet
@@ -32,21 +32,13 @@ def command(tmp_path) -> list[str]:
         rows.writerow(["name", "content", "style", "seed", "steps"])
         for number, name in enumerate(NAMES):
             rows.writerow([name, *((CROWN, UMBRELLA) if name[0] == "a" else (UMBRELLA, CROWN)), number, STEPS])
-    (tmp_path / "quick.json").write_text(few_steps())
+    (tmp_path / "quick.json").write_text(json.dumps(two_steps("catalogue_demo")))
     base = tmp_path / "base"
     (base / "custom_nodes").mkdir(parents=True)
     _link(base / "custom_nodes" / "ComfyUI-ConsisLoRA", ROOT)
     comfyui = f"'{sys.executable}' '{COMFYUI / 'main.py'}' --cpu --disable-api-nodes --base-directory '{base}'"
     arguments = [tmp_path / "jobs.csv", "--workflow", tmp_path / "quick.json", "--workers", 2, "--comfyui", comfyui]
     return [sys.executable, ROOT / "batch", *map(str, arguments)]
-
-
-def few_steps() -> str:
-    prompt = api("catalogue_demo")
-    for node in prompt.values():
-        changes = {"steps": 2, "transition_step": 1, "rank": 4} if "rank" in node["inputs"] else {}
-        node["inputs"] |= {name: value for name, value in changes.items() if name in node["inputs"]}
-    return json.dumps(prompt)
 
 
 def comfyuis(base: Path) -> list[psutil.Process]:
