@@ -23,6 +23,7 @@ from consislora_core.files import inside, written_whole
 ROOT = Path(__file__).resolve().parent.parent
 WORKFLOWS = ROOT / "workflows" / "api"
 COMFYUI = ROOT.parent.parent / "main.py"  # this pack is in its custom_nodes
+THIS = [sys.executable, str(COMFYUI)]
 
 
 def main(arguments: list[str] | None = None) -> int | str:
@@ -36,15 +37,17 @@ def main(arguments: list[str] | None = None) -> int | str:
     except Unreachable as error:
         return f"{error} Start ComfyUI, or name its address with --server. The same command goes on from here."
     except Lost as error:
-        return f"{error} The same command goes on from here."
-    except (ValueError, OSError, Refused) as error:
+        return f"{error}\nThe same command goes on from here."
+    except OSError as error:
+        return f"{error.filename or options.sheet}: {error.strerror}. Once that is mended, the same command goes on."
+    except (ValueError, Refused) as error:
         return str(error)
 
 
 def parsed(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python batch", description=__doc__)
     parser.add_argument("sheet", type=Path, help="CSV or JSON, a row a picture: content, style, and what else differs")
-    parser.add_argument("--server", default="http://127.0.0.1:8188", metavar="URL", help="default: %(default)s")
+    parser.add_argument("--server", type=address, default="127.0.0.1:8188", metavar="URL", help="default: %(default)s")
     parser.add_argument("--output", type=Path, metavar="DIR", help="where pictures go (default: beside the sheet)")
     parser.add_argument(
         "--workflow",
@@ -64,12 +67,16 @@ def parsed(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--comfyui",
         type=shlex.split,
-        default=[sys.executable, str(COMFYUI)],
+        default=THIS,
         metavar="COMMAND",
         help="what starts a worker's ComfyUI (default: the one that this pack is in), "
         "as in 'python /srv/ComfyUI/main.py --lowvram'",
     )
     return parser.parse_args(arguments)
+
+
+def address(text: str) -> str:
+    return text if "://" in text else f"http://{text}"
 
 
 async def run(options: argparse.Namespace) -> int:
@@ -99,10 +106,12 @@ async def run(options: argparse.Namespace) -> int:
 async def makers(options: argparse.Namespace) -> AsyncIterator[Maker | Crew]:
     """What makes the pictures: a server, or workers."""
     if options.workers:
+        if options.comfyui == THIS and not COMFYUI.exists():
+            raise ValueError(f"There is no {COMFYUI}. Say with --comfyui what starts ComfyUI.")
         try:
             from batch import cluster
         except ImportError:
-            raise ValueError("--workers needs Ray. Install it with: pip install ray") from None
+            raise ValueError('--workers needs Ray. In this pack\'s folder: pip install ".[cluster]"') from None
         async with cluster.crew(options.workers, options.comfyui, tqdm.write) as crew:
             yield crew
     else:

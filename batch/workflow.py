@@ -98,7 +98,8 @@ def out_of_range(what: str, value: object, kind: str | list, options: dict | Non
     if choices is not None and value not in choices:
         near = [choice for choice in choices if PurePosixPath(str(choice)).name == PurePosixPath(str(value)).name]
         some = ", ".join(map(str, (near or choices)[:5])) or "none"
-        yield f"{what} is {value!r}, which the server does not have. It has {some}."
+        how = " Choose one with --checkpoint." if what.startswith("ckpt_name ") else ""
+        yield f"{what} is {value!r}, which the server does not have. It has {some}.{how}"
     elif kind in ("INT", "FLOAT"):
         least, most = options.get("min", value), options.get("max", value)
         if not least <= value <= most:

@@ -187,6 +187,11 @@ def test_a_redirection_is_not_followed_and_a_flood_is_stopped(monkeypatch):
         asked(routes, lambda server: server.call("GET", "/b"))
 
 
+def test_another_kind_of_server_is_told():
+    with pytest.raises(Refused, match="not as ComfyUI does"):
+        asked({"/object_info": lambda _: web.Response(text="<html>")}, lambda server: server.get("/object_info"))
+
+
 def test_a_refused_workflow_names_node_and_input():
     error = {"message": "value too small", "details": "seed"}
     told = {
@@ -316,6 +321,25 @@ def test_a_lost_job_is_queued_again_but_not_for_ever(made):
     assert server.prompts[0] == server.prompts[1]
     assert results["one"].error == ""
     assert results["two"].error == "the server broke down at it 3 times. Look into ComfyUI's log."
+
+
+def test_a_disk_that_is_full_at_home_leaves_nothing_half_and_the_sheet_goes_on(made, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as disk, pytest.raises(OSError, match="No space left"):
+        disk.setattr("os.fsync", full)
+        made(["one", "two"], DONE)
+    assert list((tmp_path / "out").rglob("*.*")) == []
+    results, _ = made(["one", "two"], DONE, DONE)
+    assert [result.error for result in results.values()] == ["", ""]
+
+
+def test_what_the_disk_refuses_is_told_in_words(tmp_path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    (tmp_path / "jobs.csv").write_text("content,style\na.png,a.png\n")
+    told = run.main([str(tmp_path / "jobs.csv"), "--workflow", str(tmp_path / "none.json")])
+    assert told.startswith(f"{tmp_path / 'none.json'}: No such file or directory. Once that is mended")
 
 
 def test_all_problems_are_told_before_any_job_is_sent(tmp_path, capsys):
