@@ -79,7 +79,8 @@ class Worker:
     def __init__(self, comfyui: list[str]):
         self.folder = tempfile.TemporaryDirectory(prefix="consislora_")
         self.log = Path(self.folder.name, "comfyui.log")
-        self.command = [*comfyui, "--port", str(free_port()), "--database-url", "sqlite:///:memory:"]
+        self.port = free_port()
+        self.command = [*comfyui, "--port", str(self.port), "--database-url", "sqlite:///:memory:"]
         for kind in FOLDERS:
             Path(self.folder.name, kind).mkdir()
             self.command += [f"--{kind}-directory", str(Path(self.folder.name, kind))]
@@ -94,8 +95,7 @@ class Worker:
             except OSError as error:
                 raise Lost(f"{self.command[0]} does not run ({error}).") from None
         self.process, self.ended = process, asyncio.ensure_future(process.wait())
-        port = self.command[self.command.index("--port") + 1]
-        self.server = await Server(f"http://127.0.0.1:{port}", 0, lambda text: None).__aenter__()
+        self.server = await Server(f"http://127.0.0.1:{self.port}", 0, lambda text: None).__aenter__()
         await self._while_it_runs(self._up())
         self.server.patience = PATIENCE
         self.maker = Maker(self.server)

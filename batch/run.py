@@ -39,7 +39,8 @@ def main(arguments: list[str] | None = None) -> int | str:
     except Lost as error:
         return f"{error}\nThe same command goes on from here."
     except OSError as error:
-        return f"{error.filename or options.sheet}: {error.strerror}. Once that is mended, the same command goes on."
+        what = f"{error.filename or options.sheet}: {error.strerror or error}"
+        return f"{what}. Once that is mended, the same command goes on."
     except (ValueError, Refused) as error:
         return str(error)
 
