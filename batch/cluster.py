@@ -36,14 +36,18 @@ async def crew(size: int, comfyui: list[str], tell: Callable[[str], None]) -> As
     graphics = min(1, ray.cluster_resources().get("GPU", 0))
     role = ray.remote(Worker).options(num_cpus=1, num_gpus=graphics, scheduling_strategy="SPREAD")
 
+    hired = []
+
     async def hire() -> Contract:
         contract = Contract(role.remote(comfyui))
         await contract.start()
+        hired.append(contract)
         return contract
 
     try:
         yield Crew(size, hire, tell)
     finally:
+        await asyncio.gather(*(contract.end() for contract in hired), return_exceptions=True)  # some are lost
         ray.shutdown()
 
 
@@ -61,6 +65,9 @@ class Contract:
 
     async def make(self, order: Order, pictures: dict[str, bytes]) -> Made:
         return await self._answer(self.actor.make.remote(order, pictures))
+
+    async def end(self) -> None:
+        await self._answer(self.actor.end.remote())
 
     async def _answer(self, answer: Awaitable):
         """Raises what the worker raised, and Lost where it ended."""
@@ -111,6 +118,11 @@ class Worker:
 
     async def make(self, order: Order, pictures: dict[str, bytes]) -> Made:
         return await self._while_it_runs(self.maker.make(order, pictures))
+
+    async def end(self) -> None:
+        self.process.kill()
+        await self.ended
+        self.folder.cleanup()
 
     async def _while_it_runs(self, doing: Awaitable):
         task = asyncio.ensure_future(doing)
