@@ -9,6 +9,7 @@ import hashlib
 import importlib.util
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -34,6 +35,7 @@ def enter(room: str) -> None:
     The first call installs, says so, and starts the running command again inside the .venv.
     What could not be had ends the program with one paragraph and exit code 1.
     """
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # like Ctrl-C: the program ends what it has started
     try:
         comfyui = prepare(room)
     except SetupError as error:

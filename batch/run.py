@@ -2,24 +2,28 @@
 
 import argparse
 import asyncio
-import io
 import json
-import time
-from collections.abc import Callable
+import shlex
+import sys
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from PIL import Image
 from tqdm import tqdm
 
-from batch.server import Refused, Server, Unreachable, failure
-from batch.workflow import ADAPTERS, INPUTS, Workflow, catalogue_folder, filled, mismatched, refused
+from batch.crew import Crew, Lost
+from batch.maker import Maker, Order
+from batch.server import Refused, Server, Unreachable
+from batch.workflow import ADAPTERS, Workflow, catalogue_folder, filled, mismatched, refused
 from consislora_core import catalog
 from consislora_core.catalog import Job, Result, ResultsSheet
 from consislora_core.files import inside, written_whole
 
-WORKFLOWS = Path(__file__).resolve().parent.parent / "workflows" / "api"
-ATTEMPTS = 3  # a job at which the server breaks down as often is left
+ROOT = Path(__file__).resolve().parent.parent
+WORKFLOWS = ROOT / "workflows" / "api"
+COMFYUI = ROOT.parent.parent / "main.py"  # this pack is in its custom_nodes
+THIS = [sys.executable, str(COMFYUI)]
 
 
 def main(arguments: list[str] | None = None) -> int | str:
@@ -28,17 +32,23 @@ def main(arguments: list[str] | None = None) -> int | str:
     try:
         return asyncio.run(run(options))
     except KeyboardInterrupt:
-        return "Stopped. The server finishes the job it is at; the same command goes on from here."
+        at_work = "Its jobs at hand were cut off" if options.workers else "The server finishes the job it is at"
+        return f"Stopped. {at_work}; the same command goes on from here."
     except Unreachable as error:
         return f"{error} Start ComfyUI, or name its address with --server. The same command goes on from here."
-    except (ValueError, OSError, Refused) as error:
+    except Lost as error:
+        return f"{error}\nThe same command goes on from here."
+    except OSError as error:
+        what = f"{error.filename or options.sheet}: {error.strerror or error}"
+        return f"{what}. Once that is mended, the same command goes on."
+    except (ValueError, Refused) as error:
         return str(error)
 
 
 def parsed(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python batch", description=__doc__)
     parser.add_argument("sheet", type=Path, help="CSV or JSON, a row a picture: content, style, and what else differs")
-    parser.add_argument("--server", default="http://127.0.0.1:8188", metavar="URL", help="default: %(default)s")
+    parser.add_argument("--server", type=address, default="127.0.0.1:8188", metavar="URL", help="default: %(default)s")
     parser.add_argument("--output", type=Path, metavar="DIR", help="where pictures go (default: beside the sheet)")
     parser.add_argument(
         "--workflow",
@@ -52,7 +62,22 @@ def parsed(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--patience", type=float, default=3600, metavar="S", help="how long to wait for a server that is away"
     )
+    parser.add_argument(
+        "--workers", type=int, metavar="N", help="instead of a server: start as many ComfyUIs, on all machines of Ray"
+    )
+    parser.add_argument(
+        "--comfyui",
+        type=shlex.split,
+        default=THIS,
+        metavar="COMMAND",
+        help="what starts a worker's ComfyUI (default: the one that this pack is in), "
+        "as in 'python /srv/ComfyUI/main.py --lowvram'",
+    )
     return parser.parse_args(arguments)
+
+
+def address(text: str) -> str:
+    return text if "://" in text else f"http://{text}"
 
 
 async def run(options: argparse.Namespace) -> int:
@@ -60,19 +85,39 @@ async def run(options: argparse.Namespace) -> int:
     jobs = catalog.read_jobs(options.sheet)
     workflow = read_workflow(options.workflow, options.checkpoint)
     output = options.output or options.sheet.with_name(f"{options.sheet.stem}_results")
-    async with Server(options.server, 0 if options.dry_run else options.patience, tqdm.write) as server:
-        batch = Batch(server, workflow, options.sheet, output)
-        problems = batch.local_problems(jobs)
+    batch = Batch(workflow, options.sheet, output)
+    if problems := batch.local_problems(jobs):
+        raise ValueError(catalog.told(options.sheet.name, problems))
+    async with makers(options) as place:
         try:
-            problems += await batch.server_problems(jobs) if not problems else []
+            problems = await batch.server_problems(jobs, place.get)
         except Unreachable as error:
+            if not options.dry_run:
+                raise
             print(f"{error} The jobs are not checked against it.")
         if problems:
             raise ValueError(catalog.told(options.sheet.name, problems))
         if options.dry_run:
             print(f"{len(jobs)} jobs, no problems found.")
             return 0
-        return await batch.make_all(jobs)
+        return await batch.make_all(jobs, place)
+
+
+@asynccontextmanager
+async def makers(options: argparse.Namespace) -> AsyncIterator[Maker | Crew]:
+    """What makes the pictures: a server, or workers."""
+    if options.workers:
+        if options.comfyui == THIS and not COMFYUI.exists():
+            raise ValueError(f"There is no {COMFYUI}. Say with --comfyui what starts ComfyUI.")
+        try:
+            from batch import cluster
+        except ImportError:
+            raise ValueError('--workers needs Ray. In this pack\'s folder: pip install ".[cluster]"') from None
+        async with cluster.crew(options.workers, options.comfyui, tqdm.write) as crew:
+            yield crew
+    else:
+        async with Server(options.server, 0 if options.dry_run else options.patience, tqdm.write) as server:
+            yield Maker(server, tqdm.write)
 
 
 def read_workflow(path: Path, checkpoint: str | None) -> Workflow:
@@ -87,13 +132,13 @@ def read_workflow(path: Path, checkpoint: str | None) -> Workflow:
 
 
 class Batch:
-    """The jobs of a sheet on their way through a server. output: folder of the results."""
+    """The jobs of a sheet, made into orders, and their results. output: folder of the results."""
 
-    def __init__(self, server: Server, workflow: Workflow, sheet: Path, output: Path):
-        self.server, self.workflow, self.folder, self.output = server, workflow, sheet.parent, output
+    def __init__(self, workflow: Workflow, sheet: Path, output: Path):
+        self.workflow, self.folder, self.output = workflow, sheet.parent, output
         self.there = catalogue_folder(sheet.stem)  # on the server
         self.names: dict[str, str] = {}  # of pictures on the server, by what the sheet calls them
-        self.uploaded: set[str] = set()
+        self.metadata: dict[str, dict] = {}  # of LoRA files on the server, by name
 
     def local_problems(self, jobs: list[Job]) -> list[str]:
         """Pictures that do not open, and what the workflow cannot do."""
@@ -109,95 +154,69 @@ class Batch:
         found = list(problems.values())
         for job in jobs:
             try:
-                filled(self.workflow, job, "", "", self.there)
+                filled(self.workflow, job, "", "", self.there, {})
             except ValueError as error:
                 found.append(f"{job.name}: {error}")
         return found
 
-    async def server_problems(self, jobs: list[Job]) -> list[str]:
-        """What the server would not take. For jobs that have no `local_problems`."""
-        info = await self.server.get("/object_info")
+    async def server_problems(self, jobs: list[Job], get: Callable[..., Awaitable]) -> list[str]:
+        """What the server would not take. For jobs that have no `local_problems`. get: asks the server."""
+        info = await get("/object_info")
         if info is None:
-            return [f"{self.server.url} is no ComfyUI. Name its address with --server."]
-        loras = {getattr(job, column) for job in jobs for column in ADAPTERS} - {None}
-        metadata = {name: await self.server.get("/view_metadata/loras", filename=name) or {} for name in loras}
+            return ["at the server's address is no ComfyUI. Name the right one with --server."]
+        for name in {getattr(job, column) for job in jobs for column in ADAPTERS} - {None}:
+            self.metadata[name] = await get("/view_metadata/loras", filename=name) or {}
         found = {}
         for job in jobs:
-            for problem in [*refused(self.filled(job)[0], info), *mismatched(job, metadata)]:
+            for problem in [*refused(self.order(job).prompt, info), *mismatched(job, self.metadata)]:
                 found.setdefault(problem, f"{job.name}: {problem}")  # of the workflow itself, said once
         return list(found.values())
 
-    def filled(self, job: Job) -> tuple[Workflow, str]:
-        return filled(self.workflow, job, self.names[job.content], self.names[job.style], self.there)
-
-    async def make_all(self, jobs: list[Job]) -> int:
-        """Makes what is not done; 1 if any failed."""
-        sheet = ResultsSheet(self.output / catalog.RESULTS)
-        results, failed = sheet.read(), 0
-        with tqdm(total=len(jobs), unit="job") as bar:
-            for job in jobs:
-                prompt, key = self.filled(job)
-                if job.name not in results or not results[job.name].done(key, self.output):
-                    bar.set_postfix_str(job.name)
-                    started = time.monotonic()
-                    result = await self.make(job, prompt, key, Steps(bar, job.name))
-                    sheet.record([replace(result, seconds=round(time.monotonic() - started, 1))])
-                    if result.error:
-                        failed += 1
-                        bar.write(f"{job.name}: {result.error}")
-                bar.update()
-        print(
-            f"{len(jobs) - failed} of {len(jobs)} are in {self.output}.",
-            *["Failed ones are in its sheet."] * (failed > 0),
+    def order(self, job: Job) -> Order:
+        content, style = self.names[job.content], self.names[job.style]
+        prompt, key = filled(self.workflow, job, content, style, self.there, self.metadata)
+        return Order(
+            Result(job.name, key, job.content, job.style),
+            prompt,
+            self.there,
+            {content: self.folder / job.content, style: self.folder / job.style},
+            frozenset([f"content {job.content_lora or content}", f"style {job.style_lora or style}"]),
         )
-        return int(failed > 0)
 
-    async def make(self, job: Job, prompt: Workflow, key: str, progress: Callable[[int, int], None]) -> Result:
-        """Raises Unreachable."""
-        result = Result(job.name, key, job.content, job.style)
-        try:
-            for picture in (job.content, job.style):
-                await self.upload(picture)
-            for _ in range(ATTEMPTS):
-                entry = await self.server.run(prompt, progress)
-                if entry:
-                    error = failure(entry)
-                    return replace(result, error=error) if error else await self.bring_home(result)
-                tqdm.write(f"{job.name}: the server has lost it; queued again.")
-        except Refused as error:
-            return replace(result, error=str(error))
-        return replace(result, error=f"the server was restarted at it {ATTEMPTS} times. Look into the server's log.")
+    async def make_all(self, jobs: list[Job], place: Maker | Crew) -> int:
+        """Makes what is not done; 1 if any failed."""
+        sheet, failed = ResultsSheet(self.output / catalog.RESULTS), []
+        with tqdm(total=len(jobs), unit="job") as bar:
 
-    async def upload(self, picture: str) -> None:
-        if picture not in self.uploaded:
-            await self.server.upload(self.folder / picture, self.names[picture], INPUTS)
-            self.uploaded.add(picture)
+            def keep(result: Result, picture: bytes | None) -> None:
+                sheet.record([self.saved(result, picture) if picture else result])
+                if result.error:
+                    failed.append(result.name)
+                    bar.write(f"{result.name}: {result.error}")
+                bar.update()
 
-    async def bring_home(self, result: Result) -> Result:
-        """Fetches the picture and its row, both under the name that we gave the job."""
-        data = await self.server.file(f"{result.key}.png", self.there)
-        sheet = await self.server.file(catalog.RESULTS, self.there)
-        if data is None or sheet is None:
-            return replace(result, error="the workflow ended without a picture. Look into the server's log.")
-        with Image.open(io.BytesIO(data), formats=["PNG"]) as picture:
-            picture.verify()
+            await place.make_all(self.left(jobs, sheet.read(), bar), keep, bar.set_postfix_str)
+        print(
+            f"{len(jobs) - len(failed)} of {len(jobs)} are in {self.output}.",
+            *["Failed ones are in its sheet."] * bool(failed),
+        )
+        return int(bool(failed))
+
+    def left(self, jobs: list[Job], results: dict[str, Result], bar: tqdm) -> Iterator[Order]:
+        for job in jobs:
+            order = self.order(job)
+            if job.name in results and results[job.name].done(order.result.key, self.output):
+                bar.update()
+            else:
+                yield order
+
+    def saved(self, result: Result, picture: bytes) -> Result:
+        """Raises OSError."""
         path = inside(self.output, f"{result.name}.png")
         path.parent.mkdir(parents=True, exist_ok=True)
         with written_whole(path) as unfinished:
-            unfinished.write_bytes(data)
-        file = path.relative_to(self.output).as_posix()
-        row = catalog.read_results(catalog.RESULTS, sheet).get(result.key, result)
-        return replace(row, name=result.name, key=result.key, content=result.content, style=result.style, files=file)
-
-
-class Steps:
-    """Shows on the bar how far the job at hand is."""
-
-    def __init__(self, bar: tqdm, name: str):
-        self.bar, self.name = bar, name
-
-    def __call__(self, step: int, steps: int) -> None:
-        self.bar.set_postfix_str(f"{self.name}, step {step} of {steps}")
+            unfinished.write_bytes(picture)
+        return replace(result, files=path.relative_to(self.output).as_posix())
 
 
 def server_name(picture: Path) -> str:

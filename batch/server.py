@@ -5,7 +5,6 @@ import json
 import time
 import uuid
 from collections.abc import Callable
-from pathlib import Path
 
 import aiohttp
 
@@ -61,8 +60,8 @@ class Server:
                     trouble = f"{response.status} {response.reason}"
                     if response.status not in BUSY:
                         raise Refused(refusal(trouble, answer))
-            except (aiohttp.ClientConnectionError, aiohttp.ClientPayloadError, asyncio.TimeoutError) as error:
-                trouble = str(error) or "no answer in time"
+            except (aiohttp.ClientConnectionError, aiohttp.ClientPayloadError, asyncio.TimeoutError):
+                trouble = "no answer"
             if time.monotonic() + delay > deadline:
                 raise Unreachable(f"{self.url} cannot be reached ({trouble}).")
             self.tell(f"{self.url} cannot be reached ({trouble}); trying again in {delay:.0f} s.")
@@ -80,11 +79,15 @@ class Server:
     async def get(self, path: str, **query: str):
         """JSON; None where there is nothing."""
         answer = await self.call("GET", path, **query)
-        return None if answer is None else json.loads(answer)
+        try:
+            return None if answer is None else json.loads(answer)
+        except ValueError:
+            raise Refused(
+                f"{self.url} answers, but not as ComfyUI does. Name ComfyUI's address with --server."
+            ) from None
 
-    async def upload(self, picture: Path, name: str, folder: str) -> None:
+    async def upload(self, data: bytes, name: str, folder: str) -> None:
         """Puts a picture into a folder inside the server's input folder."""
-        data = picture.read_bytes()
 
         def form() -> aiohttp.FormData:
             fields = aiohttp.FormData({"subfolder": folder, "overwrite": "true"})

@@ -6,11 +6,10 @@ import json
 from collections.abc import Iterator
 from pathlib import PurePosixPath
 
-from consislora_core.catalog import Job
+from consislora_core.catalog import SETTINGS, Job
 from consislora_core.files import portable
 
 INPUTS = "consislora_batch"  # folder in the server's input folder; pictures there are named by their bytes
-SETTINGS = ("content_strength", "style_strength", "content_guidance", "style_guidance", "cfg", "steps", "seed")
 PROMPTS = {"prompt": "positive", "negative_prompt": "negative"}
 ADAPTERS = {"content_lora": "content", "style_lora": "style"}
 
@@ -22,11 +21,14 @@ def catalogue_folder(name: str) -> str:
     return f"consislora_batch/{portable(name)}"
 
 
-def filled(workflow: Workflow, job: Job, content: str, style: str, folder: str) -> tuple[Workflow, str]:
+def filled(
+    workflow: Workflow, job: Job, content: str, style: str, folder: str, metadata: dict[str, dict]
+) -> tuple[Workflow, str]:
     """The workflow of one job, and its key: the name that its picture has on the server.
 
-    content, style: names of the uploaded pictures. folder: the catalogue's on the server. Raises ValueError for a
-    workflow that lacks what the job needs.
+    content, style: names of the uploaded pictures. folder: the catalogue's on the server. metadata: of LoRA files by
+    name; ours tell their weights by a hash, so that a file replaced under its name makes another job. Raises ValueError
+    for a workflow that lacks what the job needs.
     """
     made = copy.deepcopy(workflow)
     load, save = (the_one(made, f"ConsisLoRACatalog{verb}") for verb in ("Load", "Save"))
@@ -43,7 +45,8 @@ def filled(workflow: Workflow, job: Job, content: str, style: str, folder: str) 
             node["inputs"][socket] = [column, 0]
             made[column] = {"class_type": "ConsisLoRALoad", "inputs": {"lora_name": getattr(job, column)}}
     made = {node: made[node] for node in reached(made, save)}
-    key = hashlib.sha256(json.dumps(made, sort_keys=True).encode()).hexdigest()[:32]
+    adapters = [metadata.get(getattr(job, column)) for column in ADAPTERS]
+    key = hashlib.sha256(json.dumps([made, adapters], sort_keys=True).encode()).hexdigest()[:32]
     made[load]["inputs"]["name"] = key
     return made, key
 
@@ -95,7 +98,8 @@ def out_of_range(what: str, value: object, kind: str | list, options: dict | Non
     if choices is not None and value not in choices:
         near = [choice for choice in choices if PurePosixPath(str(choice)).name == PurePosixPath(str(value)).name]
         some = ", ".join(map(str, (near or choices)[:5])) or "none"
-        yield f"{what} is {value!r}, which the server does not have. It has {some}."
+        how = " Choose one with --checkpoint." if what.startswith("ckpt_name ") else ""
+        yield f"{what} is {value!r}, which the server does not have. It has {some}.{how}"
     elif kind in ("INT", "FLOAT"):
         least, most = options.get("min", value), options.get("max", value)
         if not least <= value <= most:

@@ -2,25 +2,26 @@
 
 A ComfyUI with the demo model makes every job of a sheet as `python batch` asks it to. Told at the end: whether every
 picture and row is there, by how much the server's memory after all jobs differs from that after half of them, and how
-much longer a job took in the last fifth than in the first. Exits with 1 if something is missing, or memory differs by
-more than 2 %.
+much longer a job took in the last fifth than in the first; written to benchmarks/results/catalogue.md as well. Exits
+with 1 if something is missing, or memory differs by more than 2 %.
 """
 
 import argparse
 import asyncio
 import csv
-import json
 import os
 import runpy
 import statistics
 import sys
 import tempfile
+from datetime import date
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 ALLOWED = 0.02
 PICTURES = ("crown-flat.png", "umbrella-high-contrast.png")
-STEPS, TRAINING_STEPS = 4, 2  # what is measured is the queue, not the model
+STEPS = 4
+REPORT = ROOT / "benchmarks" / "results" / "catalogue.md"
 
 
 def lay_out(folder: Path, jobs: int) -> Path:
@@ -34,21 +35,13 @@ def lay_out(folder: Path, jobs: int) -> Path:
     return folder / "jobs.csv"
 
 
-def quick_workflow() -> dict:
-    workflow = json.loads((ROOT / "workflows" / "api" / "catalogue_demo.json").read_text(encoding="utf-8"))
-    for node in workflow.values():
-        if "rank" in node["inputs"]:
-            node["inputs"] |= {"steps": TRAINING_STEPS, "rank": 4}
-        if "transition_step" in node["inputs"]:
-            node["inputs"]["transition_step"] = 1
-    return workflow
-
-
 def measure(count: int, folder: Path) -> bool:
-    """Print what was found; whether all is there and within bounds."""
-    sys.path[0] = str(ROOT)  # python put benchmarks/ there
+    """Print and write down what was found; whether all is there and within bounds."""
+    sys.path[:1] = [str(ROOT), str(ROOT / "tests")]  # python put benchmarks/ there
     import psutil
+    from prompts import two_steps
 
+    from batch.maker import Maker
     from batch.run import Batch
     from batch.server import Server
     from consislora_core import catalog
@@ -61,9 +54,9 @@ def measure(count: int, folder: Path) -> bool:
 
         async def make(some: list) -> int:
             async with Server(comfyui.url, patience=60) as server:
-                batch = Batch(server, quick_workflow(), sheet, output)
+                batch = Batch(two_steps("catalogue_demo"), sheet, output)
                 assert batch.local_problems(some) == []
-                await batch.make_all(some)
+                await batch.make_all(some, Maker(server))
             return process.memory_info().rss
 
         sizes = [asyncio.run(make(part)) for part in (jobs[: count // 2], jobs[count // 2 :])]
@@ -71,15 +64,27 @@ def measure(count: int, folder: Path) -> bool:
     present = [job for job in jobs if results[job.name].done(results[job.name].key, output)]
     seconds = [results[job.name].seconds for job in jobs]
     fifth = max(1, count // 5)
-    growth = sizes[1] / sizes[0] - 1
-    print(f"jobs present with picture and row: {len(present)} of {count}")
-    shown = " and ".join(f"{size / 1e6:.0f} MB" for size in sizes)
-    print(f"server's memory after {count // 2} and {count} jobs: {shown} ({growth:+.2%})")
     late, early = (statistics.median(part) for part in (seconds[-fifth:], seconds[1 : fifth + 1]))
-    print(
-        f"time per job, median of the last {fifth} against the first {fifth} after training: {late / early:.2f} times"
-    )
+    growth = sizes[1] / sizes[0] - 1
+    shown = " and ".join(f"{size / 1e6:.0f} MB" for size in sizes)
+    report = f"""# A long sheet through the queue
+
+{date.today()}, ComfyUI {comfyui_version()}, on a CPU. `python benchmarks/catalogue.py --jobs {count}`: the demo model,
+adapters trained by the first job, {STEPS} sampling steps a picture, since what is measured is the queue.
+
+| what | found |
+|---|---|
+| jobs present with picture and row | {len(present)} of {count} |
+| the server's memory after {count // 2} and {count} jobs (at most {ALLOWED:.0%} apart) | {shown} ({growth:+.2%}) |
+| time per job, median of the last {fifth} to that of the first {fifth} after training | {late / early:.2f} times |
+"""
+    print(report)
+    REPORT.write_text(report, encoding="utf-8")
     return len(present) == count and abs(growth) <= ALLOWED
+
+
+def comfyui_version() -> str:
+    return runpy.run_path(os.environ["COMFYUI_PATH"] + "/comfyui_version.py")["__version__"]
 
 
 if __name__ == "__main__":

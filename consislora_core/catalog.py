@@ -10,7 +10,7 @@ import typing
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import MISSING, asdict, dataclass, fields, replace
+from dataclasses import MISSING, Field, dataclass, fields, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,8 +30,24 @@ NAME = "{content}__{style}"
 Table = list[tuple[int, dict[str, object]]]  # rows as a person numbers them, by column
 
 
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """How a picture is made. None: what the workflow has, or not known."""
+
+    content_strength: float | None = None
+    style_strength: float | None = None
+    content_guidance: float | None = None
+    style_guidance: float | None = None
+    cfg: float | None = None
+    steps: int | None = None
+    seed: int | None = None
+
+
+SETTINGS = tuple(field.name for field in fields(Settings))
+
+
 @dataclass(frozen=True)
-class Job:
+class Job(Settings):
     """One picture to make. None: what the workflow has."""
 
     content: str  # a picture file, from the sheet's folder
@@ -41,17 +57,10 @@ class Job:
     negative_prompt: str | None = None
     content_lora: str | None = None  # a file in models/loras, in the place of a training
     style_lora: str | None = None
-    content_strength: float | None = None
-    style_strength: float | None = None
-    content_guidance: float | None = None
-    style_guidance: float | None = None
-    cfg: float | None = None
-    steps: int | None = None
-    seed: int | None = None
 
 
 @dataclass(frozen=True)
-class Result:
+class Result(Settings):
     """What became of a job, a row of the results sheet. Empty: not known."""
 
     name: str
@@ -61,13 +70,6 @@ class Result:
     files: str = ""  # in the sheet's folder, with ; between
     content_adapter: str = ""
     style_adapter: str = ""
-    content_strength: float | None = None
-    style_strength: float | None = None
-    content_guidance: float | None = None
-    style_guidance: float | None = None
-    cfg: float | None = None
-    steps: int | None = None
-    seed: int | None = None
     scores: str = ""
     accepted: str = ""  # yes or no
     reason: str = ""
@@ -82,6 +84,11 @@ class Result:
 
 
 # Sheets
+
+
+def columns(kind: type[Settings]) -> list[Field]:
+    """The fields of a Job or a Result in the order that a sheet has them: settings last."""
+    return sorted(fields(kind), key=lambda field: field.kw_only)
 
 
 def read_jobs(path: Path) -> list[Job]:
@@ -109,7 +116,7 @@ def told(what: str, problems: list[str]) -> str:
 
 
 def _unknown_columns(table: Table) -> list[str]:
-    known = [field.name for field in fields(Job)]
+    known = [field.name for field in columns(Job)]
     unknown = Counter(column for _, row in table for column in row if column not in known)
     return [
         f"column {column or 'without a name'}: there is no such column. Known are {', '.join(known)}."
@@ -143,7 +150,7 @@ def _named(jobs: list[Job]) -> list[Job]:
 def _record(kind: type, row: dict[str, object]) -> tuple[typing.Any, list[str]]:
     """A row as a Job or a Result, or None and what is wrong with its cells."""
     values, problems = {}, []
-    for field in fields(kind):
+    for field in columns(kind):
         try:
             value = _cell(field.type, row.get(field.name))
             if value is not None:
@@ -262,6 +269,10 @@ def _results(name: str, table: Table) -> dict[str, Result]:
     return results
 
 
+def as_row(result: Result) -> dict[str, object]:
+    return {field.name: getattr(result, field.name) for field in columns(Result)}
+
+
 class ResultsSheet:
     """The sheet of results, CSV or JSON by its suffix. Processes may share it; a kill leaves it as it was before."""
 
@@ -283,13 +294,13 @@ class ResultsSheet:
             for name in forget:
                 rows.pop(name, None)
             for result in results:
-                rows[result.name] = {**asdict(result), **self._added(rows.get(result.name, {}))}
+                rows[result.name] = {**as_row(result), **self._added(rows.get(result.name, {}))}
             if len(rows) > MAX_ROWS:
                 raise ValueError(f"{self.path} has {MAX_ROWS} rows already. Go on in another folder.")
             _write_table(self.path, list(rows.values()))
 
     def _added(self, row: dict[str, object]) -> dict[str, object]:
-        ours = {field.name for field in fields(Result)}
+        ours = as_row(Result(""))
         return {column: value for column, value in row.items() if column not in ours}
 
     def _table(self) -> Table:

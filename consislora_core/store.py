@@ -194,7 +194,12 @@ def _acquired(lock: FileLock, waiting: Callable[[], None]) -> Iterator[None]:
 
 
 def _record(metadata: dict[str, str] | None, key: str) -> dict:
-    record = json.loads((metadata or {}).get(RECORD, "null"))
-    if not isinstance(record, dict) or record.get("key") != key:
-        raise ValueError("it belongs to another training")
-    return record
+    try:
+        record = json.loads((metadata or {}).get(RECORD, "null"))
+        ours = record["key"] == key and all(isinstance(loss, float) for loss in record["losses"])
+        texts = record.get("metadata", {})
+        if ours and all(isinstance(text, str) for text in texts.values()):
+            return {"losses": record["losses"], "metadata": texts}
+    except (KeyError, TypeError, AttributeError, RecursionError):
+        pass
+    raise ValueError("it belongs to another training")

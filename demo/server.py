@@ -104,7 +104,7 @@ class ComfyServer:
 
         `on_event` gets every message ComfyUI sends meanwhile, as its type and data; a preview
         picture comes as "preview" and the bytes of the image file.
-        Raises TimeoutError after `timeout` seconds, and stops the workflow.
+        Raises ServerError if ComfyUI dies, and TimeoutError after `timeout` seconds; that stops the workflow.
         """
         deadline, silences = time.monotonic() + timeout, 0
         while time.monotonic() < deadline:
@@ -115,7 +115,10 @@ class ComfyServer:
             # The message that a workflow has ended may have been read while waiting for another one;
             # and a busy machine may be silent for a second between two messages.
             if silences >= 2 or (kind == "executing" and data["node"] is None):
-                entry = self.get(f"/history/{prompt_id}").get(prompt_id)
+                try:
+                    entry = self.get(f"/history/{prompt_id}").get(prompt_id)
+                except OSError:
+                    raise self._hung_up() from None
                 if entry:
                     return entry
         self.interrupt()
@@ -187,7 +190,7 @@ class ComfyServer:
         except websocket.WebSocketTimeoutException:
             return "silence", {}
         except (websocket.WebSocketConnectionClosedException, ConnectionError):
-            raise ServerError(f"ComfyUI hung up. {self._last_words()}") from None
+            raise self._hung_up() from None
         if isinstance(message, str):
             event = json.loads(message)
             return event["type"], event["data"]
@@ -199,6 +202,9 @@ class ComfyServer:
         with self._open(request, timeout=60) as response:
             body = response.read()
         return json.loads(body) if body else None
+
+    def _hung_up(self) -> ServerError:
+        return ServerError(f"ComfyUI hung up. {self._last_words()}")
 
     def _last_words(self) -> str:
         return "\n".join([f"The end of {self.log_file}:", *self.log.splitlines()[-30:]])

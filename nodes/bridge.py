@@ -5,7 +5,7 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -444,7 +444,7 @@ def text_behind(hidden: Any, input_name: str) -> str:
     return text if isinstance(text, str) else ""
 
 
-def numbers_behind(hidden: Any, input_name: str, names: set[str]) -> dict[str, float]:
+def numbers_behind(hidden: Any, input_name: str, names: Collection[str]) -> dict[str, float]:
     """Values of widgets by name, each from the nearest node that has it on the way to an input of the running node."""
     graph = (hidden and hidden.prompt) or {}
     found, seen = {}, set()

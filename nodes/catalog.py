@@ -3,7 +3,6 @@
 import hashlib
 import json
 import logging
-from dataclasses import asdict
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import NamedTuple
@@ -12,18 +11,16 @@ import numpy as np
 import torch
 from comfy_api.latest import io
 from comfy_execution.graph_utils import ExecutionBlocker
-from PIL import Image
 from torch import Tensor
 
 from ..consislora_core import catalog
 from ..consislora_core.catalog import Pair, Result, ResultsSheet
 from ..consislora_core.files import inside
 from ..consislora_core.lora_file import ImageLora
-from . import bridge, sockets
+from . import bridge, drawing, sockets
 from .sockets import CATEGORY, ConsisLora
 
 ONE, ALL = "one pair per run", "all pairs in one run"
-SETTINGS = {"content_strength", "style_strength", "content_guidance", "style_guidance", "cfg", "steps", "seed"}
 FACTS = ("stage", "image_hash", "steps", "rank", "seed")  # of an adapter, for the sheet
 
 
@@ -192,6 +189,11 @@ class CatalogSave(io.ComfyNode):
         accepted: bool | None = None,
         reasons: str = "",
     ) -> io.NodeOutput:
+        if not images.isfinite().all():
+            raise ValueError(
+                "The picture holds values that are not numbers (NaN or infinity): model or VAE failed. "
+                "Run the VAE in fp32 if it is SDXL's own, or lower the guidance."
+            )
         names = [job.name, *(f"{job.name}_{number}" for number in range(2, len(images) + 1))]
         paths = [inside(job.folder, f"{name}.png") for name in names]
         result = Result(
@@ -202,7 +204,7 @@ class CatalogSave(io.ComfyNode):
             ";".join(path.relative_to(job.folder).as_posix() for path in paths),
             adapter(content),
             adapter(style),
-            **bridge.numbers_behind(cls.hidden, "images", SETTINGS),
+            **bridge.numbers_behind(cls.hidden, "images", catalog.SETTINGS),
             scores=report,
             accepted={None: "", True: "yes", False: "no"}[accepted],
             reason=reasons,
@@ -211,7 +213,7 @@ class CatalogSave(io.ComfyNode):
         texts = bridge.workflow_texts(cls.hidden) | {"consislora": facts(result, content, style)}
         try:
             for image, path in zip(images, paths, strict=True):
-                catalog.write_picture(to_picture(image), path, texts)
+                catalog.write_picture(drawing.to_picture(image), path, texts)
             ResultsSheet(job.folder / catalog.RESULTS).record([result])
         except (OSError, NotImplementedError) as error:  # the second where a network folder has no locks
             raise ValueError(
@@ -287,17 +289,7 @@ def adapter(lora: ImageLora | None) -> str:
 
 def facts(result: Result, content: ImageLora | None, style: ImageLora | None) -> str:
     """The sheet's row and the LoRAs' metadata, to stand in the picture as JSON."""
-    row = {name: value for name, value in asdict(result).items() if value not in ("", None)}
+    row = {name: value for name, value in catalog.as_row(result).items() if value not in ("", None)}
     return json.dumps(
         {**row, **{f"{role}_lora": lora.metadata for role, lora in [("content", content), ("style", style)] if lora}}
     )
-
-
-def to_picture(image: Tensor) -> Image.Image:
-    """image: h w c, 0 to 1. Raises ValueError for one that holds values which are not numbers."""
-    if not image.isfinite().all():
-        raise ValueError(
-            "The picture holds values that are not numbers (NaN or infinity): model or VAE failed. "
-            "Run the VAE in fp32 if it is SDXL's own, or lower the guidance."
-        )
-    return Image.fromarray((image.clamp(0, 1) * 255).to("cpu", torch.uint8).numpy())

@@ -13,8 +13,8 @@ LINE = 28
 
 
 def to_picture(image: Tensor) -> Image.Image:
-    """An RGB picture from a tensor (h w 3 or more, 0 to 1)."""
-    return Image.fromarray((image[..., :3].float().clamp(0, 1) * 255).round().byte().cpu().numpy())
+    """A picture from a tensor (h w 3, or 4 with alpha; 0 to 1)."""
+    return Image.fromarray((image.float().clamp(0, 1) * 255).round().byte().cpu().numpy())
 
 
 def to_image(picture: Image.Image) -> Tensor:

@@ -1,4 +1,4 @@
-"""`python tests/fuzz.py [--minutes 10]`: damaged LoRA files, pictures and sheets, by hypothesis.
+"""`python tests/fuzz.py [--minutes 10]`: damaged LoRA files, checkpoints, pictures and sheets, by hypothesis.
 
 A reader may refuse a file with a ValueError, and nothing else: no other error, no more than seconds, no more than 1 GB.
 What breaks one is printed; it belongs into that reader's tests.
@@ -7,6 +7,7 @@ What breaks one is printed; it belongs into that reader's tests.
 import argparse
 import io
 import json
+import logging
 import runpy
 import sys
 import tempfile
@@ -14,6 +15,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 
 ROOT = Path(__file__).resolve().parent.parent
 MOST_MEMORY = 10**9
@@ -41,23 +43,36 @@ def pictures() -> list[bytes]:
     return found
 
 
-def loras(folder: Path) -> list[bytes]:
+KEY = "0" * 64
+STATE = {"step": (), "weights.0": (2, 3)}
+
+
+def stored(folder: Path) -> tuple[list[bytes], list[bytes]]:
+    """A LoRA and a checkpoint, as the store writes them."""
     import torch
 
-    from consislora_core import lora_file
     from consislora_core.lora_file import ImageLora, LoraLayer
+    from consislora_core.store import Store
 
     layer = LoraLayer(torch.ones(1, 2), torch.ones(2, 1), 1.0)
-    lora_file.write(ImageLora({"content": {"transformer_blocks.0.attn1.to_q": layer}}, {}), folder / "good.safetensors")
-    return [(folder / "good.safetensors").read_bytes()]
+    state = {name: torch.ones(shape) for name, shape in STATE.items()}
+    store = Store(folder, MOST_MEMORY)
+    store.keep(KEY, ImageLora({"content": {"transformer_blocks.0.attn1.to_q": layer}}, {}), [0.5])
+    store.save_checkpoint(KEY, SimpleNamespace(state_dict=lambda: state), [0.5])
+    return [(folder / f"{KEY}.lora").read_bytes()], [(folder / f"{KEY}.checkpoint").read_bytes()]
 
 
 def targets(folder: Path) -> dict[str, tuple[list[bytes], Callable]]:
     """File names, what is damaged, and what reads it."""
     from consislora_core import catalog, lora_file
+    from consislora_core.store import Store
 
+    store, (loras, checkpoints) = Store(folder, MOST_MEMORY), stored(folder)
+    trainer = SimpleNamespace(state_shapes=lambda: STATE, load_state_dict=lambda state: None)
     return {
-        "a.safetensors": (loras(folder), lora_file.read),
+        "a.safetensors": (loras, lora_file.read),
+        f"{KEY}.lora": (loras, lambda path: store.find(KEY)),
+        f"{KEY}.checkpoint": (checkpoints, lambda path: store.resume(KEY, trainer)),
         "a.png": (pictures(), catalog.open_picture),
         "jobs.csv": (SHEETS, catalog.read_jobs),
         "jobs.json": (JSON_SHEETS, catalog.read_jobs),
@@ -65,7 +80,8 @@ def targets(folder: Path) -> dict[str, tuple[list[bytes], Callable]]:
     }
 
 
-def fuzz(minutes: float, folder: Path) -> None:
+def fuzz(minutes: float, folder: Path) -> int:
+    """How many files were read."""
     from hypothesis import HealthCheck, given, seed, settings
     from hypothesis import strategies as st
 
@@ -78,13 +94,15 @@ def fuzz(minutes: float, folder: Path) -> None:
         return bytes(data)
 
     strict = settings(max_examples=300, deadline=1000 * SECONDS, database=None, suppress_health_check=list(HealthCheck))
+    logging.disable()  # the store tells of each file that it sets aside
     deadline, count, tried = time.monotonic() + 60 * minutes, 0, targets(folder)
     while time.monotonic() < deadline:
         for name, (good, read) in tried.items():
             given_files = given(st.one_of(damaged(good), st.binary(max_size=200)))
             seed(count)(strict(given_files(refusing(read, folder / name))))()
         count += 1
-        print(f"{count * 300 * len(tried)} files", end="\r", flush=True)
+        print(f"{count * strict.max_examples * len(tried)} files", end="\r", flush=True)
+    return count * strict.max_examples * len(tried)
 
 
 def refusing(read: Callable, path: Path) -> Callable[[bytes], None]:
@@ -115,7 +133,7 @@ if __name__ == "__main__":
     runpy.run_path(str(ROOT / "bootstrap.py"))["enter"]("tests")
     sys.path[0] = str(ROOT)  # python put tests/ there
     with tempfile.TemporaryDirectory() as folder:
-        fuzz(options.minutes, Path(folder))
+        count = fuzz(options.minutes, Path(folder))
     memory = most_memory()
-    print(f"\nNothing broke. Memory at most: {memory / 1e6:.0f} MB")
+    print(f"Nothing broke in {count} files. Memory at most: {memory / 1e6:.0f} MB")
     sys.exit(memory > MOST_MEMORY)

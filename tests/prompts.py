@@ -21,3 +21,14 @@ def quick(name: str, **changes) -> dict:
     for node in prompt.values():
         node["inputs"] |= {key: value for key, value in {**FEW, **changes}.items() if key in node["inputs"]}
     return prompt
+
+
+def two_steps(name: str) -> dict:
+    """The API form with trainings of two steps; sampling stays as it is."""
+    prompt = api(name)
+    for node in prompt.values():
+        if "rank" in node["inputs"]:
+            node["inputs"] |= {"steps": 2, "rank": 4}
+        if "transition_step" in node["inputs"]:
+            node["inputs"]["transition_step"] = 1
+    return prompt

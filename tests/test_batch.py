@@ -3,8 +3,10 @@
 import asyncio
 import copy
 import io
+import itertools
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -17,9 +19,13 @@ from aiohttp import web
 from aiohttp.test_utils import TestServer
 from conftest import COMFYUI, ROOT
 from PIL import Image
+from prompts import two_steps
+from test_resume import check_every_file_is_whole
 
 import batch.server
 from batch import run
+from batch.crew import Crew, Lost
+from batch.maker import Maker
 from batch.server import Refused, Server, Unreachable
 from batch.workflow import filled, mismatched, refused
 from consislora_core import catalog
@@ -32,7 +38,7 @@ JOB = Job("cup.png", "ink.png", "cup", prompt="a [c] cup", seed=7, content_stren
 
 
 def fill(**changes) -> dict:
-    return filled(WORKFLOW, Job(**{**vars(JOB), **changes}), "a.png", "b.png", "batch/jobs")[0]
+    return filled(WORKFLOW, Job(**{**vars(JOB), **changes}), "a.png", "b.png", "batch/jobs", {})[0]
 
 
 def inputs(workflow: dict, kind: str) -> dict:
@@ -69,12 +75,21 @@ def test_a_job_has_a_key_of_its_own():
     assert len(set(keys)) == 4 and keys[4] == keys[0]  # the name decides nothing
 
 
+def test_an_adapter_that_was_replaced_under_its_name_makes_another_job():
+    job = Job("a.png", "b.png", content_lora="cup.safetensors")
+
+    def key(weights: str) -> str:
+        return filled(WORKFLOW, job, "a", "b", "", {"cup.safetensors": {"consislora.weights": weights}})[1]
+
+    assert key("1a") == key("1a") != key("2b")
+
+
 def test_a_workflow_that_lacks_what_a_job_needs_is_refused():
     with pytest.raises(ValueError, match="has 0 nodes of the kind ConsisLoRACatalogLoad"):
-        filled({}, JOB, "", "", "")
+        filled({}, JOB, "", "", "", {})
     bare = {node: content for node, content in WORKFLOW.items() if content["class_type"] != "ConsisLoRASampler"}
     with pytest.raises(ValueError, match="no node of the workflow takes content_strength"):
-        filled(bare, JOB, "", "", "")
+        filled(bare, JOB, "", "", "", {})
 
 
 def test_what_the_server_would_not_take_is_told():
@@ -172,6 +187,11 @@ def test_a_redirection_is_not_followed_and_a_flood_is_stopped(monkeypatch):
         asked(routes, lambda server: server.call("GET", "/b"))
 
 
+def test_another_kind_of_server_is_told():
+    with pytest.raises(Refused, match="not as ComfyUI does"):
+        asked({"/object_info": lambda _: web.Response(text="<html>")}, lambda server: server.get("/object_info"))
+
+
 def test_a_refused_workflow_names_node_and_input():
     error = {"message": "value too small", "details": "seed"}
     told = {
@@ -225,7 +245,10 @@ class Shelf:
     def __init__(self, *outcomes):
         self.outcomes, self.prompts, self.files = list(outcomes), [], {}
 
-    async def upload(self, picture, name, folder):
+    async def get(self, path, **query):
+        raise AssertionError(path)
+
+    async def upload(self, data, name, folder):
         pass
 
     async def run(self, prompt, progress):
@@ -263,10 +286,10 @@ def made(tmp_path, capsys):
 
     def make(names, *outcomes):
         server = Shelf(*outcomes)
-        one = run.Batch(server, WORKFLOW, tmp_path / "jobs.csv", tmp_path / "out")
+        one = run.Batch(WORKFLOW, tmp_path / "jobs.csv", tmp_path / "out")
         jobs = [Job("cup.png", "ink.png", name, seed=number) for number, name in enumerate(names)]
         assert one.local_problems(jobs) == []
-        asyncio.run(one.make_all(jobs))
+        asyncio.run(one.make_all(jobs, Maker(server)))
         assert server.outcomes == []
         return ResultsSheet(tmp_path / "out" / catalog.RESULTS).read(), server
 
@@ -297,7 +320,26 @@ def test_a_lost_job_is_queued_again_but_not_for_ever(made):
     results, server = made(["one", "two"], None, DONE, None, None, None)
     assert server.prompts[0] == server.prompts[1]
     assert results["one"].error == ""
-    assert results["two"].error == "the server was restarted at it 3 times. Look into the server's log."
+    assert results["two"].error == "the server broke down at it 3 times. Look into ComfyUI's log."
+
+
+def test_a_disk_that_is_full_at_home_leaves_nothing_half_and_the_sheet_goes_on(made, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as disk, pytest.raises(OSError, match="No space left"):
+        disk.setattr("os.fsync", full)
+        made(["one", "two"], DONE)
+    assert list((tmp_path / "out").rglob("*.*")) == []
+    results, _ = made(["one", "two"], DONE, DONE)
+    assert [result.error for result in results.values()] == ["", ""]
+
+
+def test_what_the_disk_refuses_is_told_in_words(tmp_path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    (tmp_path / "jobs.csv").write_text("content,style\na.png,a.png\n")
+    told = run.main([str(tmp_path / "jobs.csv"), "--workflow", str(tmp_path / "none.json")])
+    assert told.startswith(f"{tmp_path / 'none.json'}: No such file or directory. Once that is mended")
 
 
 def test_all_problems_are_told_before_any_job_is_sent(tmp_path, capsys):
@@ -318,23 +360,96 @@ def test_a_dry_run_without_a_server_checks_what_it_can(tmp_path, capsys):
     assert "The jobs are not checked against it.\n1 jobs, no problems found." in capsys.readouterr().out
 
 
-# A real server
+# Several workers, each with a server in its place
+
+
+class Hand:
+    """A worker that dies at the jobs of some names, each time or once."""
+
+    def __init__(self, dies_at, died):
+        self.maker, self.dies_at, self.died, self.made = Maker(Shelf()), dies_at, died, []
+
+    async def make(self, order, pictures):
+        name = order.result.name
+        await asyncio.sleep(0)
+        if name in self.dies_at and (self.dies_at[name] == "always" or name not in self.died):
+            self.died.append(name)
+            raise Lost("killed")
+        self.made.append(name)
+        self.maker.server.outcomes.append(DONE)
+        return await self.maker.make(order, pictures)
 
 
 @pytest.fixture
-def sheet(tmp_path):
-    """Three jobs of one pair of pictures, a workflow that trains for two steps, and a folder for a server."""
-    for name in ("crown-flat.png", "umbrella-high-contrast.png"):
-        (tmp_path / name).write_bytes((IMAGES / name).read_bytes())
-    rows = [f"crown-flat.png,umbrella-high-contrast.png,job {number},{number},2" for number in range(3)]
-    (tmp_path / "jobs.csv").write_text("\n".join(["content,style,name,seed,steps", *rows]))
-    quick = copy.deepcopy(WORKFLOW)
-    for node in quick.values():
-        node["inputs"] |= {"steps": 2, "transition_step": 1, "rank": 4} if "rank" in node["inputs"] else {}
-    for node in nodes(quick, "ConsisLoRATrainStyle"):
-        del quick[node]["inputs"]["transition_step"]
-    (tmp_path / "quick.json").write_text(json.dumps(quick))
-    return tmp_path / "jobs.csv"
+def spread(tmp_path, monkeypatch):
+    """Makes jobs, named by their two pictures, with a crew; results, and what every worker made."""
+    monkeypatch.setattr("batch.crew.LOOK", 0)
+
+    def make(names, size=2, most=99, **dies_at):
+        hired, died = [], []
+
+        async def hire():
+            if len(hired) == most:
+                raise Lost("no room")
+            hired.append(Hand(dies_at, died))
+            return hired[-1]
+
+        one = run.Batch(WORKFLOW, tmp_path / "jobs.csv", tmp_path / "out")
+        jobs = [Job(f"{name[0]}.png", f"{name[1]}.png", name) for name in names]
+        for picture in {picture for job in jobs for picture in (job.content, job.style)}:
+            Image.new("RGB", (8, 8), tuple(picture[:1].encode() * 3)).save(tmp_path / picture)
+        assert one.local_problems(jobs) == []
+        try:
+            asyncio.run(one.make_all(jobs, Crew(size, hire)))
+        finally:
+            made.update(ResultsSheet(tmp_path / "out" / catalog.RESULTS).read())
+        return made, [hand.made for hand in hired]
+
+    made: dict[str, Result] = {}
+    return make
+
+
+def test_jobs_go_where_their_adapters_are(spread):
+    names = ["ax", "bx", "ay", "by", "az", "bz"]
+    results, made = spread(names)
+    assert sorted(results) == sorted(names)
+    assert list(map(sorted, made)) == [["ax", "ay", "az"], ["bx", "by", "bz"]]
+
+
+def test_the_job_of_a_lost_worker_goes_on_elsewhere_and_nothing_is_made_twice(spread):
+    names = ["ax", "bx", "ay", "by", "az", "bz"]
+    results, made = spread(names, ay="once")
+    assert sorted(results) == sorted(names) == sorted(sum(made, []))
+    assert not any(result.error for result in results.values())
+    assert len(made) == 3  # another was hired in the lost one's place
+
+
+def test_a_job_at_which_every_worker_dies_is_left(spread):
+    results, _ = spread(["ax", "bx"], ax="always")
+    assert results["ax"].error == "the worker broke down at it 3 times. Look into ComfyUI's log."
+    assert not results["bx"].error
+
+
+def test_without_a_worker_it_stops_and_goes_on_later(spread):
+    with pytest.raises(Lost, match="No worker is left, and 2 jobs are."):
+        spread(["ax", "bx", "ay"], size=1, most=1, bx="once")
+    results, made = spread(["ax", "bx", "ay"])
+    assert sorted(results) == ["ax", "ay", "bx"]
+    assert sorted(sum(made, [])) == ["ay", "bx"]
+
+
+# A real server
+
+
+def sheet_of(count: int, folder: Path) -> Path:
+    """Jobs of ever other pictures, and beside them a workflow that trains for two steps."""
+    for picture in IMAGES.glob("*.png"):
+        (folder / picture.name).write_bytes(picture.read_bytes())
+    pairs = itertools.cycle(itertools.permutations(sorted(picture.name for picture in IMAGES.glob("*.png")), 2))
+    rows = [f"{','.join(next(pairs))},job {number},{number},2" for number in range(count)]
+    (folder / "jobs.csv").write_text("\n".join(["content,style,name,seed,steps", *rows]))
+    (folder / "quick.json").write_text(json.dumps(two_steps("catalogue_demo")))
+    return folder / "jobs.csv"
 
 
 def started(sheet: Path, server: ComfyServer) -> subprocess.Popen:
@@ -347,34 +462,46 @@ def results(sheet: Path) -> dict[str, Result]:
     return ResultsSheet(sheet.with_name("jobs_results") / catalog.RESULTS).read()
 
 
-def wait_for(sheet: Path, count: int, process: subprocess.Popen) -> None:
-    while len(results(sheet)) < count:
+def wait_for_one_more(sheet: Path, process: subprocess.Popen) -> None:
+    before = results(sheet)
+    while len(results(sheet)) == len(before):
         assert process.poll() is None, process.stdout.read()
         time.sleep(0.05)
 
 
 @pytest.mark.skipif(os.name == "nt", reason="a program cannot press Ctrl-C for one other program there")
-def test_stopped_and_with_its_server_killed_every_job_is_done_once(sheet, tmp_path):
-    server = ComfyServer(tmp_path / "base", COMFYUI)
+@pytest.mark.parametrize("kills", [1, pytest.param(20, marks=pytest.mark.slow)])
+def test_stopped_and_with_its_server_killed_every_job_is_done_once(tmp_path, kills):
+    moments, count = random.Random(kills), 2 * kills + 2
+    sheet, server = sheet_of(count, tmp_path), ComfyServer(tmp_path / "base", COMFYUI)
+    there = tmp_path / "base" / "output" / "consislora_batch" / "jobs"
     with server:
         process = started(sheet, server)
-        wait_for(sheet, 1, process)
+        wait_for_one_more(sheet, process)
         process.send_signal(signal.SIGINT)
         assert "Stopped. The server finishes the job it is at" in process.communicate()[0]
-        first = results(sheet)["job 0"]
-        process = started(sheet, server)
-        wait_for(sheet, 2, process)
-        server.kill()
-    with server:  # again, at the same address
+    process = started(sheet, server)
+    for _ in range(kills):
+        with server:  # each time at the same address
+            wait_for_one_more(sheet, process)
+            # In the next job: none is shorter than the shortest so far.
+            time.sleep(moments.uniform(0, min(result.seconds for result in results(sheet).values())))
+            server.kill()
+        known = results(sheet)
+        check_every_file_is_whole(tmp_path / "base" / "models" / "loras")
+        for picture in [*there.glob("*.png"), *sheet.with_name("jobs_results").glob("*.png")]:
+            catalog.open_picture(picture)
+    with server:
         output = process.communicate()[0]
-        assert process.returncode == 0, output
-        assert "3 of 3 are in" in output
+    assert process.returncode == 0, output
+    assert f"{count} of {count} are in" in output
     done = results(sheet)
+    assert {name: done[name] for name in known} == known  # what was done stayed as it was
     assert [(name, result.error, result.seed, result.steps) for name, result in done.items()] == [
-        (f"job {number}", "", number, 2) for number in range(3)
+        (f"job {number}", "", number, 2) for number in range(count)
     ]
-    assert done["job 0"] == first
-    there = ResultsSheet(tmp_path / "base" / "output" / "consislora_batch" / "jobs" / catalog.RESULTS).read()
-    assert there.keys() == {result.key for result in done.values()}
+    assert ResultsSheet(there / catalog.RESULTS).read().keys() == {result.key for result in done.values()}
+    assert sorted(path.stem for path in there.glob("*.png")) == sorted(result.key for result in done.values())
     pictures = [catalog.open_picture(sheet.with_name("jobs_results") / result.files) for result in done.values()]
-    assert len({picture.tobytes() for picture in pictures}) == 3
+    assert len({picture.tobytes() for picture in pictures}) == count
+    print(f"{kills} kills, {output.count('the job is queued again')} jobs begun again, {count} of {count} done once")

@@ -31,6 +31,15 @@ def copy(tmp_path):
     return tmp_path
 
 
+@pytest.fixture
+def ready(copy):
+    """The same with a .venv, ready but without pip, so that any attempt to install something fails."""
+    ground = runpy.run_path(str(copy / "bootstrap.py"))
+    subprocess.run([sys._base_executable, "-m", "venv", "--without-pip", str(copy / ".venv")], check=True)
+    ground["stamp"]("demo").write_text(ground["fingerprint"]("demo", copy / "comfyui"))
+    return copy
+
+
 def run(copy: Path, comfyui: str = "") -> subprocess.CompletedProcess:
     offline = {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": "", "PIP_CONFIG_FILE": os.devnull}
     environment = {**os.environ, **offline, "COMFYUI_PATH": comfyui}
@@ -53,14 +62,9 @@ def test_a_wrong_comfyui_path_is_refused(copy):
     assert "there is no main.py in it" in result.stderr
 
 
-def test_what_is_ready_is_not_set_up_again_and_what_is_unfinished_is(copy):
-    comfyui = copy / "comfyui"
-    ground = runpy.run_path(str(copy / "bootstrap.py"))
-    # A .venv without pip: any attempt to install something fails.
-    subprocess.run([sys._base_executable, "-m", "venv", "--without-pip", str(copy / ".venv")], check=True)
-    ground["stamp"]("demo").write_text(ground["fingerprint"]("demo", comfyui))
-    ready = run(copy, str(comfyui))
-    assert ready.stdout.strip() == f"{copy / '.venv'}|{comfyui}|an argument"
+def test_what_is_ready_is_not_set_up_again_and_what_is_unfinished_is(ready):
+    copy, comfyui = ready, ready / "comfyui"
+    assert run(copy, str(comfyui)).stdout.strip() == f"{copy / '.venv'}|{comfyui}|an argument"
 
     with (comfyui / "requirements.txt").open("a") as requirements:
         requirements.write("scipy\n")
@@ -69,3 +73,14 @@ def test_what_is_ready_is_not_set_up_again_and_what_is_unfinished_is(copy):
     # That attempt was cut short: even with the old requirements back, the next one starts from nothing.
     (comfyui / "requirements.txt").write_text("torch\ntorchaudio\neinops\n")
     assert "No matching distribution" in run(copy, str(comfyui)).stderr
+
+
+@pytest.mark.skipif(os.name == "nt", reason="a program is ended there without a word")
+def test_a_command_that_is_told_to_end_ends_what_it_has_started(ready):
+    with (ready / "command.py").open("a") as command:
+        command.write(
+            "import signal\ntry:\n    signal.raise_signal(signal.SIGTERM)\nfinally:\n    print('cleared up')\n"
+        )
+    result = run(ready, str(ready / "comfyui"))
+    assert result.stdout.endswith("cleared up\n")
+    assert "KeyboardInterrupt" in result.stderr

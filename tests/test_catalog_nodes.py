@@ -156,7 +156,7 @@ def test_settings_are_those_of_the_nearest_node_before(pack):
         "5": {"inputs": {"images": ["3", 0], "seed": 9}},
     }
     hidden = type("Hidden", (), {"prompt": graph, "unique_id": "5"})
-    found = pack.nodes.bridge.numbers_behind(hidden, "images", pack.nodes.catalog.SETTINGS)
+    found = pack.nodes.bridge.numbers_behind(hidden, "images", pack.nodes.catalog.catalog.SETTINGS)
     assert found == {"seed": 2, "steps": 20, "cfg": 7.5}
     assert pack.nodes.bridge.numbers_behind(None, "images", {"seed"}) == {}
 
@@ -169,13 +169,25 @@ def test_a_picture_of_no_numbers_is_refused_and_not_done(nodes, folders):
     assert len(names(nodes)) == 4
 
 
-def test_a_disk_that_is_full_is_told_in_words(nodes, folders, monkeypatch):
-    def full(*_):
-        raise OSError(28, "No space left on device")
+@pytest.mark.parametrize(
+    ("fails", "error", "words"),
+    [
+        ("os.fsync", OSError(28, "No space left on device"), "No space left on device. Free some space"),
+        (
+            "tempfile.mkstemp",
+            PermissionError(13, "Permission denied"),
+            "Permission denied. .* make the folder writable",
+        ),
+    ],
+    ids=["full disk", "read-only folder"],
+)
+def test_what_the_disk_refuses_is_told_in_words(nodes, folders, monkeypatch, fails, error, words):
+    def refuse(*_, **__):
+        raise error
 
     job = load(nodes)[2][0]
-    monkeypatch.setattr("os.fsync", full)
-    with pytest.raises(ValueError, match="cup__ink could not be saved .*No space left on device. Free some space"):
+    monkeypatch.setattr(fails, refuse)
+    with pytest.raises(ValueError, match=f"cup__ink could not be saved .*{words}"):
         save(nodes, job)
     assert not [path for path in job.folder.rglob("*") if path.suffix != ".lock"]
 

@@ -1,4 +1,4 @@
-"""The rooms keep to themselves: the core knows no ComfyUI, and no import runs in a circle."""
+"""The rooms keep to themselves: core and batch client know no ComfyUI, and no import runs in a circle."""
 
 import ast
 import sys
@@ -9,17 +9,20 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 CORE = {path.stem: path for path in (ROOT / "consislora_core").glob("*.py") if path.stem != "__init__"}
 NODES = {path.stem: path for path in (ROOT / "nodes").glob("*.py") if path.stem != "__init__"}
+BATCH = {path.stem: path for path in (ROOT / "batch").glob("*.py") if path.stem != "__main__"}
 NODE_FILES = NODES.keys() - {"bridge", "drawing", "passes", "provenance", "sockets"}
 
 
 def imports(path: Path) -> set[str]:
-    """Names of the modules a file imports, those of its own folder with a dot before them."""
+    """Names of the modules a file imports, those of its own folder, or of batch, with a dot before them."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             found |= {alias.name.split(".")[0] for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.level == 0:
-            found.add(node.module.split(".")[0])
+            package, _, module = node.module.partition(".")
+            own = [module] if module else [alias.name for alias in node.names]
+            found |= {"." + name for name in own} if package == "batch" else {package}
         elif isinstance(node, ast.ImportFrom) and node.level == 1:
             found |= {"." + name for name in ([node.module] if node.module else [alias.name for alias in node.names])}
     return found
@@ -31,7 +34,13 @@ def test_the_core_imports_no_comfyui(name):
     assert imports(CORE[name]) <= allowed | sys.stdlib_module_names
 
 
-@pytest.mark.parametrize("folder", [CORE, NODES], ids=["core", "nodes"])
+@pytest.mark.parametrize("name", BATCH)
+def test_the_batch_client_needs_neither_comfyui_nor_torch(name):
+    allowed = {"aiohttp", "tqdm", "PIL", "consislora_core"} | {"." + other for other in BATCH}
+    assert imports(BATCH[name]) <= allowed | sys.stdlib_module_names | ({"ray"} if name == "cluster" else set())
+
+
+@pytest.mark.parametrize("folder", [CORE, NODES, BATCH], ids=["core", "nodes", "batch"])
 def test_no_import_runs_in_a_circle(folder):
     left = {name: {other[1:] for other in imports(path) if other.startswith(".")} for name, path in folder.items()}
     while left:

@@ -15,7 +15,7 @@ import pytest
 import torch
 from reference import diffusers_denoiser, diffusers_unet, run
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from consislora_core import lora_file
 from consislora_core.lora_file import ImageLora, LoraLayer
@@ -224,11 +224,30 @@ def record_of_another_kind(path):
     save_file({"step": torch.tensor(1)}, path, {"store": "[1]"})
 
 
+def record_of_nothing(path):
+    save_file(load_file(path), path, {"store": json.dumps({"key": KEYS[0]})})
+
+
+def record_without_end(path):
+    save_file(load_file(path), path, {"store": "[" * 100_000})
+
+
 def other_tensors(path):
     save_file({"step": torch.tensor(1)}, path, {"store": json.dumps({"key": KEYS[0], "metadata": {}, "losses": []})})
 
 
-DAMAGES = [truncate, empty, huge_header, pickled, of_another_key, no_record, record_of_another_kind, other_tensors]
+DAMAGES = [
+    truncate,
+    empty,
+    huge_header,
+    pickled,
+    of_another_key,
+    no_record,
+    record_of_another_kind,
+    record_of_nothing,
+    record_without_end,
+    other_tensors,
+]
 
 
 @pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.__name__)
