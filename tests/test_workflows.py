@@ -4,13 +4,15 @@ import importlib.util
 from pathlib import Path
 
 import pytest
+from browser import drop, queued
 from PIL import Image
 from prompts import FOLDER, api, graph, quick
 
 from demo.run import NAME
 
 USES = ["content_only", "dual_guidance", "style_only"]  # of saved LoRAs
-OTHERS = ["catalogue", "evaluate_and_gate", "strength_grid", "train_and_stylise", "train_content", "train_style"]
+OTHERS = ["catalogue", "evaluate_and_gate", "multi_reference", "strength_grid"]
+OTHERS += ["train_and_stylise", "train_content", "train_style"]
 NAMES = sorted(f"{use}_{base}" for use in [*USES, *OTHERS] for base in ("demo", "sdxl"))
 
 
@@ -67,19 +69,18 @@ def overlap(one: list, other: list) -> bool:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_frontend_opens_it_and_queues_the_same_as_the_api_form(name, frontend):
+def test_dropped_onto_the_canvas_it_queues_the_same_as_the_api_form(name, frontend):
     frontend.complaints.clear()
-    prompt = frontend.evaluate(
-        """async graph => {
-            await window.app.loadGraphData(graph)
-            return (await window.app.graphToPrompt()).output
-        }""",
-        graph(name),
-    )
-    assert without_shown_text(prompt) == api(name)
-    assert frontend.locator(".comfy-missing-nodes").count() == 0
-    assert frontend.evaluate("window.app.graph.nodes.filter(node => node.has_errors).map(node => node.title)") == []
+    drop(frontend, name, graph(name))
+    assert without_shown_text(queued(frontend)) == api(name)
+    assert nodes_where(frontend, "!(node.type in LiteGraph.registered_node_types)") == []  # missing ones
+    assert nodes_where(frontend, "node.has_errors") == []
+    assert nodes_where(frontend, "node.computeSize()[1] > node.size[1]") == []  # a widget hangs out
     assert frontend.complaints == []
+
+
+def nodes_where(frontend, condition: str) -> list[str]:
+    return frontend.evaluate(f"app.graph.nodes.filter(node => {condition}).map(node => node.title)")
 
 
 def without_shown_text(prompt: dict) -> dict:
