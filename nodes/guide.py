@@ -24,7 +24,7 @@ from ..consislora_core.guidance import (
 from ..consislora_core.lora_file import ImageLora
 from . import bridge, drawing, passes
 from .provenance import HIDDEN, note
-from .sockets import CATEGORY, ConsisLora
+from .sockets import CATEGORY, ConsisLora, aliases
 
 PROMPTS = [row.prompt for pair in GUIDANCE.values() for row in pair]
 OWN_LOOK = {CONTENT: 1.0, CONTENTS_STYLE: 1.0}
@@ -220,6 +220,7 @@ class Guider(io.ComfyNode):
             node_id="ConsisLoRAGuider",
             display_name="Dual Guidance",
             category=CATEGORY,
+            **aliases("cfg guider", "style guidance", "content guidance"),
             description="Guides content and style apart, with SamplerCustomAdvanced: any sampler, any sigmas.",
             inputs=[*model_and_prompts(), *guidance_inputs(), *optional_inputs()],
             outputs=[io.Guider.Output(tooltip="For SamplerCustomAdvanced.")],
@@ -239,6 +240,7 @@ class Sampler(io.ComfyNode):
             node_id="ConsisLoRASampler",
             display_name="Dual Guidance Sampler",
             category=CATEGORY,
+            **aliases("ksampler", "style transfer", "style guidance", "content guidance"),
             description="KSampler with content and style guidance.",
             inputs=[
                 *model_and_prompts(),
@@ -320,6 +322,7 @@ class StrengthGrid(io.ComfyNode):
             node_id="ConsisLoRAStrengthGrid",
             display_name="Strength Grid",
             category=CATEGORY,
+            **aliases("xy plot", "compare strengths"),
             description="One picture for each pair of content and style values, from one seed, with labelled axes.",
             inputs=[
                 *model_and_prompts(),

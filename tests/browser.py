@@ -88,17 +88,17 @@ def turn(page: Page, changes: dict) -> None:
     )
 
 
-def look_at(page: Page, kind: str) -> int:
+def look_at(page: Page, kind: str, scale: float = 0.8) -> int:
     """Brings the one node of a type into view; its id."""
     (node,) = page.evaluate("kind => app.graph.nodes.filter(({ type }) => type === kind).map(({ id }) => id)", kind)
     page.evaluate(
-        """id => {
+        """([id, scale]) => {
             const node = app.graph.getNodeById(id), { ds } = app.canvas
-            ds.scale = 0.8
-            ds.offset = [1000 - node.pos[0], 250 - node.pos[1]]
+            ds.scale = scale
+            ds.offset = [800 / scale - node.pos[0], 110 / scale - node.pos[1]]
             app.canvas.setDirty(true, true)
         }""",
-        node,
+        [node, scale],
     )
     return node
 
