@@ -64,8 +64,9 @@ class Save(io.ComfyNode):
 
 def signed(lora: ImageLora, stated: dict[str, str]) -> ImageLora:
     """The LoRA with its hash and with what is stated now; of what is not, it keeps what it came with."""
-    entries = {"weights": lora_file.weights_hash(lora), **{name: words for name, words in stated.items() if words}}
-    return lora._replace(metadata={**lora.metadata, **{f"consislora.{name}": words for name, words in entries.items()}})
+    entries = {"weights": lora.weights_hash, **{name: words for name, words in stated.items() if words}}
+    named = {f"consislora.{name}": words for name, words in entries.items()}
+    return ImageLora(lora.parts, {**lora.metadata, **named})
 
 
 class Load(io.ComfyNode):
