@@ -39,6 +39,15 @@ SHOWN = {
     "evaluate_and_gate": ([], ["ConsisLoRAEvaluate"]),
     "catalogue": ([THING, THING_2, LOOK], ["ConsisLoRACatalogSave"]),
 }
+NODE = """kind => {
+    const { pos: [x, y], size: [width, height] } = app.graph.nodes.find(({ type }) => type === kind)
+    return [[x - 10, y - 40], [x + width + 10, y + height + 10]]
+}"""
+WORKFLOW = """() => {
+    const sides = app.graph.groups.map(({ pos: [x, y], size: [width, height] }) => [x, y, x + width, y + height])
+    const most = (pick, i) => pick(...sides.map(side => side[i]))
+    return [[most(Math.min, 0) - 10, most(Math.min, 1) - 10], [most(Math.max, 2) + 10, most(Math.max, 3) + 10]]
+}"""
 CATALOGUE = {"contents": [THING, THING_2], "styles": [LOOK]}
 
 
@@ -106,21 +115,19 @@ def thumbnails(server: ComfyServer) -> None:
 
 
 def screenshots(page: Page, work: Path) -> None:
-    drop(page, "train_and_stylise_demo", graph("train_and_stylise_demo"))
-    finish(page)
-    page.keyboard.press(".")  # the whole workflow
-    save(shot(page, work), ROOT / "demo" / "canvas.jpg", widest=1800)
-
     drop(page, "dual_guidance_demo", graph("dual_guidance_demo"))
     finish(page)
-    save(closeup(page, work, "ConsisLoRASampler"), HELP / "ConsisLoRASampler" / "pad.jpg", widest=860)
+    page.keyboard.press(".")  # the whole workflow
+    save(cut(page, work, WORKFLOW), ROOT / "demo" / "canvas.jpg", widest=1600)
+    look_at(page, "ConsisLoRASampler", scale=1.0)
+    save(cut(page, work, NODE, "ConsisLoRASampler"), HELP / "ConsisLoRASampler" / "pad.jpg", widest=860)
 
     drop(page, "train_content_demo", graph("train_content_demo"))
     turn(page, {"seed": 1, "transition_step": 100})
-    look_at(page, "ConsisLoRATrainImage")
+    look_at(page, "ConsisLoRATrainImage", scale=1.0)
     queue(page)
     page.wait_for_function("() => document.querySelector('.consislora-loss .words')?.textContent.includes('· 241 /')")
-    save(closeup(page, work, "ConsisLoRATrainImage"), HELP / "ConsisLoRATrainImage" / "training.jpg", widest=860)
+    save(cut(page, work, NODE, "ConsisLoRATrainImage"), HELP / "ConsisLoRATrainImage" / "training.jpg", widest=860)
     cancel(page)
 
 
@@ -129,24 +136,19 @@ def finish(page: Page) -> None:
     page.wait_for_function("app.graph.nodes.find(({ type }) => type === 'SaveImage').imgs?.[0]?.naturalWidth")
 
 
-def closeup(page: Page, work: Path, kind: str) -> Image.Image:
-    node = look_at(page, kind, scale=1.0)
-    x, y, width, height = page.evaluate(
-        """id => {
-            const { pos, size } = app.graph.getNodeById(id), { scale, offset } = app.canvas.ds
-            const box = app.canvas.canvas.getBoundingClientRect()
-            return [box.left + (pos[0] + offset[0]) * scale, box.top + (pos[1] + offset[1] - 30) * scale,
-                size[0] * scale, (size[1] + 30) * scale]
-        }""",
-        node,
-    )
-    return shot(page, work).crop((x - GAP, y - GAP, x + width + GAP, y + height + GAP))
-
-
-def shot(page: Page, work: Path) -> Image.Image:
+def cut(page: Page, work: Path, box: str, kind: str = "") -> Image.Image:
+    """A part of the canvas; box: a function that gives its corners on the canvas, for a type of node."""
     page.wait_for_timeout(2000)  # until it is drawn
     page.screenshot(path=work / "screen.png")
-    return Image.open(work / "screen.png")
+    corners = page.evaluate(
+        f"""kind => {{
+            const {{ scale, offset }} = app.canvas.ds, screen = app.canvas.canvas.getBoundingClientRect()
+            return ({box})(kind).map(([x, y]) =>
+                [screen.left + (x + offset[0]) * scale, screen.top + (y + offset[1]) * scale])
+        }}""",
+        kind,
+    )
+    return Image.open(work / "screen.png").crop([side for corner in corners for side in corner])
 
 
 def main(work: Path) -> None:
