@@ -265,22 +265,22 @@ class Sampler(io.ComfyNode):
         positive,
         negative,
         latent_image,
-        seed,
-        steps,
-        sampler_name,
-        scheduler,
-        denoise,
         structure_lock=False,
         content: ImageLora | None = None,
         style: ImageLora | None = None,
         **given,
     ) -> io.NodeOutput:
         guider = guider_for(model, positive, negative, content, style, given)
-        sigmas = bridge.sigmas(model, steps, sampler_name, scheduler, denoise)
+        sigmas = sigmas_for(model, given)
         if structure_lock:
             latent_image = bridge.inverted(restoring(model, negative, content), lockable(latent_image), sigmas)
-        note(cls.hidden, {"content": content, "style": style}, {**given, "seed": seed, "steps": steps})
-        return io.NodeOutput(bridge.sample(guider, latent_image, seed, sampler_name, sigmas, noised=structure_lock))
+        note(cls.hidden, {"content": content, "style": style}, given)
+        seed, sampler = given["seed"], given["sampler_name"]
+        return io.NodeOutput(bridge.sample(guider, latent_image, seed, sampler, sigmas, noised=structure_lock))
+
+
+def sigmas_for(model: ModelPatcher, given: dict) -> Tensor:
+    return bridge.sigmas(model, *(given[name] for name in ("steps", "sampler_name", "scheduler", "denoise")))
 
 
 def restoring(model: ModelPatcher, negative: list, content: ImageLora | None) -> comfy.samplers.CFGGuider:
@@ -365,11 +365,6 @@ class StrengthGrid(io.ComfyNode):
         negative,
         vae,
         latent_image,
-        seed,
-        steps,
-        sampler_name,
-        scheduler,
-        denoise,
         sweep,
         cell_size,
         content: ImageLora | None = None,
@@ -379,16 +374,16 @@ class StrengthGrid(io.ComfyNode):
         if (count := len(latent_image["samples"])) != 1:
             raise ValueError(f"latent_image holds {count} latents; a grid is drawn from one. Set its batch_size to 1.")
         swept = Sweep(sweep, swept_values(given, "content"), swept_values(given, "style"))
-        sigmas = bridge.sigmas(model, steps, sampler_name, scheduler, denoise)
+        sigmas, seed, sampler = sigmas_for(model, given), given["seed"], given["sampler_name"]
         cells = list(swept.cells())
         latents = []
         for i, cell in enumerate(cells):
             guider = guider_for(model, positive, negative, content, style, {**given, **cell})
-            sampled = bridge.sample(guider, latent_image, seed, sampler_name, sigmas, run=(i, len(cells)))
+            sampled = bridge.sample(guider, latent_image, seed, sampler, sigmas, run=(i, len(cells)))
             latents.append(sampled["samples"])
         # All at the end, so that model and VAE take turns on a small GPU only once.
         images = vae.decode(torch.cat(latents))
-        note(cls.hidden, {"content": content, "style": style}, {**given, "seed": seed, "steps": steps, "sweep": sweep})
+        note(cls.hidden, {"content": content, "style": style}, {**given, "sweep": sweep})
         return io.NodeOutput(drawing.grid(images, swept.what, swept.content, swept.style, cell_size), images)
 
 

@@ -123,10 +123,11 @@ def screenshots(page: Page, work: Path) -> None:
     save(cut(page, work, NODE, "ConsisLoRASampler"), HELP / "ConsisLoRASampler" / "pad.jpg", widest=860)
 
     drop(page, "train_content_demo", graph("train_content_demo"))
-    turn(page, {"seed": 1, "transition_step": 100})
+    turn(page, {"seed": 1, "transition_step": 60})
     look_at(page, "ConsisLoRATrainImage", scale=1.0)
     queue(page)
-    page.wait_for_function("() => document.querySelector('.consislora-loss .words')?.textContent.includes('· 241 /')")
+    at_step = "() => document.querySelector('.consislora-loss .words')?.textContent.includes('· 141 /')"
+    page.wait_for_function(at_step, timeout=3_600_000)
     save(cut(page, work, NODE, "ConsisLoRATrainImage"), HELP / "ConsisLoRATrainImage" / "training.jpg", widest=860)
     cancel(page)
 

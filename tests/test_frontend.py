@@ -30,6 +30,10 @@ ENDS = {
 ALL_SHOW_PICTURES = """kinds => kinds.every(kind => app.graph.nodes.some(({ type }) => type === kind))
     && app.graph.nodes.filter(({ type }) => kinds.includes(type)).every(
         ({ imgs }) => imgs?.length && imgs.every(({ naturalWidth }) => naturalWidth))"""
+PICTURES_SHOW = """count => {
+    const pictures = [...document.querySelectorAll(".node-help-content img")]
+    return pictures.length === count && pictures.every(({ naturalWidth }) => naturalWidth)
+}"""
 
 
 @pytest.fixture(params=["canvas", "vue"])
@@ -117,6 +121,7 @@ def test_training_shows_its_loss_and_stops_when_it_is_told_to(frontend, server, 
     curve = frontend.locator(".consislora-loss polyline")
     curve.first.wait_for(state="attached")
     frontend.get_by_text("reconstruction").first.wait_for()
+    frontend.get_by_text(re.compile(r"\d+:\d\d left, \d+\.\d GB free")).wait_for()
     cancel(frontend)
     frontend.get_by_text("Execution has been interrupted").first.wait_for()
     while any(server.get("/queue").values()):  # the frontend hears of it a moment before the history does
@@ -126,9 +131,13 @@ def test_training_shows_its_loss_and_stops_when_it_is_told_to(frontend, server, 
 
 
 def test_the_loss_of_every_step_is_there_in_the_end(frontend, trained):
-    opened(frontend, "train_content_demo", FEW, "ConsisLoRATrainImage")  # trained before
+    opened(frontend, "train_content_demo", {**FEW, "seed": 6}, "ConsisLoRATrainImage")
     queue(frontend)
-    frontend.get_by_text("4 / 4").wait_for()
+    frontend.get_by_text(re.compile(r"took \d+:\d\d, at least \d+\.\d GB free")).wait_for()
+    turn(frontend, FEW | {"seed": 0})
+    queue(frontend)
+    frontend.get_by_text("trained before").wait_for()
+    assert frontend.get_by_text("4 / 4").count() == 1
     points = [curve.get_attribute("points") for curve in frontend.locator(".consislora-loss polyline").all()]
     assert [len(curve.split()) for curve in points] == [2, 2]
 
@@ -144,6 +153,7 @@ def test_help_opens_for_each_node(language, frontend, server):
         frontend.get_by_test_id("info-button").click()
         page = (ROOT / "web" / "docs" / file(name, language)).read_text(encoding="utf-8")
         frontend.locator(".node-help-content").get_by_text(plain(page.splitlines()[0])).first.wait_for()
+        frontend.wait_for_function(PICTURES_SHOW, arg=page.count("!["))
     in_language(frontend, "en")
 
 

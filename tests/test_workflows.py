@@ -1,12 +1,14 @@
 """The shared workflow files: up to date, known to the server, and the same in the real frontend."""
 
 import importlib.util
+from io import BytesIO
 from pathlib import Path
 
 import pytest
 from browser import drop, queued
 from PIL import Image
 from prompts import FOLDER, api, graph, quick
+from test_help import open_without_proxy
 
 from demo.run import NAME
 
@@ -36,6 +38,13 @@ def test_the_files_are_what_the_generator_makes(build, object_info):
 
 def test_only_graph_forms_are_templates(server):
     assert sorted(server.get("/workflow_templates")["ComfyUI-ConsisLoRA"]) == NAMES
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_template_browser_gets_a_picture(name, server):
+    address = f"{server.url}/api/workflow_templates/ComfyUI-ConsisLoRA/{name}.jpg"
+    with open_without_proxy(address) as answer, Image.open(BytesIO(answer.read())) as picture:
+        assert picture.format == "JPEG" and picture.width > picture.height
 
 
 @pytest.mark.parametrize("name", NAMES)
