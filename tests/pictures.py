@@ -14,7 +14,7 @@ if __name__ == "__main__":
     sys.path.append(str(Path(__file__).resolve().parent.parent))
     runpy.run_path(sys.path[-1] + "/bootstrap.py")["enter"]("tests")
 
-from browser import browser, cancel, drop, look_at, opened, queue, turn
+from browser import browser, cancel, drop, look_at, opened, queue, setting, turn
 from PIL import Image, ImageDraw, ImageFont
 from playwright.sync_api import Page
 from prompts import FOLDER, api, graph
@@ -115,6 +115,7 @@ def thumbnails(server: ComfyServer) -> None:
 
 
 def screenshots(page: Page, work: Path) -> None:
+    setting(page, "Comfy.Minimap.Visible", False)
     drop(page, "dual_guidance_demo", graph("dual_guidance_demo"))
     finish(page)
     page.keyboard.press(".")  # the whole workflow
