@@ -16,6 +16,8 @@ USES = ["content_only", "dual_guidance", "style_only"]  # of saved LoRAs
 OTHERS = ["catalogue", "evaluate_and_gate", "multi_reference", "strength_grid"]
 OTHERS += ["train_and_stylise", "train_content", "train_style"]
 NAMES = sorted(f"{use}_{base}" for use in [*USES, *OTHERS] for base in ("demo", "sdxl"))
+# Newer frontends mark these when the server lacks the file, as it does the checkpoint and what nobody has trained yet.
+FILE_LOADERS = ["CheckpointLoaderSimple", "CLIPVisionLoader", "ConsisLoRALoad", "LoadImage"]
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +85,7 @@ def test_dropped_onto_the_canvas_it_queues_the_same_as_the_api_form(name, fronte
     drop(frontend, name, graph(name))
     assert without_shown_text(queued(frontend)) == api(name)
     assert nodes_where(frontend, "!(node.type in LiteGraph.registered_node_types)") == []  # missing ones
-    assert nodes_where(frontend, "node.has_errors") == []
+    assert nodes_where(frontend, f"node.has_errors && !{FILE_LOADERS}.includes(node.type)") == []
     assert nodes_where(frontend, "node.computeSize()[1] > node.size[1]") == []  # a widget hangs out
     assert frontend.complaints == []
 
