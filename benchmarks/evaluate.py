@@ -9,7 +9,9 @@ often a right one scores above a wrong one: 1 is always, 0.5 is chance.
   image's set, which has not.
 
 The networks are the benchmark's judges. They have not learned from the right answers to the first two questions, while
-they know many of the wrong ones. WORK keeps emoji and rendered drawings, as in `fidelity/judges.py`.
+they know many of the wrong ones. CLIP and DINOv2, which the node takes, are not measured here: no package carries them.
+
+WORK keeps emoji and rendered drawings, as in `fidelity/judges.py`.
 """
 
 import importlib.util
@@ -122,7 +124,7 @@ def report(drawings: Drawings) -> str:
         "# Do Evaluate's scores rank real drawings as they should?",
         "",
         f"{date.today()}, torch {torch.__version__}; `python benchmarks/evaluate.py WORK`.",
-        *__doc__.splitlines()[1:-1],
+        *__doc__.splitlines()[1:-2],
         "",
         "| question | score | by | AUC over everything | AUC beside one pair of images |",
         "|---|---|---|---|---|",
