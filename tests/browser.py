@@ -89,17 +89,17 @@ def turn(page: Page, changes: dict) -> None:
     )
 
 
-def look_at(page: Page, kind: str, scale: float = 0.8) -> int:
-    """Brings the one node of a type into view; its id."""
+def look_at(page: Page, kind: str, scale: float = 0.8, top: int = 200) -> int:
+    """Brings the one node of a type into view, and leaves room above it for its tools; its id."""
     (node,) = page.evaluate("kind => app.graph.nodes.filter(({ type }) => type === kind).map(({ id }) => id)", kind)
     page.evaluate(
-        """([id, scale]) => {
+        """([id, scale, top]) => {
             const node = app.graph.getNodeById(id), { ds } = app.canvas
             ds.scale = scale
-            ds.offset = [800 / scale - node.pos[0], 110 / scale - node.pos[1]]
+            ds.offset = [800 / scale - node.pos[0], top / scale - node.pos[1]]
             app.canvas.setDirty(true, true)
         }""",
-        [node, scale],
+        [node, scale, top],
     )
     return node
 

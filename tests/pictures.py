@@ -120,12 +120,12 @@ def screenshots(page: Page, work: Path) -> None:
     finish(page)
     page.keyboard.press(".")  # the whole workflow
     save(cut(page, work, WORKFLOW), ROOT / "demo" / "canvas.jpg", widest=1600)
-    look_at(page, "ConsisLoRASampler", scale=1.0)
+    look_at(page, "ConsisLoRASampler", scale=1.0, top=110)
     save(cut(page, work, NODE, "ConsisLoRASampler"), HELP / "ConsisLoRASampler" / "pad.jpg", widest=860)
 
     drop(page, "train_content_demo", graph("train_content_demo"))
     turn(page, {"seed": 1, "transition_step": 60})
-    look_at(page, "ConsisLoRATrainImage", scale=1.0)
+    look_at(page, "ConsisLoRATrainImage", scale=1.0, top=110)
     queue(page)
     at_step = "() => document.querySelector('.consislora-loss .words')?.textContent.includes('· 141 /')"
     page.wait_for_function(at_step, timeout=3_600_000)
