@@ -167,6 +167,26 @@ def in_a_process(*what: str) -> dict:
     return json.loads(run.stdout.splitlines()[-1])
 
 
+def full_size(activations: int) -> list[str]:
+    """The memory that training takes on SDXL itself, in bf16, by the image's side: computed from our measured parts.
+
+    activations: in bytes, of the small UNet in fp32. They grow with channels and with pixels.
+    """
+    unet, lora, rest = 2 * 2_567_463_684, 16 * 28_180_480, ALLOWED * 2 * 2_567_463_684
+    wider = SDXL_UNET["model_channels"] / CHANNELS["float32"]
+    rows = [
+        "| image | UNet, fp16 | LoRA and optimizer | activations, bf16 | the rest, at most | in all |",
+        "|---|" + 5 * "---|",
+    ]
+    for side in (512, 768, 1024):
+        kept = activations / 2 * wider * (side / (8 * LATENT[-1])) ** 2
+        parts = [unet, lora, kept, rest]
+        rows.append(
+            f"| {side} x {side} | " + " | ".join(f"{size / 1e9:.1f} GB" for size in (*parts, sum(parts))) + " |"
+        )
+    return rows
+
+
 def report() -> bool:
     """Print everything as Markdown; whether our node is within bounds."""
     import torch
@@ -186,6 +206,9 @@ def report() -> bool:
                 within = within and rest < ALLOWED
                 cells += [f"{counted['activations'] / 1e6:.0f} MB", f"{rest:.1%}"]
             print(f"| {' | '.join(cells)} |", flush=True)
+        if stored == "float32":
+            computed = full_size(counted["activations"])
+    print("\n# SDXL itself, computed from these parts\n", *computed, sep="\n")
     return within
 
 

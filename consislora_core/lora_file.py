@@ -6,6 +6,8 @@ import math
 import os
 import re
 from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -51,7 +53,8 @@ class Source(NamedTuple):
     image: str
 
 
-class ImageLora(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class ImageLora:
     """What was learned from one image: a part for each role that is there, and the file's metadata."""
 
     parts: dict[str, Part]
@@ -65,6 +68,15 @@ class ImageLora(NamedTuple):
             )
         return self.parts[role]
 
+    @cached_property
+    def weights_hash(self) -> str:
+        """Names a LoRA by its weights in fp16, so that one just trained and all files saved from it have one name."""
+        digest = hashlib.sha256()
+        for key, tensor in sorted(to_state_dict(self).items()):
+            digest.update(key.encode())
+            digest.update(tensor.detach().to("cpu", torch.float16).numpy().tobytes())
+        return digest.hexdigest()
+
 
 def to_state_dict(lora: ImageLora) -> dict[str, Tensor]:
     """Tensors under the keys of our files: kohya's spelling with diffusers block names."""
@@ -76,15 +88,6 @@ def to_state_dict(lora: ImageLora) -> dict[str, Tensor]:
             state[f"{name}.lora_up.weight"] = layer.up.contiguous()
             state[f"{name}.alpha"] = torch.tensor(layer.alpha)
     return state
-
-
-def weights_hash(lora: ImageLora) -> str:
-    """Names a LoRA by its weights in fp16, so that one just trained and all files saved from it have one name."""
-    digest = hashlib.sha256()
-    for key, tensor in sorted(to_state_dict(lora).items()):
-        digest.update(key.encode())
-        digest.update(tensor.detach().to("cpu", torch.float16).numpy().tobytes())
-    return digest.hexdigest()
 
 
 def from_state_dict(state: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> ImageLora:

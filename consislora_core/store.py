@@ -90,12 +90,12 @@ class Store:
         """What was kept under the key, bit for bit: the LoRA and its losses."""
         path = self._path(key, LORA)
         with self._tolerant(path), suppress(FileNotFoundError):
-            parts, metadata = lora_file.read(path)
-            record = _record(metadata, key)
+            kept = lora_file.read(path)
+            record = _record(kept.metadata, key)
             with suppress(OSError):  # a folder that is read-only still gives what it has
                 os.utime(path)  # it was used
                 self._path(key, CHECKPOINT).unlink(missing_ok=True)  # left if `keep` was killed at its end
-            return ImageLora(parts, record["metadata"]), record["losses"]
+            return ImageLora(kept.parts, record["metadata"]), record["losses"]
         return None
 
     def keep(self, key: str, lora: ImageLora, losses: list[float]) -> None:

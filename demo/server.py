@@ -44,12 +44,13 @@ class ComfyServer:
             pictures = server.images(entry)
 
     `prompt` is a workflow in API form. Models and input pictures are read from `base`, pictures
-    are written there. Raises ServerError if ComfyUI does not come up.
+    are written there. `options` are more of ComfyUI's own. Raises ServerError if ComfyUI does not come up.
     """
 
-    def __init__(self, base: Path, comfyui: Path):
+    def __init__(self, base: Path, comfyui: Path, *options: str):
         self.base = base.resolve()
         self.comfyui = comfyui
+        self.options = options
         self.port = _free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.log_file = self.base / "comfyui.log"
@@ -158,7 +159,7 @@ class ComfyServer:
     def _start(self) -> subprocess.Popen:
         command = [sys.executable, str(self.comfyui / "main.py"), "--base-directory", str(self.base)]
         command += ["--port", str(self.port), "--database-url", "sqlite:///:memory:"]
-        command += ["--disable-api-nodes", "--use-pytorch-cross-attention"]
+        command += ["--disable-api-nodes", "--use-pytorch-cross-attention", *self.options]
         if not (torch.cuda.is_available() or torch.backends.mps.is_available()):
             command.append("--cpu")
         with self.log_file.open("wb") as log:

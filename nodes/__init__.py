@@ -5,6 +5,7 @@ from .demo import LoadDemoModel
 from .evaluate import Evaluate, Gate
 from .guide import Guider, Sampler, StrengthGrid
 from .lora import Apply, Load, Save
+from .sign import SaveSigned
 from .train import TrainImage, TrainStyle
 
 NODES = [
@@ -18,6 +19,7 @@ NODES = [
     StrengthGrid,
     Evaluate,
     Gate,
+    SaveSigned,
     CatalogLoad,
     CatalogSave,
     LoadDemoModel,

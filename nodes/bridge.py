@@ -3,8 +3,10 @@
 import hashlib
 import json
 import logging
+import math
 import os
 import sys
+import time
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
@@ -297,13 +299,18 @@ def server() -> Any:
     return getattr(module and module.PromptServer, "instance", None)
 
 
-def loss_curve(stage: Stage, losses: list[float], first: int = 0) -> dict:
-    """What web/js/loss_curve.js draws: the losses of the steps from `first` on, counted from 0."""
-    return {"first": first, "losses": losses[first:], "phases": [[phase.loss, phase.steps] for phase in stage.phases]}
+def loss_curve(stage: Stage, losses: list[float], first: int = 0, told: str | None = None) -> dict:
+    """What web/js/loss_curve.js draws: the losses of the steps from `first` on, counted from 0.
+
+    told: words to stand beside them; without any the last ones stay.
+    """
+    phases = [[phase.loss, phase.steps] for phase in stage.phases]
+    return {"first": first, "losses": losses[first:], "phases": phases, "told": told}
 
 
 class Progress:
-    """Shows training on the node: a bar, every few steps the restored image and the losses, and the loss in the log.
+    """Shows training on the node: a bar, every few steps the restored image, the losses, the time left and the free
+    memory, and the loss in the log.
 
     node: the running node's id, for the browser. losses: of all steps so far; training adds to the list.
     """
@@ -315,6 +322,8 @@ class Progress:
         self.stage, self.node = stage, node
         self.losses: list[float] = []
         self.told = 0  # how many of them the browser knows
+        self.began: tuple[float, int] | None = None  # when the first step of this run had ended, and which that was
+        self.device, self.least_free = model.load_device, math.inf
         self.preview_every, self.log_every = preview_every, log_every
         factors = model.model.latent_format
         self.previewer = factors.latent_rgb_factors and latent_preview.Latent2RGBPreviewer(
@@ -324,8 +333,10 @@ class Progress:
     def show(self, event: StepEvent) -> None:
         """Raises Cancelled when the user pressed cancel."""
         stop_if_cancelled()
-        if event.step % self.preview_every == 1 and (browser := server()):
-            browser.send_sync("consislora.loss", {"node": self.node, **loss_curve(self.stage, self.losses, self.told)})
+        self.began = self.began or (time.monotonic(), event.step)
+        if (event.step % self.preview_every == 1 or event.step == self.bar.total) and (browser := server()):
+            curve = loss_curve(self.stage, self.losses, self.told, self.time_and_memory(event.step))
+            browser.send_sync("consislora.loss", {"node": self.node, **curve})
             self.told = len(self.losses)
         preview = None
         if self.previewer and event.step % self.preview_every == 1:
@@ -348,6 +359,21 @@ class Progress:
                 event.loss,
                 event.learning_rate,
             )
+
+    def time_and_memory(self, step: int) -> str:
+        """How long it will take yet and how much memory is free; after the last step how it was."""
+        free = comfy.model_management.get_free_memory(self.device)
+        self.least_free = min(self.least_free, free)
+        began, first = self.began
+        spent = time.monotonic() - began
+        if step == self.bar.total:
+            return f"took {_minutes(spent)}, at least {self.least_free / 1e9:.1f} GB free"
+        left = f"{_minutes(spent / (step - first) * (self.bar.total - step))} left, " if step > first else ""
+        return f"{left}{free / 1e9:.1f} GB free"
+
+
+def _minutes(seconds: float) -> str:
+    return f"{round(seconds) // 60}:{round(seconds) % 60:02}"
 
 
 def store() -> Store:
@@ -484,6 +510,12 @@ def input_folder() -> Path:
 
 def output_folder() -> Path:
     return Path(folder_paths.get_output_directory())
+
+
+def new_picture_path(prefix: str, width: int, height: int) -> Path:
+    """Where Save Image would write the next picture."""
+    folder, name, number, *_ = folder_paths.get_save_image_path(prefix, str(output_folder()), width, height)
+    return Path(folder, f"{name}_{number:05}_.png")
 
 
 def lora_files() -> list[str]:

@@ -18,7 +18,7 @@ from ..consislora_core.catalog import Pair, Result, ResultsSheet
 from ..consislora_core.files import inside
 from ..consislora_core.lora_file import ImageLora
 from . import bridge, drawing, sockets
-from .sockets import CATEGORY, ConsisLora
+from .sockets import CATEGORY, ConsisLora, aliases
 
 ONE, ALL = "one pair per run", "all pairs in one run"
 FACTS = ("stage", "image_hash", "steps", "rank", "seed")  # of an adapter, for the sheet
@@ -53,6 +53,7 @@ class CatalogLoad(io.ComfyNode):
             node_id="ConsisLoRACatalogLoad",
             display_name="Load Catalogue",
             category=CATEGORY,
+            **aliases("batch", "load images from folder"),
             description="Pairs every content picture with every style picture of two folders, and passes over "
             "what the catalogue has already.",
             inputs=[
@@ -153,6 +154,7 @@ class CatalogSave(io.ComfyNode):
             node_id="ConsisLoRACatalogSave",
             display_name="Save Catalogue",
             category=CATEGORY,
+            **aliases("batch", "save images to folder"),
             is_output_node=True,
             description="Writes a result of the catalogue as PNG, with its workflow, and its row in results.csv.",
             inputs=[

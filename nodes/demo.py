@@ -2,7 +2,7 @@
 
 from comfy_api.latest import io
 
-from .sockets import CATEGORY
+from .sockets import CATEGORY, aliases
 
 
 class LoadDemoModel(io.ComfyNode):
@@ -12,6 +12,7 @@ class LoadDemoModel(io.ComfyNode):
             node_id="ConsisLoRADemoModel",
             display_name="Load Demo Model",
             category=CATEGORY,
+            **aliases("tiny model", "test model"),
             description="A tiny model of SDXL's architecture that draws emoji at 128 x 128 pixels. "
             "It tries every workflow on any computer; it is not for real work.",
             inputs=[],

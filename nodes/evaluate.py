@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..consislora_core.metrics import Scores, feature_scores, misses, structure_scores
 from . import drawing
-from .sockets import CATEGORY, PictureScores
+from .sockets import CATEGORY, PictureScores, aliases
 
 # Gate's bounds: by input, the score, and the value that every picture keeps.
 LEAST = {"min_content": ("content", -1.0), "min_style": ("style", -1.0)}
@@ -26,6 +26,7 @@ class Evaluate(io.ComfyNode):
             node_id="ConsisLoRAEvaluate",
             display_name="Evaluate",
             category=CATEGORY,
+            **aliases("clip score", "dino score", "image similarity"),
             description="Scores pictures: is it the content image's thing, in the style image's look?",
             is_output_node=True,
             inputs=[
@@ -96,6 +97,7 @@ class Gate(io.ComfyNode):
             node_id="ConsisLoRAGate",
             display_name="Accept or Reject",
             category=CATEGORY,
+            **aliases("filter images", "threshold", "quality gate"),
             description="Parts pictures by their scores. What is connected to a side without pictures does not run.",
             inputs=[
                 io.Image.Input("images", tooltip="The pictures that were scored."),

@@ -24,7 +24,7 @@ from ..consislora_core.guidance import (
 from ..consislora_core.lora_file import ImageLora
 from . import bridge, drawing, passes
 from .provenance import HIDDEN, note
-from .sockets import CATEGORY, ConsisLora
+from .sockets import CATEGORY, ConsisLora, aliases
 
 PROMPTS = [row.prompt for pair in GUIDANCE.values() for row in pair]
 OWN_LOOK = {CONTENT: 1.0, CONTENTS_STYLE: 1.0}
@@ -220,6 +220,7 @@ class Guider(io.ComfyNode):
             node_id="ConsisLoRAGuider",
             display_name="Dual Guidance",
             category=CATEGORY,
+            **aliases("cfg guider", "style guidance", "content guidance"),
             description="Guides content and style apart, with SamplerCustomAdvanced: any sampler, any sigmas.",
             inputs=[*model_and_prompts(), *guidance_inputs(), *optional_inputs()],
             outputs=[io.Guider.Output(tooltip="For SamplerCustomAdvanced.")],
@@ -239,6 +240,7 @@ class Sampler(io.ComfyNode):
             node_id="ConsisLoRASampler",
             display_name="Dual Guidance Sampler",
             category=CATEGORY,
+            **aliases("ksampler", "style transfer", "style guidance", "content guidance"),
             description="KSampler with content and style guidance.",
             inputs=[
                 *model_and_prompts(),
@@ -263,22 +265,22 @@ class Sampler(io.ComfyNode):
         positive,
         negative,
         latent_image,
-        seed,
-        steps,
-        sampler_name,
-        scheduler,
-        denoise,
         structure_lock=False,
         content: ImageLora | None = None,
         style: ImageLora | None = None,
         **given,
     ) -> io.NodeOutput:
         guider = guider_for(model, positive, negative, content, style, given)
-        sigmas = bridge.sigmas(model, steps, sampler_name, scheduler, denoise)
+        sigmas = sigmas_for(model, given)
         if structure_lock:
             latent_image = bridge.inverted(restoring(model, negative, content), lockable(latent_image), sigmas)
-        note(cls.hidden, {"content": content, "style": style}, {**given, "seed": seed, "steps": steps})
-        return io.NodeOutput(bridge.sample(guider, latent_image, seed, sampler_name, sigmas, noised=structure_lock))
+        note(cls.hidden, {"content": content, "style": style}, given)
+        seed, sampler = given["seed"], given["sampler_name"]
+        return io.NodeOutput(bridge.sample(guider, latent_image, seed, sampler, sigmas, noised=structure_lock))
+
+
+def sigmas_for(model: ModelPatcher, given: dict) -> Tensor:
+    return bridge.sigmas(model, *(given[name] for name in ("steps", "sampler_name", "scheduler", "denoise")))
 
 
 def restoring(model: ModelPatcher, negative: list, content: ImageLora | None) -> comfy.samplers.CFGGuider:
@@ -320,6 +322,7 @@ class StrengthGrid(io.ComfyNode):
             node_id="ConsisLoRAStrengthGrid",
             display_name="Strength Grid",
             category=CATEGORY,
+            **aliases("xy plot", "compare strengths"),
             description="One picture for each pair of content and style values, from one seed, with labelled axes.",
             inputs=[
                 *model_and_prompts(),
@@ -362,11 +365,6 @@ class StrengthGrid(io.ComfyNode):
         negative,
         vae,
         latent_image,
-        seed,
-        steps,
-        sampler_name,
-        scheduler,
-        denoise,
         sweep,
         cell_size,
         content: ImageLora | None = None,
@@ -376,16 +374,16 @@ class StrengthGrid(io.ComfyNode):
         if (count := len(latent_image["samples"])) != 1:
             raise ValueError(f"latent_image holds {count} latents; a grid is drawn from one. Set its batch_size to 1.")
         swept = Sweep(sweep, swept_values(given, "content"), swept_values(given, "style"))
-        sigmas = bridge.sigmas(model, steps, sampler_name, scheduler, denoise)
+        sigmas, seed, sampler = sigmas_for(model, given), given["seed"], given["sampler_name"]
         cells = list(swept.cells())
         latents = []
         for i, cell in enumerate(cells):
             guider = guider_for(model, positive, negative, content, style, {**given, **cell})
-            sampled = bridge.sample(guider, latent_image, seed, sampler_name, sigmas, run=(i, len(cells)))
+            sampled = bridge.sample(guider, latent_image, seed, sampler, sigmas, run=(i, len(cells)))
             latents.append(sampled["samples"])
         # All at the end, so that model and VAE take turns on a small GPU only once.
         images = vae.decode(torch.cat(latents))
-        note(cls.hidden, {"content": content, "style": style}, {**given, "seed": seed, "steps": steps, "sweep": sweep})
+        note(cls.hidden, {"content": content, "style": style}, {**given, "sweep": sweep})
         return io.NodeOutput(drawing.grid(images, swept.what, swept.content, swept.style, cell_size), images)
 
 

@@ -7,7 +7,7 @@ from ..consislora_core.guidance import parts_of, wanted
 from ..consislora_core.lora_file import ImageLora
 from . import bridge, passes
 from .provenance import HIDDEN, note
-from .sockets import CATEGORY, ConsisLora
+from .sockets import CATEGORY, ConsisLora, aliases
 
 PERMISSION = ["not stated", "trained with permission", "trained without permission"]
 
@@ -19,6 +19,7 @@ class Save(io.ComfyNode):
             node_id="ConsisLoRASave",
             display_name="Save ConsisLoRA",
             category=CATEGORY,
+            **aliases("save lora"),
             is_output_node=True,
             description="Writes a LoRA into models/loras. ComfyUI's Load LoRA, diffusers and A1111 read the file too.",
             inputs=[
@@ -63,8 +64,9 @@ class Save(io.ComfyNode):
 
 def signed(lora: ImageLora, stated: dict[str, str]) -> ImageLora:
     """The LoRA with its hash and with what is stated now; of what is not, it keeps what it came with."""
-    entries = {"weights": lora_file.weights_hash(lora), **{name: words for name, words in stated.items() if words}}
-    return lora._replace(metadata={**lora.metadata, **{f"consislora.{name}": words for name, words in entries.items()}})
+    entries = {"weights": lora.weights_hash, **{name: words for name, words in stated.items() if words}}
+    named = {f"consislora.{name}": words for name, words in entries.items()}
+    return ImageLora(lora.parts, {**lora.metadata, **named})
 
 
 class Load(io.ComfyNode):
@@ -74,6 +76,7 @@ class Load(io.ComfyNode):
             node_id="ConsisLoRALoad",
             display_name="Load ConsisLoRA",
             category=CATEGORY,
+            **aliases("load lora", "b-lora"),
             description="Reads a ConsisLoRA or B-LoRA from models/loras, in any published key spelling.",
             inputs=[io.Combo.Input("lora_name", options=bridge.lora_files(), tooltip="A file in models/loras.")],
             outputs=[ConsisLora.Output(display_name="consislora", tooltip="The content and style parts in the file.")],
@@ -96,6 +99,7 @@ class Apply(io.ComfyNode):
             node_id="ConsisLoRAApply",
             display_name="Apply ConsisLoRA",
             category=CATEGORY,
+            **aliases("apply lora", "mix loras", "b-lora", "style transfer"),
             description="Gives a model the content of one image and the style of another, each as strong as you like.",
             inputs=[
                 io.Model.Input("model", tooltip="The SDXL model the LoRAs were trained on, or a relative of it."),

@@ -7,7 +7,7 @@ from typing import Any
 from comfy_api.latest import io
 from comfy_execution.graph_utils import is_link
 
-from ..consislora_core.lora_file import ImageLora, weights_hash
+from ..consislora_core.lora_file import ImageLora
 from ..consislora_core.store import fingerprint
 from . import bridge
 
@@ -38,7 +38,7 @@ def note(hidden: Any, loras: Mapping[str, ImageLora | None], settings: Mapping[s
 def described(lora: ImageLora) -> dict[str, str]:
     """What a picture says of a LoRA: its hash, which Save writes into the file too, prompt, and rights."""
     known = {name: lora.metadata[entry] for name, entry in RIGHTS.items() if lora.metadata.get(entry)}
-    return {"weights": weights_hash(lora), **known}
+    return {"weights": lora.weights_hash, **known}
 
 
 def recall(posted: dict) -> dict:

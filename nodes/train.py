@@ -14,7 +14,7 @@ from ..consislora_core.lora_file import ImageLora
 from ..consislora_core.schedule import Stage, image_stage, style_stage
 from ..consislora_core.trainer import Trainer
 from . import bridge
-from .sockets import CATEGORY, ConsisLora, LoraModel, LossMap
+from .sockets import CATEGORY, ConsisLora, LoraModel, LossMap, aliases
 
 CHECKPOINT_EVERY = 50  # steps: the most that a crash costs
 
@@ -60,6 +60,7 @@ class TrainImage(io.ComfyNode):
             node_id="ConsisLoRATrainImage",
             display_name="Train ConsisLoRA (image)",
             category=CATEGORY,
+            **aliases("train lora", "b-lora", "style transfer"),
             description="Learns one image as a content LoRA and a style LoRA (stage 1 of ConsisLoRA). "
             "Use it for the content image, and as the first step for the style image.",
             inputs=[
@@ -115,6 +116,7 @@ class TrainStyle(io.ComfyNode):
             node_id="ConsisLoRATrainStyle",
             display_name="Train ConsisLoRA (style, stage 2)",
             category=CATEGORY,
+            **aliases("train style lora", "b-lora", "style transfer"),
             description="Learns the style of an image anew, while its content LoRA from stage 1 "
             "explains the content away.",
             inputs=[
@@ -181,14 +183,14 @@ def train(
     with store.locked(key, waiting=bridge.stop_if_cancelled):
         if found := store.find(key):
             logging.info("ConsisLoRA %s stage: trained before, taken from %s.", stage.name, store.folder)
-            return output(stage, *found)
+            return output(stage, *found, told="trained before")
         lora, losses = job.run(hidden, partial(store.resume, key), partial(store.save_checkpoint, key))
         store.keep(key, lora, losses)
     return output(stage, lora, losses)
 
 
-def output(stage: Stage, lora: ImageLora, losses: list[float]) -> io.NodeOutput:
-    curve = {"consislora_loss": [bridge.loss_curve(stage, losses)]}
+def output(stage: Stage, lora: ImageLora, losses: list[float], told: str | None = None) -> io.NodeOutput:
+    curve = {"consislora_loss": [bridge.loss_curve(stage, losses, told=told)]}
     return io.NodeOutput(lora, {"loss": losses}, lora_file.to_state_dict(lora), ui=curve)
 
 

@@ -5,8 +5,9 @@ import importlib
 import importlib.util
 import os
 import pkgutil
-import shutil
+import subprocess
 import sys
+import zipfile
 from pathlib import Path
 from types import ModuleType
 
@@ -16,13 +17,14 @@ from prompts import quick
 ROOT = Path(__file__).resolve().parent.parent
 COMFYUI = Path(os.environ.get("COMFYUI_PATH", ROOT / ".comfyui"))
 
-QUIET = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"]
-QUIET += ["--disable-background-networking", "--disable-component-update"]
-# The frontend looks unpublished nodes up in ComfyUI's registry; a server without API nodes forbids it that.
-ELSEWHERE = ("Failed to load resource", "Content Security Policy")
-
 # At the end: ComfyUI goes to the front, and its `nodes` must be found before ours.
 sys.path.append(str(ROOT))
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--front-end-root", metavar="DIR", help="test with this frontend of ComfyUI; `newest` fetches the newest"
+    )
 
 
 def load_comfy(base: Path) -> ModuleType:
@@ -51,12 +53,24 @@ def load_pack() -> ModuleType:
 
 
 @pytest.fixture(scope="session")
-def server(tmp_path_factory):
+def server(tmp_path_factory, pytestconfig):
     """A ComfyServer with the pack in it, one for all tests."""
     from demo.server import ComfyServer
 
-    with ComfyServer(tmp_path_factory.mktemp("comfyui"), COMFYUI) as server:
+    frontend = front_end_root(pytestconfig.getoption("--front-end-root"), tmp_path_factory.mktemp("frontend"))
+    with ComfyServer(tmp_path_factory.mktemp("comfyui"), COMFYUI, *frontend) as server:
         yield server
+
+
+def front_end_root(chosen: str | None, work: Path) -> list[str]:
+    """ComfyUI's option for another frontend than the one it comes with: in a folder, or the newest published."""
+    if chosen == "newest":
+        pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(work)]
+        subprocess.run([*pip, "comfyui-frontend-package"], check=True)
+        (wheel,) = work.glob("*.whl")
+        zipfile.ZipFile(wheel).extractall(work)
+        chosen = str(work / "comfyui_frontend_package" / "static")
+    return ["--front-end-root", chosen] if chosen else []
 
 
 @pytest.fixture(scope="session")
@@ -87,37 +101,20 @@ def pack(comfy):
 
 @pytest.fixture(scope="module")
 def chromium():
-    """A real browser, for one module: while Playwright is up, nothing else in this process can run an event loop.
+    """A real browser, for one module. Where there is none a person is told so; on CI it must be there."""
+    import browser  # and with it Playwright, which the other tests do without
 
-    Where there is none a person is told so; on CI it must be there.
-    """
-    path = next(filter(None, map(shutil.which, ["chromium", "chromium-browser", "google-chrome"])), None)
-    if path is None:
+    if browser.chromium() is None:
         (pytest.fail if os.environ.get("CI") else pytest.skip)("no chromium found: install it to run the browser tests")
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=path, args=QUIET)
-        context = browser.new_context(viewport={"width": 1800, "height": 1000})
-        context.set_default_timeout(300_000)  # a busy machine takes minutes to draw its first page
+    with browser.browser() as context:
         yield context
-        browser.close()
 
 
 @pytest.fixture(scope="module")
 def frontend(chromium, server):
     """ComfyUI's frontend, up and empty; `frontend.complaints` gathers what it reports as errors."""
-    server.post("/settings", {"Comfy.TutorialCompleted": True})  # or the template browser opens over the canvas
-    page = chromium.new_page()
-    page.complaints = []
-    page.on("console", lambda said: said.type == "error" and complain(page, said.text))
-    page.on("pageerror", lambda error: complain(page, str(error)))
-    page.goto(server.url)
-    page.wait_for_function("window.app?.graph && window.app.vueAppReady")
+    from browser import opened
+
+    page = opened(chromium, server)
     yield page
     page.close()
-
-
-def complain(page, text: str) -> None:
-    if not any(reason in text for reason in ELSEWHERE):
-        page.complaints.append(text)

@@ -1,46 +1,62 @@
-"""What people do with our nodes in ComfyUI's frontend: turn the pad, watch training, stop it, read the help."""
+"""What people do in ComfyUI's frontend: run workflows, turn the pad, watch training, stop it, read the help."""
 
 import json
+import re
+import shutil
 import time
 
 import pytest
-from prompts import graph
+from browser import cancel, drop, in_language, look_at, queue, queued, setting, turn
+from prompts import FEW, graph
+from test_help import LANGUAGES, ROOT, file
+from test_workflows import NAMES
 
-SETTING = "([id, value]) => app.ui.settings.setSettingValueAsync(id, value)"
-QUEUED = "async () => (await app.graphToPrompt()).output"
+from demo.run import IMAGES
+
 GUIDANCE, STRENGTH = (["content_" + what, "style_" + what] for what in ("guidance", "strength"))
-HELP = {"en": "Pitfalls", "ja": "注意点", "zh": "注意事项"}
+# The nodes on which a workflow ends, each with its pictures.
+ENDS = {
+    "catalogue_demo": ["ConsisLoRACatalogSave"],
+    "content_only_demo": ["SaveImage"],
+    "dual_guidance_demo": ["SaveImage"],
+    "evaluate_and_gate_demo": ["ConsisLoRAEvaluate"],
+    "multi_reference_demo": ["LossGraphNode", "SaveImage"],
+    "strength_grid_demo": ["PreviewImage", "SaveImage"],
+    "style_only_demo": ["SaveImage"],
+    "train_and_stylise_demo": ["LossGraphNode", "SaveImage"],
+    "train_content_demo": ["LossGraphNode"],
+    "train_style_demo": ["LossGraphNode"],
+}
+ALL_SHOW_PICTURES = """kinds => kinds.every(kind => app.graph.nodes.some(({ type }) => type === kind))
+    && app.graph.nodes.filter(({ type }) => kinds.includes(type)).every(
+        ({ imgs }) => imgs?.length && imgs.every(({ naturalWidth }) => naturalWidth))"""
+PICTURES_SHOW = """count => {
+    const pictures = [...document.querySelectorAll(".node-help-content img")]
+    return pictures.length === count && pictures.every(({ naturalWidth }) => naturalWidth)
+}"""
 
 
 @pytest.fixture(params=["canvas", "vue"])
 def renderer(request, frontend):
     """Both ways in which the frontend draws nodes."""
-    frontend.evaluate(SETTING, ["Comfy.VueNodes.Enabled", request.param == "vue"])
+    setting(frontend, "Comfy.VueNodes.Enabled", request.param == "vue")
     yield request.param
-    frontend.evaluate(SETTING, ["Comfy.VueNodes.Enabled", False])
+    setting(frontend, "Comfy.VueNodes.Enabled", False)
+
+
+@pytest.fixture(scope="module")
+def catalogue(server):
+    for folder, name in (("contents", "crown-flat"), ("styles", "umbrella-high-contrast")):
+        path = server.base / "input" / "catalogue" / folder
+        path.mkdir(parents=True, exist_ok=True)
+        shutil.copy(IMAGES / f"{name}.png", path)
 
 
 def opened(frontend, name: str, changes: dict, kind: str) -> int:
     """Opens a workflow with other values of widgets, and looks at its one node of a kind; that node's id."""
-    frontend.evaluate("graph => app.loadGraphData(graph)", saved_as_tests_do(graph(name)))
-    (node,) = frontend.evaluate(
-        """([changes, kind]) => {
-            for (const node of app.graph.nodes) for (const widget of node.widgets ?? [])
-                if (widget.name in changes) widget.value = changes[widget.name]
-            return app.graph.nodes.filter(node => node.type === kind).map(node => node.id)
-        }""",
-        [changes, kind],
-    )
-    frontend.evaluate(
-        """id => {
-            const node = app.graph.getNodeById(id), { ds } = app.canvas
-            ds.scale = 0.8
-            ds.offset = [500 - node.pos[0], 250 - node.pos[1]]
-            app.canvas.setDirty(true, true)
-        }""",
-        node,
-    )
-    return node
+    drop(frontend, name, saved_as_tests_do(graph(name)))
+    turn(frontend, changes)
+    return look_at(frontend, kind)
 
 
 def saved_as_tests_do(graph: dict) -> dict:
@@ -48,10 +64,19 @@ def saved_as_tests_do(graph: dict) -> dict:
 
 
 def values(frontend, node: int, names: list[str]) -> list[float]:
-    return [frontend.evaluate(QUEUED)[str(node)]["inputs"][name] for name in names]
+    return [queued(frontend)[str(node)]["inputs"][name] for name in names]
 
 
-def test_the_pad_turns_two_widgets_which_are_queued_and_saved(frontend, renderer):
+@pytest.mark.parametrize("name", [name for name in NAMES if name.endswith("_demo")])
+def test_a_dropped_workflow_is_queued_and_ends_with_pictures_on_its_nodes(name, frontend, trained, catalogue):
+    drop(frontend, name, saved_as_tests_do(graph(name)))
+    turn(frontend, {**FEW, "content_steps": 2, "style_steps": 1})
+    assert not frontend.evaluate(ALL_SHOW_PICTURES, ENDS[name])
+    queue(frontend)
+    frontend.wait_for_function(ALL_SHOW_PICTURES, arg=ENDS[name])
+
+
+def test_the_pad_turns_two_widgets_which_are_queued_and_saved(frontend, renderer, server):
     node = opened(frontend, "dual_guidance_demo", {}, "ConsisLoRASampler")
     field = frontend.locator(".consislora-pad .field")
     field.wait_for()
@@ -69,27 +94,35 @@ def test_the_pad_turns_two_widgets_which_are_queued_and_saved(frontend, renderer
     field.press("ArrowLeft")
     assert values(frontend, node, STRENGTH) == [0.95, 1.0]
 
-    frontend.evaluate("async () => app.loadGraphData(JSON.parse(JSON.stringify(app.graph.serialize())))")
+    saved = saved_from(frontend, server, f"pad_{renderer}")
+    frontend.reload()
+    frontend.wait_for_function("window.app?.graph && window.app.vueAppReady")
+    drop(frontend, "again", saved)
     assert values(frontend, node, GUIDANCE + STRENGTH) == [3.1, 0.1, 0.95, 1.0]
     frontend.locator(".consislora-pad .across").get_by_text("0.95").wait_for()  # shows them, and its own choice
 
 
-def test_a_queued_workflow_ends_with_a_picture_on_the_node(frontend, server, trained):
-    node = opened(frontend, "dual_guidance_demo", {"steps": 2}, "SaveImage")
-    frontend.evaluate("app.queuePrompt(0)")
-    frontend.wait_for_function("id => app.graph.getNodeById(id).imgs?.length === 1", arg=node)
-    told = frontend.evaluate("id => app.nodeOutputs[id].images[0].filename", node)
-    assert (server.base / "output" / told).exists()
+def saved_from(frontend, server, name: str) -> dict:
+    """The workflow on the canvas, as the frontend saves it."""
+    frontend.locator("#graph-canvas").focus()
+    frontend.keyboard.press("Control+s")
+    frontend.get_by_role("dialog").get_by_role("textbox").fill(name)
+    frontend.keyboard.press("Enter")
+    path = server.base / "user" / "default" / "workflows" / f"{name}.json"
+    while not (path.exists() and path.stat().st_size):
+        frontend.wait_for_timeout(100)
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def test_training_shows_its_loss_and_stops_when_it_is_told_to(frontend, server, trained):
     changes = {"steps": 100_000, "transition_step": 10, "seed": 5}
     opened(frontend, "train_content_demo", changes, "ConsisLoRATrainImage")
-    frontend.evaluate("app.queuePrompt(0)")
+    queue(frontend)
     curve = frontend.locator(".consislora-loss polyline")
     curve.first.wait_for(state="attached")
     frontend.get_by_text("reconstruction").first.wait_for()
-    frontend.evaluate("app.extensionManager.command.execute('Comfy.Interrupt')")
+    frontend.get_by_text(re.compile(r"\d+:\d\d left, \d+\.\d GB free")).wait_for()
+    cancel(frontend)
     frontend.get_by_text("Execution has been interrupted").first.wait_for()
     while any(server.get("/queue").values()):  # the frontend hears of it a moment before the history does
         time.sleep(0.1)
@@ -98,25 +131,31 @@ def test_training_shows_its_loss_and_stops_when_it_is_told_to(frontend, server, 
 
 
 def test_the_loss_of_every_step_is_there_in_the_end(frontend, trained):
-    changes = {"steps": 4, "transition_step": 2, "learning_rate": 0.01, "reconstruction_learning_rate": 0.01}
-    opened(frontend, "train_content_demo", changes, "ConsisLoRATrainImage")  # trained before
-    frontend.evaluate("app.queuePrompt(0)")
-    frontend.get_by_text("4 / 4").wait_for()
+    opened(frontend, "train_content_demo", {**FEW, "seed": 6}, "ConsisLoRATrainImage")
+    queue(frontend)
+    frontend.get_by_text(re.compile(r"took \d+:\d\d, at least \d+\.\d GB free")).wait_for()
+    turn(frontend, FEW | {"seed": 0})
+    queue(frontend)
+    frontend.get_by_text("trained before").wait_for()
+    assert frontend.get_by_text("4 / 4").count() == 1
     points = [curve.get_attribute("points") for curve in frontend.locator(".consislora-loss polyline").all()]
     assert [len(curve.split()) for curve in points] == [2, 2]
 
 
-def test_help_opens_in_three_languages(frontend):
-    for language, heading in HELP.items():
-        in_language(frontend, language)
-        node = opened(frontend, "dual_guidance_demo", {}, "ConsisLoRADemoModel")
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_help_opens_for_each_node(language, frontend, server):
+    in_language(frontend, language)
+    ours = sorted(path.stem for path in (ROOT / "web" / "docs").glob("*.md"))
+    for name in ours:
+        frontend.evaluate("name => { app.graph.clear(); app.graph.add(LiteGraph.createNode(name)) }", name)
+        node = look_at(frontend, name)
         frontend.evaluate("id => app.canvas.selectNode(app.graph.getNodeById(id))", node)
         frontend.get_by_test_id("info-button").click()
-        frontend.locator(".node-help-content").get_by_text(heading, exact=True).wait_for()
+        page = (ROOT / "web" / "docs" / file(name, language)).read_text(encoding="utf-8")
+        frontend.locator(".node-help-content").get_by_text(plain(page.splitlines()[0])).first.wait_for()
+        frontend.wait_for_function(PICTURES_SHOW, arg=page.count("!["))
     in_language(frontend, "en")
 
 
-def in_language(frontend, language: str) -> None:
-    frontend.evaluate(SETTING, ["Comfy.Locale", language])
-    frontend.reload()
-    frontend.wait_for_function("window.app?.graph && window.app.vueAppReady")
+def plain(markdown: str) -> str:
+    return re.sub(r"[*`]", "", markdown)

@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -69,7 +70,7 @@ def test_a_file_reads_back_as_it_was_written(tmp_path):
 
 
 def test_the_same_content_is_the_same_bytes(tmp_path):
-    lora = lora_file.read(AUTHORS)._replace(metadata={f"consislora.{n}": f"{n} \u732b" for n in range(20)})
+    lora = replace(lora_file.read(AUTHORS), metadata={f"consislora.{n}": f"{n} \u732b" for n in range(20)})
     for name in "ab":
         (tmp_path / name).mkdir()
         lora_file.write(lora, tmp_path / name / "x.safetensors")

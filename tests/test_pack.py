@@ -11,23 +11,22 @@ import consislora_core
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def test_loading_the_pack_is_quick_and_leaves_peft_for_later(tmp_path):
+def test_loading_the_pack_leaves_slow_packages_for_later(tmp_path):
     script = """
-import json, sys, time
+import json, sys
 sys.path.insert(0, sys.argv[1])
 import conftest
 conftest.load_comfy(sys.argv[2])
 import comfy_api.latest, nodes  # ComfyUI's own, which are there before any pack
-before, start = set(sys.modules), time.process_time()
+before = set(sys.modules)
 conftest.load_pack()
-print(json.dumps([time.process_time() - start, sorted(set(sys.modules) - before)]))
+print(json.dumps(sorted(set(sys.modules) - before)))
 """
     command = [sys.executable, "-c", script, str(ROOT / "tests"), str(tmp_path)]
     answer = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    seconds, imported = json.loads(answer.splitlines()[-1])
+    imported = json.loads(answer.splitlines()[-1])
     assert "consislora_pack.nodes" in imported
-    assert not {"peft", "transformers", "diffusers"} & {name.split(".")[0] for name in imported}
-    assert seconds < 0.3
+    assert not {"peft", "transformers", "diffusers", "c2pa"} & {name.split(".")[0] for name in imported}
 
 
 def test_every_node_has_an_id_of_its_own_in_our_category(pack):

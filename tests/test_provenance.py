@@ -27,9 +27,9 @@ def saved(pack, lora, *given):
 
 def test_a_lora_and_its_files_have_one_hash_and_another_lora_another(pack, lora):
     files = [saved(pack, lora, precision) for precision in ("fp16", "fp32")]
-    assert {lora_file.weights_hash(one) for one in (lora, *files)} == {files[0].metadata["consislora.weights"]}
+    assert {one.weights_hash for one in (lora, *files)} == {files[0].metadata["consislora.weights"]}
     content = lora_file.ImageLora({"content": lora.part("content")}, {})
-    assert lora_file.weights_hash(content) != lora_file.weights_hash(lora)
+    assert content.weights_hash != lora.weights_hash
 
 
 def test_what_is_stated_is_in_the_file_and_stays_when_nothing_new_is_stated(pack, lora):

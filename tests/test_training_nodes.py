@@ -5,6 +5,7 @@ import itertools
 import logging
 import shutil
 import weakref
+from dataclasses import replace
 
 import pytest
 import torch
@@ -311,11 +312,12 @@ def test_a_model_without_the_roles_is_refused(nodes, pack):
 def test_a_lora_of_another_size_is_refused(nodes, pack):
     model = comfy_model()
     lora = train_image(nodes, model)[0]
-    wide = lora._replace(
+    wide = replace(
+        lora,
         parts={
             role: {path: layer._replace(down=torch.zeros(2, 640)) for path, layer in part.items()}
             for role, part in lora.parts.items()
-        }
+        },
     )
     with pytest.raises(
         ValueError, match="content LoRA fits layers of 640 to 128 features where this model has 128 to 128"
@@ -323,7 +325,7 @@ def test_a_lora_of_another_size_is_refused(nodes, pack):
         pack.nodes.lora.Apply.execute(model, 1.0, 1.0, content=wide)
     with pytest.raises(ValueError, match="trained on another architecture"):
         train_style(nodes, model, wide)
-    shallow = lora._replace(parts={"content": dict(list(lora.parts["content"].items())[:8])})
+    shallow = replace(lora, parts={"content": dict(list(lora.parts["content"].items())[:8])})
     with pytest.raises(ValueError, match="content LoRA has 8 layers where this model has 16"):
         train_style(nodes, model, shallow)
 
@@ -331,7 +333,7 @@ def test_a_lora_of_another_size_is_refused(nodes, pack):
 def test_stage_two_without_a_content_part_is_refused(nodes, pack):
     lora = train_image(nodes, comfy_model())[0]
     with pytest.raises(ValueError, match="no content part, only style"):
-        train_style(nodes, comfy_model(), lora._replace(parts={"style": lora.parts["style"]}))
+        train_style(nodes, comfy_model(), replace(lora, parts={"style": lora.parts["style"]}))
 
 
 # The store

@@ -57,9 +57,10 @@ class Curve {
     node.setSize([node.size[0], Math.max(node.size[1], node.computeSize()[1])]);
   }
 
-  // losses: of the steps from `first` on, counted from 0. phases: [loss, steps] of each.
-  add({ first, losses, phases }) {
+  // losses: of the steps from `first` on, counted from 0. phases: [loss, steps] of each. told: of time and memory.
+  add({ first, losses, phases, told }) {
     this.losses = [...this.losses.slice(0, first), ...losses];
+    this.told = told ?? this.told;
     this.phases = phases;
     this.draw();
   }
@@ -82,7 +83,8 @@ class Curve {
     });
     this.root.innerHTML = `<svg viewBox="0 0 ${WIDTH} ${HEIGHT}" preserveAspectRatio="none"
       style="width: 100%; height: ${HEIGHT}px; background: var(--comfy-input-bg, #222); border-radius: 4px">
-      ${curves.join("")}</svg><div class="words"></div>`;
+      ${curves.join("")}</svg><div style="display: flex; justify-content: space-between">
+      <span class="words"></span><span class="told">${this.told ?? ""}</span></div>`;
     this.say(this.losses.length - 1);
   }
 

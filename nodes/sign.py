@@ -1,0 +1,109 @@
+"""Save pictures with signed Content Credentials (C2PA): that a model made them, and with which LoRAs."""
+
+import json
+import os
+from io import BytesIO
+from pathlib import Path
+
+from comfy_api.latest import io, ui
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+from ..consislora_core import __version__
+from . import bridge, drawing, provenance
+from .sockets import CATEGORY, aliases
+
+# Named in the environment, because workflows travel, and a key must not.
+CERTIFICATE, KEY = "CONSISLORA_C2PA_CERTIFICATE", "CONSISLORA_C2PA_KEY"
+CREATED = {
+    "action": "c2pa.created",
+    "digitalSourceType": "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia",
+}
+
+
+class SaveSigned(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="ConsisLoRASaveSigned",
+            display_name="Save Signed Image",
+            category=CATEGORY,
+            **aliases("c2pa", "content credentials", "watermark", "save image"),
+            description="Saves pictures as PNG with signed Content Credentials (C2PA): that a model made them, "
+            "with which LoRAs, and what was stated of rights. Needs the package c2pa-python and a certificate.",
+            is_output_node=True,
+            inputs=[
+                io.Image.Input("images", tooltip="The pictures to save."),
+                io.String.Input(
+                    "filename_prefix", default="consislora", tooltip="Beginning of the name, as in Save Image."
+                ),
+                io.Combo.Input(
+                    "algorithm",
+                    options=["es256", "es384", "es512", "ps256", "ps384", "ps512", "ed25519"],
+                    default="es256",
+                    tooltip="What the certificate's key signs with: es is for EC keys, ps for RSA.",
+                ),
+            ],
+            hidden=provenance.HIDDEN,
+        )
+
+    @classmethod
+    def execute(cls, images, filename_prefix, algorithm) -> io.NodeOutput:
+        texts = bridge.workflow_texts(cls.hidden)
+        record = (cls.hidden and cls.hidden.extra_pnginfo or {}).get(provenance.CHUNK, {})
+        saved = []
+        for image in images:
+            path = bridge.new_picture_path(filename_prefix, image.shape[1], image.shape[0])
+            path.write_bytes(signed(png(drawing.to_picture(image), texts), record, path.name, algorithm))
+            subfolder = path.parent.relative_to(bridge.output_folder()).as_posix()
+            saved.append(ui.SavedResult(path.name, "" if subfolder == "." else subfolder, io.FolderType.output))
+        return io.NodeOutput(ui=ui.SavedImages(saved))
+
+
+def png(picture: Image.Image, texts: dict[str, str]) -> BytesIO:
+    info, file = PngInfo(), BytesIO()
+    for name, text in texts.items():
+        info.add_text(name, text)
+    picture.save(file, "png", pnginfo=info)
+    file.seek(0)
+    return file
+
+
+def signed(file: BytesIO, record: dict, title: str, algorithm: str) -> bytes:
+    """A PNG with Content Credentials. Raises ValueError where package, certificate or key do not serve."""
+    try:
+        import c2pa
+    except ImportError:
+        raise ValueError(
+            "c2pa-python is missing. In ComfyUI's Python: pip install c2pa-python. Then restart."
+        ) from None
+    manifest = {
+        "claim_generator_info": [{"name": "ComfyUI-ConsisLoRA", "version": __version__}],
+        "title": title,
+        "assertions": [
+            {"label": "c2pa.actions.v2", "data": {"actions": [CREATED]}},
+            {"label": "io.github.consislora", "data": json.loads(json.dumps(record))},
+        ],
+    }
+    result = BytesIO()
+    info = c2pa.C2paSignerInfo(algorithm.encode(), pem(CERTIFICATE), pem(KEY), None)
+    try:
+        with c2pa.Signer.from_info(info) as signer, c2pa.Builder(manifest) as builder:
+            builder.sign(signer, "image/png", file, result)
+    except c2pa.C2paError as error:
+        raise ValueError(
+            f"The picture could not be signed: {error}. Check that {CERTIFICATE} holds the chain, the signer's own "
+            f"certificate first, that {KEY} is its key, and that algorithm is the key's."
+        ) from error
+    return result.getvalue()
+
+
+def pem(variable: str) -> bytes:
+    """The file that a variable of the environment names."""
+    path = Path(os.environ.get(variable, ""))
+    if not path.is_file():
+        raise ValueError(
+            f"To sign, set {variable} in ComfyUI's environment to a PEM file with "
+            f"{'the certificate chain' if variable == CERTIFICATE else 'the private key'}; now it is {str(path)!r}."
+        )
+    return path.read_bytes()

@@ -1,0 +1,117 @@
+"""ComfyUI's frontend in a real browser, and what people do in it."""
+
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from playwright.sync_api import BrowserContext, Page, sync_playwright
+
+QUIET = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"]
+QUIET += ["--disable-background-networking", "--disable-component-update"]
+# The frontend looks unpublished nodes up in ComfyUI's registry; a server without API nodes forbids it that. And newer
+# frontends ask for a list of jobs, which ComfyUI 0.3.75 does not keep.
+ELSEWHERE = ("Failed to load resource", "Content Security Policy", "JobsApiError")
+
+UP = "window.app?.graph && window.app.vueAppReady"
+SETTING = "([id, value]) => app.ui.settings.setSettingValueAsync(id, value)"
+
+
+def chromium() -> str | None:
+    return next(filter(None, map(shutil.which, ["chromium", "chromium-browser", "google-chrome"])), None)
+
+
+@contextmanager
+def browser() -> Iterator[BrowserContext]:
+    """While it is up, nothing else in this process can run an event loop."""
+    with sync_playwright() as playwright:
+        running = playwright.chromium.launch(executable_path=chromium(), args=QUIET)
+        context = running.new_context(viewport={"width": 1800, "height": 1000})
+        context.set_default_timeout(120_000)  # a busy machine takes minutes to draw its first page
+        yield context
+        running.close()
+
+
+def opened(context: BrowserContext, server) -> Page:
+    """ComfyUI's frontend, up and empty; `page.complaints` gathers what it reports as errors."""
+    server.post("/settings", {"Comfy.TutorialCompleted": True})  # or the template browser opens over the canvas
+    page = context.new_page()
+    page.complaints = []
+    page.on("console", lambda said: said.type == "error" and complain(page, said.text))
+    page.on("pageerror", lambda error: complain(page, str(error)))
+    page.goto(server.url)
+    page.wait_for_function(UP)
+    return page
+
+
+def complain(page: Page, text: str) -> None:
+    if not any(reason in text for reason in ELSEWHERE):
+        page.complaints.append(text)
+
+
+def setting(page: Page, name: str, value) -> None:
+    page.evaluate(SETTING, [name, value])
+
+
+def in_language(page: Page, language: str) -> None:
+    setting(page, "Comfy.Locale", language)
+    page.reload()
+    page.wait_for_function(UP)
+
+
+def drop(page: Page, name: str, graph: dict) -> None:
+    """Drops a workflow file onto the canvas, and waits until it is open."""
+    page.evaluate("app.graph.clear()")
+    file = page.evaluate_handle(
+        """([name, text]) => {
+            const dropped = new DataTransfer()
+            dropped.items.add(new File([text], name, { type: "application/json" }))
+            return dropped
+        }""",
+        [f"{name}.json", json.dumps(graph)],
+    )
+    page.dispatch_event("#graph-canvas", "drop", {"dataTransfer": file})
+    page.wait_for_function(
+        """([name, count]) => app.graph.nodes.length === count
+            && app.extensionManager.workflow.activeWorkflow?.filename.startsWith(name)""",
+        arg=[name, len(graph["nodes"])],
+    )
+
+
+def turn(page: Page, changes: dict) -> None:
+    """Sets every widget of these names."""
+    page.evaluate(
+        """changes => {
+            for (const node of app.graph.nodes) for (const widget of node.widgets ?? [])
+                if (widget.name in changes) widget.value = changes[widget.name]
+        }""",
+        changes,
+    )
+
+
+def look_at(page: Page, kind: str, scale: float = 0.8, top: int = 200) -> int:
+    """Brings the one node of a type into view, and leaves room above it for its tools; its id."""
+    (node,) = page.evaluate("kind => app.graph.nodes.filter(({ type }) => type === kind).map(({ id }) => id)", kind)
+    page.evaluate(
+        """([id, scale, top]) => {
+            const node = app.graph.getNodeById(id), { ds } = app.canvas
+            ds.scale = scale
+            ds.offset = [800 / scale - node.pos[0], top / scale - node.pos[1]]
+            app.canvas.setDirty(true, true)
+        }""",
+        [node, scale, top],
+    )
+    return node
+
+
+def queue(page: Page) -> None:
+    page.keyboard.press("Control+Enter")
+
+
+def cancel(page: Page) -> None:
+    page.keyboard.press("Control+Alt+Enter")
+
+
+def queued(page: Page) -> dict:
+    """What the canvas would queue, in API form."""
+    return page.evaluate("async () => (await app.graphToPrompt()).output")

@@ -1,0 +1,106 @@
+"""Content Credentials: what a picture says of its making is signed, and a change is found out."""
+
+import datetime
+import json
+import sys
+from io import BytesIO
+from types import SimpleNamespace
+
+import c2pa
+import pytest
+import torch
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from PIL import Image
+
+RECORD = {"3": {"style": {"weights": "1a2b", "permission": "trained with permission"}, "style_strength": 1.0}}
+
+
+@pytest.fixture(scope="module")
+def certificate(tmp_path_factory):
+    """A certificate for signing pictures, by an authority of our own, and its key: two PEM files."""
+    folder = tmp_path_factory.mktemp("certificate")
+    authority_key, key = (ec.generate_private_key(ec.SECP256R1()) for _ in range(2))
+    authority, signer = (
+        x509.Name(
+            [
+                x509.NameAttribute(x509.NameOID.ORGANIZATION_NAME, "ConsisLoRA tests"),
+                x509.NameAttribute(x509.NameOID.COMMON_NAME, name),
+            ]
+        )
+        for name in ("authority", "signer")
+    )
+    usage = dict.fromkeys(
+        ["content_commitment", "key_encipherment", "data_encipherment", "key_agreement", "crl_sign"], False
+    )
+    usage |= {"encipher_only": False, "decipher_only": False}
+    now = datetime.datetime.now(datetime.timezone.utc)
+
+    def issued(subject, public_key, is_authority):
+        builder = x509.CertificateBuilder(authority, subject, public_key, x509.random_serial_number())
+        builder = builder.not_valid_before(now - datetime.timedelta(1)).not_valid_after(now + datetime.timedelta(1))
+        signs = x509.KeyUsage(digital_signature=not is_authority, key_cert_sign=is_authority, **usage)
+        builder = builder.add_extension(x509.BasicConstraints(is_authority, None), True).add_extension(signs, True)
+        if not is_authority:
+            purpose = x509.ExtendedKeyUsage([x509.ExtendedKeyUsageOID.EMAIL_PROTECTION])
+            issuer = x509.AuthorityKeyIdentifier.from_issuer_public_key(authority_key.public_key())
+            builder = builder.add_extension(purpose, True).add_extension(issuer, False)
+        return builder.sign(authority_key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM)
+
+    chain = issued(signer, key.public_key(), False) + issued(authority, authority_key.public_key(), True)
+    (folder / "chain.pem").write_bytes(chain)
+    plain = serialization.NoEncryption()
+    pem = key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, plain)
+    (folder / "key.pem").write_bytes(pem)
+    return folder
+
+
+@pytest.fixture
+def sign(pack, certificate, monkeypatch):
+    monkeypatch.setenv(pack.nodes.sign.CERTIFICATE, str(certificate / "chain.pem"))
+    monkeypatch.setenv(pack.nodes.sign.KEY, str(certificate / "key.pem"))
+    return pack.nodes.sign
+
+
+def saved(pack, sign, monkeypatch, **changes):
+    """The two files that the node saves of two pictures."""
+    hidden = SimpleNamespace(prompt={"1": {}}, extra_pnginfo={"workflow": {}, "consislora": RECORD})
+    monkeypatch.setattr(sign.SaveSigned, "hidden", hidden, raising=False)
+    given = {"filename_prefix": "a/signed", "algorithm": "es256", **changes}
+    output = sign.SaveSigned.execute(torch.rand(2, 64, 64, 3), **given)
+    folder = pack.nodes.bridge.output_folder()
+    return [folder / one["subfolder"] / one["filename"] for one in output.ui.as_dict()["images"]]
+
+
+def read(content: bytes) -> tuple[str, dict]:
+    with c2pa.Reader("image/png", BytesIO(content)) as reader:
+        return reader.get_validation_state(), reader.get_active_manifest()
+
+
+def test_saved_pictures_are_signed_and_tell_what_made_them(pack, sign, monkeypatch):
+    for file in saved(pack, sign, monkeypatch):
+        state, manifest = read(file.read_bytes())
+        told = {assertion["label"]: assertion["data"] for assertion in manifest["assertions"]}
+        assert state == "Valid"
+        assert told["io.github.consislora"] == RECORD
+        assert told["c2pa.actions.v2"]["actions"][0]["digitalSourceType"].endswith("trainedAlgorithmicMedia")
+        with Image.open(file) as picture:
+            assert json.loads(picture.text["consislora"]) == RECORD and "workflow" in picture.text
+
+
+def test_a_picture_that_was_changed_afterwards_is_found_out(pack, sign, monkeypatch):
+    content = bytearray(saved(pack, sign, monkeypatch)[0].read_bytes())
+    content[-20] ^= 1
+    assert read(bytes(content))[0] == "Invalid"
+
+
+def test_what_is_missing_is_named(pack, sign, monkeypatch):
+    with pytest.raises(ValueError, match="could not be signed: .*algorithm is the key's"):
+        saved(pack, sign, monkeypatch, algorithm="ps256")
+    monkeypatch.delenv(sign.KEY)
+    with pytest.raises(ValueError, match="set CONSISLORA_C2PA_KEY in ComfyUI's environment .*private key"):
+        saved(pack, sign, monkeypatch)
+    monkeypatch.setitem(sys.modules, "c2pa", None)
+    with pytest.raises(ValueError, match="pip install c2pa-python"):
+        saved(pack, sign, monkeypatch)
