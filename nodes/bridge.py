@@ -5,7 +5,7 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -22,10 +22,13 @@ import folder_paths
 import latent_preview
 import torch
 from comfy.cli_args import args
+from comfy.ldm.modules.attention import BasicTransformerBlock
+from comfy.ldm.modules.diffusionmodules.openaimodel import ResBlock
 from comfy.model_patcher import ModelPatcher
 from comfy.weight_adapter import WeightAdapterBase
 from PIL import Image
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from ..consislora_core import lora_file
 from ..consislora_core.lora_file import ImageLora, Part
@@ -54,10 +57,13 @@ def training_dtype(model: ModelPatcher, precision: str) -> torch.dtype:
 
 
 @contextmanager
-def open_for_training(model: ModelPatcher, latent_shape: tuple[int, ...], dtype: torch.dtype) -> Iterator[Denoiser]:
+def open_for_training(
+    model: ModelPatcher, latent_shape: tuple[int, ...], dtype: torch.dtype, lean: bool = False
+) -> Iterator[Denoiser]:
     """The model as the core trains it: its own weights in place, gradients on. Afterwards it is as it was.
 
     What the trainer touches must be made inside: ComfyUI runs nodes in inference mode, whose tensors autograd refuses.
+    lean: a step keeps less for its way back, and computes it once more there; the numbers are the same.
     """
     base = model.model
     find_roles(model)
@@ -66,9 +72,10 @@ def open_for_training(model: ModelPatcher, latent_shape: tuple[int, ...], dtype:
         model.model_options.get("transformer_options", {}), {"wrappers": model.wrappers, "cond_or_uncond": [0]}
     )
 
+    rows = _Rows(dtype)
+
     def denoise(x: Tensor, sigma: Tensor, cond: dict[str, Tensor]) -> Tensor:
-        rows = {name: value.expand(len(x), *value.shape[1:]) for name, value in cond.items()}
-        return base.apply_model(x, sigma, transformer_options={**options, "sigmas": sigma}, **rows)
+        return base.apply_model(x, sigma, transformer_options={**options, "sigmas": sigma}, **rows.of(cond, len(x)))
 
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
@@ -77,6 +84,9 @@ def open_for_training(model: ModelPatcher, latent_shape: tuple[int, ...], dtype:
         stack.enter_context(_ordinary_parameters(base.diffusion_model))
         stack.enter_context(_computing_in(base, dtype))
         stack.enter_context(_keeping_no_casts(base.diffusion_model))
+        stack.enter_context(_reading_text_once(base.diffusion_model))
+        if lean:
+            stack.enter_context(_recomputing(base.diffusion_model))
         yield Denoiser(base.diffusion_model, denoise, base.model_sampling.sigmas.detach().clone().float())
 
 
@@ -125,8 +135,16 @@ def _ordinary_parameters(unet: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _computing_in(base: Any, dtype: torch.dtype) -> Iterator[None]:
-    """ComfyUI's manual cast to `dtype`, whatever the weights are stored in."""
-    layers = [module for module in base.diffusion_model.modules() if hasattr(module, "comfy_cast_weights")]
+    """ComfyUI's manual cast to `dtype`, for weights stored in another one and for what `_FrozenLayer` is to take on."""
+    layers = [
+        module
+        for module in base.diffusion_model.modules()
+        if hasattr(module, "comfy_cast_weights")
+        and (
+            isinstance(module, nn.Conv2d)
+            or any(p is not None and p.dtype != dtype for p in module._parameters.values())
+        )
+    ]
     own_flags = [vars(layer).get("comfy_cast_weights") for layer in layers]
     manual_cast_dtype = base.manual_cast_dtype
     try:
@@ -146,8 +164,9 @@ def _computing_in(base: Any, dtype: torch.dtype) -> Iterator[None]:
 class _FrozenLayer(torch.autograd.Function):
     """A frozen linear or convolution that keeps nothing for the way back: the cast weight is made once more there.
 
-    Autograd would keep every cast copy until then, which adds up to a second UNet. And newer ComfyUI casts
-    into buffers that it uses again for the next layer.
+    Autograd would keep every cast copy until then, which adds up to a second UNet, and the input of a convolution,
+    which only a weight that learns would need. And newer ComfyUI casts into buffers that it uses again for the next
+    layer.
     """
 
     @staticmethod
@@ -180,6 +199,69 @@ def _keeping_no_casts(unet: nn.Module) -> Iterator[None]:
     finally:
         for layer in layers:
             del layer.forward_comfy_cast_weights
+
+
+class _Rows:
+    """Conditioning for the rows of a batch: the very same tensors in every step, so that layers know them again."""
+
+    def __init__(self, dtype: torch.dtype):
+        self.dtype, self.cond, self.count = dtype, None, 0
+
+    def of(self, cond: dict[str, Tensor], count: int) -> dict[str, Tensor]:
+        if cond is not self.cond or count != self.count:
+            self.cond, self.count = cond, count
+            self.rows = {name: value.to(self.dtype).expand(count, *value.shape[1:]) for name, value in cond.items()}
+        return self.rows
+
+
+class _Once:
+    """A frozen layer that answers without work when it is asked with the very tensor it was asked with before."""
+
+    def __init__(self, forward: Callable[[Tensor], Tensor]):
+        self.forward, self.x = forward, None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if x is not self.x or self.answer._version != self.version:  # other code may have written into the answer
+            self.x, self.answer = x, self.forward(x)
+            self.version = self.answer._version
+        return self.answer
+
+
+@contextmanager
+def _reading_text_once(unet: nn.Module) -> Iterator[None]:
+    """The text's keys and values stay as they are from step to step, but for what a LoRA adds."""
+    layers = [layer for name, layer in unet.named_modules() if name.endswith(("attn2.to_k", "attn2.to_v"))]
+    with _forwards(layers, _Once):
+        yield
+
+
+@contextmanager
+def _recomputing(unet: nn.Module) -> Iterator[None]:
+    """Gradient checkpointing: each part of the output blocks keeps its input and is computed once more on the way back."""
+
+    def recomputed(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def run(x: Tensor, *args, transformer_options: dict | None = None, **kwargs) -> Tensor:
+            if transformer_options is not None:  # which goes on to tell of later blocks
+                kwargs["transformer_options"] = transformer_options.copy()
+            return checkpoint(forward, x, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+
+        return run
+
+    parts = [part for part in unet.output_blocks.modules() if isinstance(part, (ResBlock, BasicTransformerBlock))]
+    with _forwards(parts, recomputed):
+        yield
+
+
+@contextmanager
+def _forwards(modules: Sequence[nn.Module], around: Callable[[Callable], Callable]) -> Iterator[None]:
+    """Within the context each module's forward is what `around` makes of it."""
+    try:
+        for module in modules:
+            module.forward = around(module.forward)
+        yield
+    finally:
+        for module in modules:
+            vars(module).pop("forward", None)
 
 
 def clean_latents(model: ModelPatcher, latent: dict) -> Tensor:
