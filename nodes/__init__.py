@@ -5,11 +5,12 @@ from .demo import LoadDemoModel
 from .evaluate import Evaluate, Gate
 from .guide import Guider, Sampler, StrengthGrid
 from .lora import Apply, Load, Save
-from .train import TrainImage, TrainStyle
+from .train import TrainImage, TrainImages, TrainStyle
 
 NODES = [
     TrainImage,
     TrainStyle,
+    TrainImages,
     Save,
     Load,
     Apply,

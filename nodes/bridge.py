@@ -40,6 +40,10 @@ from ..consislora_core.trainer import Denoiser, StepEvent
 NEARLY_CLEAN = 1e-4  # a sigma to rise from: at 0 there is no direction to rise in
 Cancelled = comfy.model_management.InterruptProcessingException
 OutOfMemory = comfy.model_management.OOM_EXCEPTION  # on which ComfyUI unloads its models
+MEMORY = ("auto", "fast", "lean")
+# The most that a step holds beside weights and LoRA, in values per latent pixel and model channel, rounded up: what is
+# kept for the way back grows with both, since attention keeps no scores (benchmarks/training.py prints it).
+KEPT = {"fast": 400, "lean": 100}
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -58,16 +62,16 @@ def training_dtype(model: ModelPatcher, precision: str) -> torch.dtype:
 
 @contextmanager
 def open_for_training(
-    model: ModelPatcher, latent_shape: tuple[int, ...], dtype: torch.dtype, lean: bool = False
+    model: ModelPatcher, latent_shape: tuple[int, ...], dtype: torch.dtype, memory: str = "fast"
 ) -> Iterator[Denoiser]:
     """The model as the core trains it: its own weights in place, gradients on. Afterwards it is as it was.
 
     What the trainer touches must be made inside: ComfyUI runs nodes in inference mode, whose tensors autograd refuses.
-    lean: a step keeps less for its way back, and computes it once more there; the numbers are the same.
+    latent_shape: of all that is in one step. memory: one of `MEMORY`; the numbers are the same with each.
     """
     base = model.model
     find_roles(model)
-    comfy.model_management.load_models_gpu([model], memory_required=2 * model.memory_required([1, *latent_shape[1:]]))
+    lean = _make_room(model, latent_shape, dtype, memory)
     options = comfy.patcher_extension.merge_nested_dicts(
         model.model_options.get("transformer_options", {}), {"wrappers": model.wrappers, "cond_or_uncond": [0]}
     )
@@ -97,6 +101,28 @@ def loss_scale(dtype: torch.dtype) -> float:
 def find_roles(model: ModelPatcher) -> None:
     """Raises ValueError for a model without the content and style blocks of SDXL."""
     targets(dict(model.model.diffusion_model.named_modules()) if hasattr(model.model, "diffusion_model") else {})
+
+
+def _make_room(model: ModelPatcher, latent_shape: tuple[int, ...], dtype: torch.dtype, memory: str) -> bool:
+    """Loads the model, and nothing beside it; whether to train lean."""
+    rows, _, height, width = latent_shape
+    unit = rows * height * width * model.model.model_config.unet_config["model_channels"] * dtype.itemsize
+    needed = {kind: count * unit for kind, count in KEPT.items()}
+    comfy.model_management.unload_all_models()  # text encoders and VAE have minutes until they are needed
+    comfy.model_management.load_models_gpu([model], memory_required=needed.get(memory, needed["lean"]))
+    if memory != "auto":
+        return memory == "lean"
+    free = comfy.model_management.get_free_memory(model.load_device)
+    lean = needed["fast"] > free
+    logging.info(
+        "ConsisLoRA: memory auto trains %s; beside the model fast would take about %.1f GB, lean %.1f GB, and "
+        "%.1f GB are free.",
+        "lean" if lean else "fast",
+        needed["fast"] / 1e9,
+        needed["lean"] / 1e9,
+        free / 1e9,
+    )
+    return lean
 
 
 @contextmanager
@@ -237,7 +263,7 @@ def _reading_text_once(unet: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _recomputing(unet: nn.Module) -> Iterator[None]:
-    """Gradient checkpointing: each part of the output blocks keeps its input and is computed once more on the way back."""
+    """Gradient checkpointing: parts of the output blocks keep their input and are computed again on the way back."""
 
     def recomputed(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
         def run(x: Tensor, *args, transformer_options: dict | None = None, **kwargs) -> Tensor:
@@ -264,8 +290,8 @@ def _forwards(modules: Sequence[nn.Module], around: Callable[[Callable], Callabl
             vars(module).pop("forward", None)
 
 
-def clean_latents(model: ModelPatcher, latent: dict) -> Tensor:
-    """z_0 (b c h w) in the model's space, on its device, as an ordinary tensor. Call inside `open_for_training`."""
+def check_latent(model: ModelPatcher, latent: dict) -> None:
+    """Raises ValueError for a latent that the model cannot take."""
     samples = latent["samples"]
     channels = model.model.latent_format.latent_channels
     if samples.ndim != 4 or len(samples) == 0 or samples.shape[1] != channels:
@@ -274,7 +300,12 @@ def clean_latents(model: ModelPatcher, latent: dict) -> Tensor:
             f"this model takes (batch of at least 1, {channels} channels, height, width). "
             "Connect VAE Encode, with the VAE of this checkpoint."
         )
-    return model.model.process_latent_in(samples.clone().to(model.load_device, torch.float32))
+
+
+def clean_latents(model: ModelPatcher, latent: dict) -> Tensor:
+    """z_0 (b c h w) in the model's space, on its device, as an ordinary tensor. Call inside `open_for_training`."""
+    check_latent(model, latent)
+    return model.model.process_latent_in(latent["samples"].clone().to(model.load_device, torch.float32))
 
 
 def encoded_conditioning(model: ModelPatcher, positive: list, z_0: Tensor) -> dict[str, Tensor]:
@@ -387,13 +418,22 @@ def loss_curve(stage: Stage, losses: list[float], first: int = 0) -> dict:
 class Progress:
     """Shows training on the node: a bar, every few steps the restored image and the losses, and the loss in the log.
 
-    node: the running node's id, for the browser. losses: of all steps so far; training adds to the list.
+    node: the running node's id, for the browser. run: which of how many trainings of the node this is.
+    losses: of all steps so far; training adds to the list.
     """
 
     def __init__(
-        self, model: ModelPatcher, stage: Stage, node: str | None, preview_every: int = 20, log_every: int = 50
+        self,
+        model: ModelPatcher,
+        stage: Stage,
+        node: str | None,
+        run: tuple[int, int] = (0, 1),
+        preview_every: int = 20,
+        log_every: int = 50,
     ):
-        self.bar = comfy.utils.ProgressBar(stage.steps)
+        number, runs = run
+        self.bar = comfy.utils.ProgressBar(runs * stage.steps)
+        self.before = number * stage.steps
         self.stage, self.node = stage, node
         self.losses: list[float] = []
         self.told = 0  # how many of them the browser knows
@@ -419,13 +459,13 @@ class Progress:
                 ),
                 256,
             )
-        self.bar.update_absolute(event.step, preview=preview)
-        if event.step % self.log_every == 0 or event.step == self.bar.total:
+        self.bar.update_absolute(self.before + event.step, preview=preview)
+        if event.step % self.log_every == 0 or event.step == self.stage.steps:
             logging.info(
                 "ConsisLoRA %s stage, step %d of %d: %s loss %.4f, learning rate %g",
                 event.stage,
                 event.step,
-                self.bar.total,
+                self.stage.steps,
                 event.phase,
                 event.loss,
                 event.learning_rate,
