@@ -418,7 +418,8 @@ def batch(device: str) -> bool:
     print(
         f"\n## Several images at once\n\n{BATCH} images on the demo model: {1e3 * result['alone']:.0f} ms a step and "
         f"image alone, {1e3 * result['together']:.0f} ms side by side, {ratio:.2f} times faster (at least "
-        f"{BATCH_BOUND}). Largest difference of a LoRA from the one trained alone: {result['unlike']:.1e} (at most {SAME:.0e})."
+        f"{BATCH_BOUND}). Largest difference of a LoRA from the one trained alone: {result['unlike']:.1e} "
+        f"(at most {SAME:.0e})."
         f"{'' if met else ' **MISSED**'}"
     )
     return met
@@ -503,7 +504,8 @@ def computed() -> None:
         f"A step at 1024 x 1024 pixels, rank {size['rank']}, is {forward.get_total_flops() / 1e12:.2f} TFLOP "
         f"forward and {backward.get_total_flops() / 1e12:.2f} TFLOP back: {flops / 1e12:.1f} TFLOP, "
         f"{1e3 * flops / rate:.0f} ms at the {rate / 1e12:.0f} TFLOP/s of an H200's matrix products. "
-        f"A pair (1500 + 1500 + 1000 steps) is {steps * flops / rate:.0f} s at that rate and {steps * flops / rate / 0.45:.0f} s at 45 % of it. "
+        f"A pair (1500 + 1500 + 1000 steps) is {steps * flops / rate:.0f} s at that rate "
+        f"and {steps * flops / rate / 0.45:.0f} s at 45 % of it. "
         f"The same command on a machine with a GPU measures it."
     )
 
@@ -517,12 +519,13 @@ def report() -> bool:
     comfyui = runpy.run_path(os.environ["COMFYUI_PATH"] + "/comfyui_version.py")["__version__"]
     name = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     print(f"# What a training step costs\n\n{date.today()}, ComfyUI {comfyui}, torch {torch.__version__}, {name}.")
+    image = f"{8 * size['side']} x {8 * size['side']}"
     print(
-        f"A UNet of SDXL's shape with {size['channels']} channels (SDXL: 320) and random weights, a "
-        f"{8 * size['side']} x {8 * size['side']} image, rank {size['rank']}, {size['dtype']}. Steps per second: "
-        f"the median of {ROUNDS} processes, of the median step in each. Peak growth: over what was taken before "
-        "training began. plain: diffusers' UNet, PEFT's LoRA on the same two blocks, AdamW; like ours it builds no graph "
-        "before the first LoRA. TrainLoraNode adapts every layer, copies the model, and checkpoints gradients, as is its default.\n\n"
+        f"A UNet of SDXL's shape with {size['channels']} channels (SDXL: 320) and random weights, a {image} image, "
+        f"rank {size['rank']}, {size['dtype']}. Steps per second: the median of {ROUNDS} processes, of the median step in "
+        "each. Peak growth: over what was taken before training began. plain: diffusers' UNet, PEFT's LoRA on the same "
+        "two blocks, AdamW; like ours it builds no graph before the first LoRA. TrainLoraNode adapts every layer, copies "
+        "the model, and checkpoints gradients, as is its default.\n\n"
         "Most of what `fast` gains on plain here is that the text's keys and values are computed once, which is much on "
         "a narrow UNet (the text stays 2048 wide) and about 1 % of a step at SDXL's own size.\n"
     )
