@@ -86,6 +86,9 @@ class Store:
                     unfinished.unlink()  # its writer was killed
             yield
 
+    def has(self, key: str) -> bool:
+        return self._path(key, LORA).exists()
+
     def find(self, key: str) -> tuple[ImageLora, list[float]] | None:
         """What was kept under the key, bit for bit: the LoRA and its losses."""
         path = self._path(key, LORA)
@@ -107,15 +110,19 @@ class Store:
             self._path(key, CHECKPOINT).unlink(missing_ok=True)
             self._make_room(key)
 
-    def save_checkpoint(self, key: str, trainer: Trainer, losses: list[float]) -> None:
-        """losses: of every step so far."""
+    def save_checkpoint(self, key: str, trainer: Trainer, losses: list) -> None:
+        """losses: of every step so far, in any form that JSON has."""
         record = json.dumps({"key": key, "losses": losses})
         with self._tolerant():
             self.folder.mkdir(parents=True, exist_ok=True)
             lora_file.write_tensors(trainer.state_dict(), self._path(key, CHECKPOINT), {RECORD: record})
             self._make_room(key)
 
-    def resume(self, key: str, trainer: Trainer) -> list[float]:
+    def drop_checkpoint(self, key: str) -> None:
+        with self._tolerant():
+            self._path(key, CHECKPOINT).unlink(missing_ok=True)
+
+    def resume(self, key: str, trainer: Trainer) -> list:
         """Puts a new trainer where the last checkpoint left it; the losses until there, none without a checkpoint."""
         path = self._path(key, CHECKPOINT)
         with self._tolerant(path), suppress(FileNotFoundError), safe_open(path, framework="pt") as file:

@@ -90,6 +90,7 @@ class Trainer:
                 betas=self.stage.betas,
                 eps=self.stage.eps,
                 weight_decay=self.stage.weight_decay,
+                fused=True,
             )
             self._stack = stack.pop_all()
         del self.start  # the UNet has its own copies now
@@ -141,7 +142,8 @@ class Trainer:
             self.optimizer.zero_grad()
             (losses.sum() * self.loss_scale).backward()
             grads = [parameter.grad for parameter in self.inserted.parameters]
-            torch._foreach_div_(grads, self.loss_scale)
+            if self.loss_scale != 1:
+                torch._foreach_div_(grads, self.loss_scale)
             # Told to the CPU together: each number by itself would make a GPU wait.
             *values, size = torch.stack([*losses.detach(), torch.stack(torch._foreach_norm(grads)).sum()]).tolist()
             if math.isfinite(sum(values) + size):

@@ -6,11 +6,12 @@ from .evaluate import Evaluate, Gate
 from .guide import Guider, Sampler, StrengthGrid
 from .lora import Apply, Load, Save
 from .sign import SaveSigned
-from .train import TrainImage, TrainStyle
+from .train import TrainImage, TrainImages, TrainStyle
 
 NODES = [
     TrainImage,
     TrainStyle,
+    TrainImages,
     Save,
     Load,
     Apply,

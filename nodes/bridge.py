@@ -7,7 +7,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -24,10 +24,13 @@ import folder_paths
 import latent_preview
 import torch
 from comfy.cli_args import args
+from comfy.ldm.modules.attention import BasicTransformerBlock
+from comfy.ldm.modules.diffusionmodules.openaimodel import ResBlock
 from comfy.model_patcher import ModelPatcher
 from comfy.weight_adapter import WeightAdapterBase
 from PIL import Image
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from ..consislora_core import lora_file
 from ..consislora_core.lora_file import ImageLora, Part
@@ -39,6 +42,10 @@ from ..consislora_core.trainer import Denoiser, StepEvent
 NEARLY_CLEAN = 1e-4  # a sigma to rise from: at 0 there is no direction to rise in
 Cancelled = comfy.model_management.InterruptProcessingException
 OutOfMemory = comfy.model_management.OOM_EXCEPTION  # on which ComfyUI unloads its models
+MEMORY = ("auto", "fast", "lean")
+# The most that a step holds beside weights and LoRA, in values per latent pixel and model channel, rounded up: what is
+# kept for the way back grows with both, since attention keeps no scores (benchmarks/training.py prints it).
+KEPT = {"fast": 400, "lean": 100}
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -56,21 +63,25 @@ def training_dtype(model: ModelPatcher, precision: str) -> torch.dtype:
 
 
 @contextmanager
-def open_for_training(model: ModelPatcher, latent_shape: tuple[int, ...], dtype: torch.dtype) -> Iterator[Denoiser]:
+def open_for_training(
+    model: ModelPatcher, latent_shape: tuple[int, ...], dtype: torch.dtype, memory: str = "fast"
+) -> Iterator[Denoiser]:
     """The model as the core trains it: its own weights in place, gradients on. Afterwards it is as it was.
 
     What the trainer touches must be made inside: ComfyUI runs nodes in inference mode, whose tensors autograd refuses.
+    latent_shape: of all that is in one step. memory: one of `MEMORY`; the numbers are the same with each.
     """
     base = model.model
     find_roles(model)
-    comfy.model_management.load_models_gpu([model], memory_required=2 * model.memory_required([1, *latent_shape[1:]]))
+    lean = _make_room(model, latent_shape, dtype, memory)
     options = comfy.patcher_extension.merge_nested_dicts(
         model.model_options.get("transformer_options", {}), {"wrappers": model.wrappers, "cond_or_uncond": [0]}
     )
 
+    rows = _Rows(dtype)
+
     def denoise(x: Tensor, sigma: Tensor, cond: dict[str, Tensor]) -> Tensor:
-        rows = {name: value.expand(len(x), *value.shape[1:]) for name, value in cond.items()}
-        return base.apply_model(x, sigma, transformer_options={**options, "sigmas": sigma}, **rows)
+        return base.apply_model(x, sigma, transformer_options={**options, "sigmas": sigma}, **rows.of(cond, len(x)))
 
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
@@ -79,6 +90,9 @@ def open_for_training(model: ModelPatcher, latent_shape: tuple[int, ...], dtype:
         stack.enter_context(_ordinary_parameters(base.diffusion_model))
         stack.enter_context(_computing_in(base, dtype))
         stack.enter_context(_keeping_no_casts(base.diffusion_model))
+        stack.enter_context(_reading_text_once(base.diffusion_model))
+        if lean:
+            stack.enter_context(_recomputing(base.diffusion_model))
         yield Denoiser(base.diffusion_model, denoise, base.model_sampling.sigmas.detach().clone().float())
 
 
@@ -89,6 +103,28 @@ def loss_scale(dtype: torch.dtype) -> float:
 def find_roles(model: ModelPatcher) -> None:
     """Raises ValueError for a model without the content and style blocks of SDXL."""
     targets(dict(model.model.diffusion_model.named_modules()) if hasattr(model.model, "diffusion_model") else {})
+
+
+def _make_room(model: ModelPatcher, latent_shape: tuple[int, ...], dtype: torch.dtype, memory: str) -> bool:
+    """Loads the model, and nothing beside it; whether to train lean."""
+    rows, _, height, width = latent_shape
+    unit = rows * height * width * model.model.model_config.unet_config["model_channels"] * dtype.itemsize
+    needed = {kind: count * unit for kind, count in KEPT.items()}
+    comfy.model_management.unload_all_models()  # text encoders and VAE have minutes until they are needed
+    comfy.model_management.load_models_gpu([model], memory_required=needed.get(memory, needed["lean"]))
+    if memory != "auto":
+        return memory == "lean"
+    free = comfy.model_management.get_free_memory(model.load_device)
+    lean = needed["fast"] > free
+    logging.info(
+        "ConsisLoRA: memory auto trains %s; beside the model fast would take about %.1f GB, lean %.1f GB, and "
+        "%.1f GB are free.",
+        "lean" if lean else "fast",
+        needed["fast"] / 1e9,
+        needed["lean"] / 1e9,
+        free / 1e9,
+    )
+    return lean
 
 
 @contextmanager
@@ -127,8 +163,16 @@ def _ordinary_parameters(unet: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _computing_in(base: Any, dtype: torch.dtype) -> Iterator[None]:
-    """ComfyUI's manual cast to `dtype`, whatever the weights are stored in."""
-    layers = [module for module in base.diffusion_model.modules() if hasattr(module, "comfy_cast_weights")]
+    """ComfyUI's manual cast to `dtype`, for weights stored in another one and for what `_FrozenLayer` is to take on."""
+    layers = [
+        module
+        for module in base.diffusion_model.modules()
+        if hasattr(module, "comfy_cast_weights")
+        and (
+            isinstance(module, nn.Conv2d)
+            or any(p is not None and p.dtype != dtype for p in module._parameters.values())
+        )
+    ]
     own_flags = [vars(layer).get("comfy_cast_weights") for layer in layers]
     manual_cast_dtype = base.manual_cast_dtype
     try:
@@ -148,8 +192,9 @@ def _computing_in(base: Any, dtype: torch.dtype) -> Iterator[None]:
 class _FrozenLayer(torch.autograd.Function):
     """A frozen linear or convolution that keeps nothing for the way back: the cast weight is made once more there.
 
-    Autograd would keep every cast copy until then, which adds up to a second UNet. And newer ComfyUI casts
-    into buffers that it uses again for the next layer.
+    Autograd would keep every cast copy until then, which adds up to a second UNet, and the input of a convolution,
+    which only a weight that learns would need. And newer ComfyUI casts into buffers that it uses again for the next
+    layer.
     """
 
     @staticmethod
@@ -184,8 +229,71 @@ def _keeping_no_casts(unet: nn.Module) -> Iterator[None]:
             del layer.forward_comfy_cast_weights
 
 
-def clean_latents(model: ModelPatcher, latent: dict) -> Tensor:
-    """z_0 (b c h w) in the model's space, on its device, as an ordinary tensor. Call inside `open_for_training`."""
+class _Rows:
+    """Conditioning for the rows of a batch: the very same tensors in every step, so that layers know them again."""
+
+    def __init__(self, dtype: torch.dtype):
+        self.dtype, self.cond, self.count = dtype, None, 0
+
+    def of(self, cond: dict[str, Tensor], count: int) -> dict[str, Tensor]:
+        if cond is not self.cond or count != self.count:
+            self.cond, self.count = cond, count
+            self.rows = {name: value.to(self.dtype).expand(count, *value.shape[1:]) for name, value in cond.items()}
+        return self.rows
+
+
+class _Once:
+    """A frozen layer that answers without work when it is asked with the very tensor it was asked with before."""
+
+    def __init__(self, forward: Callable[[Tensor], Tensor]):
+        self.forward, self.x = forward, None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if x is not self.x or self.answer._version != self.version:  # other code may have written into the answer
+            self.x, self.answer = x, self.forward(x)
+            self.version = self.answer._version
+        return self.answer
+
+
+@contextmanager
+def _reading_text_once(unet: nn.Module) -> Iterator[None]:
+    """The text's keys and values stay as they are from step to step, but for what a LoRA adds."""
+    layers = [layer for name, layer in unet.named_modules() if name.endswith(("attn2.to_k", "attn2.to_v"))]
+    with _forwards(layers, _Once):
+        yield
+
+
+@contextmanager
+def _recomputing(unet: nn.Module) -> Iterator[None]:
+    """Gradient checkpointing: parts of the output blocks keep their input and are computed again on the way back."""
+
+    def recomputed(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def run(x: Tensor, *args, transformer_options: dict | None = None, **kwargs) -> Tensor:
+            if transformer_options is not None:  # which goes on to tell of later blocks
+                kwargs["transformer_options"] = transformer_options.copy()
+            return checkpoint(forward, x, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+
+        return run
+
+    parts = [part for part in unet.output_blocks.modules() if isinstance(part, (ResBlock, BasicTransformerBlock))]
+    with _forwards(parts, recomputed):
+        yield
+
+
+@contextmanager
+def _forwards(modules: Sequence[nn.Module], around: Callable[[Callable], Callable]) -> Iterator[None]:
+    """Within the context each module's forward is what `around` makes of it."""
+    try:
+        for module in modules:
+            module.forward = around(module.forward)
+        yield
+    finally:
+        for module in modules:
+            vars(module).pop("forward", None)
+
+
+def check_latent(model: ModelPatcher, latent: dict) -> None:
+    """Raises ValueError for a latent that the model cannot take."""
     samples = latent["samples"]
     channels = model.model.latent_format.latent_channels
     if samples.ndim != 4 or len(samples) == 0 or samples.shape[1] != channels:
@@ -194,7 +302,12 @@ def clean_latents(model: ModelPatcher, latent: dict) -> Tensor:
             f"this model takes (batch of at least 1, {channels} channels, height, width). "
             "Connect VAE Encode, with the VAE of this checkpoint."
         )
-    return model.model.process_latent_in(samples.clone().to(model.load_device, torch.float32))
+
+
+def clean_latents(model: ModelPatcher, latent: dict) -> Tensor:
+    """z_0 (b c h w) in the model's space, on its device, as an ordinary tensor. Call inside `open_for_training`."""
+    check_latent(model, latent)
+    return model.model.process_latent_in(latent["samples"].clone().to(model.load_device, torch.float32))
 
 
 def encoded_conditioning(model: ModelPatcher, positive: list, z_0: Tensor) -> dict[str, Tensor]:
@@ -312,13 +425,22 @@ class Progress:
     """Shows training on the node: a bar, every few steps the restored image, the losses, the time left and the free
     memory, and the loss in the log.
 
-    node: the running node's id, for the browser. losses: of all steps so far; training adds to the list.
+    node: the running node's id, for the browser. run: which of how many trainings of the node this is.
+    losses: of all steps so far; training adds to the list.
     """
 
     def __init__(
-        self, model: ModelPatcher, stage: Stage, node: str | None, preview_every: int = 20, log_every: int = 50
+        self,
+        model: ModelPatcher,
+        stage: Stage,
+        node: str | None,
+        run: tuple[int, int] = (0, 1),
+        preview_every: int = 20,
+        log_every: int = 50,
     ):
-        self.bar = comfy.utils.ProgressBar(stage.steps)
+        number, runs = run
+        self.bar = comfy.utils.ProgressBar(runs * stage.steps)
+        self.before = number * stage.steps
         self.stage, self.node = stage, node
         self.losses: list[float] = []
         self.told = 0  # how many of them the browser knows
@@ -334,7 +456,7 @@ class Progress:
         """Raises Cancelled when the user pressed cancel."""
         stop_if_cancelled()
         self.began = self.began or (time.monotonic(), event.step)
-        if (event.step % self.preview_every == 1 or event.step == self.bar.total) and (browser := server()):
+        if (event.step % self.preview_every == 1 or event.step == self.stage.steps) and (browser := server()):
             curve = loss_curve(self.stage, self.losses, self.told, self.time_and_memory(event.step))
             browser.send_sync("consislora.loss", {"node": self.node, **curve})
             self.told = len(self.losses)
@@ -348,13 +470,13 @@ class Progress:
                 ),
                 256,
             )
-        self.bar.update_absolute(event.step, preview=preview)
-        if event.step % self.log_every == 0 or event.step == self.bar.total:
+        self.bar.update_absolute(self.before + event.step, preview=preview)
+        if event.step % self.log_every == 0 or event.step == self.stage.steps:
             logging.info(
                 "ConsisLoRA %s stage, step %d of %d: %s loss %.4f, learning rate %g",
                 event.stage,
                 event.step,
-                self.bar.total,
+                self.stage.steps,
                 event.phase,
                 event.loss,
                 event.learning_rate,
@@ -366,9 +488,10 @@ class Progress:
         self.least_free = min(self.least_free, free)
         began, first = self.began
         spent = time.monotonic() - began
-        if step == self.bar.total:
+        if step == self.stage.steps:
             return f"took {_minutes(spent)}, at least {self.least_free / 1e9:.1f} GB free"
-        left = f"{_minutes(spent / (step - first) * (self.bar.total - step))} left, " if step > first else ""
+        to_go = self.bar.total - self.before - step
+        left = f"{_minutes(spent / (step - first) * to_go)} left, " if step > first else ""
         return f"{left}{free / 1e9:.1f} GB free"
 
 

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable
+from contextlib import ExitStack
 from functools import partial
 from typing import NamedTuple
 
@@ -12,6 +13,7 @@ from comfy_api.latest import io
 from ..consislora_core import __version__, lora_file
 from ..consislora_core.lora_file import ImageLora
 from ..consislora_core.schedule import Stage, image_stage, style_stage
+from ..consislora_core.store import fingerprint
 from ..consislora_core.trainer import Trainer
 from . import bridge
 from .sockets import CATEGORY, ConsisLora, LoraModel, LossMap, aliases
@@ -39,6 +41,14 @@ PRECISION = io.Combo.Input(
     default="auto",
     tooltip="What the model computes in; LoRA weights are always fp32. "
     "auto: what the model samples in, but bf16 or fp32 instead of fp16.",
+)
+MEMORY = io.Combo.Input(
+    "memory",
+    options=list(bridge.MEMORY),
+    default="auto",
+    optional=True,
+    tooltip="fast keeps a step's intermediate results; lean computes part of them twice, which takes less memory and "
+    "some more time. Both give the same LoRA. auto: fast where it fits, as the log tells.",
 )
 OUTPUTS = [
     ConsisLora.Output(display_name="consislora", tooltip="The trained content and style parts."),
@@ -86,6 +96,7 @@ class TrainImage(io.ComfyNode):
                 RANK,
                 SEED,
                 PRECISION,
+                MEMORY,
             ],
             outputs=OUTPUTS,
             hidden=[io.Hidden.prompt, io.Hidden.unique_id],
@@ -104,9 +115,10 @@ class TrainImage(io.ComfyNode):
         rank,
         seed,
         precision,
+        memory="auto",
     ) -> io.NodeOutput:
         stage = image_stage(steps, transition_step, learning_rate, reconstruction_learning_rate, rank=rank, seed=seed)
-        return train(cls.hidden, model, latent, positive, stage, precision)
+        return train(cls.hidden, model, latent, positive, stage, precision, memory)
 
 
 class TrainStyle(io.ComfyNode):
@@ -141,6 +153,7 @@ class TrainStyle(io.ComfyNode):
                 RANK,
                 SEED,
                 PRECISION,
+                MEMORY,
             ],
             outputs=OUTPUTS,
             hidden=[io.Hidden.prompt, io.Hidden.unique_id],
@@ -159,39 +172,63 @@ class TrainStyle(io.ComfyNode):
         rank,
         seed,
         precision,
+        memory="auto",
     ) -> io.NodeOutput:
         stage = style_stage(steps, reconstruction_learning_rate, noise_offset, rank=rank, seed=seed)
-        return train(cls.hidden, model, latent, positive, stage, precision, {"content": content_lora.part("content")})
+        frozen = {"content": content_lora.part("content")}
+        return train(cls.hidden, model, latent, positive, stage, precision, memory, frozen)
 
 
-def train(
-    hidden: io.HiddenHolder | None,
-    model: ModelPatcher,
-    latent: dict,
-    positive: list,
-    stage: Stage,
-    precision: str,
-    frozen: dict[str, lora_file.Part] | None = None,
-) -> io.NodeOutput:
-    """Trains, unless the store has what this very training gave before."""
-    bridge.find_roles(model)
-    base = bridge.base_fingerprint(model)
-    job = Job(model, base, latent, positive, stage, frozen or {}, bridge.training_dtype(model, precision))
-    store, key = bridge.store(), bridge.training_key(*job)
-    if key is None:
-        return output(stage, *job.run(hidden))
-    with store.locked(key, waiting=bridge.stop_if_cancelled):
-        if found := store.find(key):
-            logging.info("ConsisLoRA %s stage: trained before, taken from %s.", stage.name, store.folder)
-            return output(stage, *found, told="trained before")
-        lora, losses = job.run(hidden, partial(store.resume, key), partial(store.save_checkpoint, key))
-        store.keep(key, lora, losses)
-    return output(stage, lora, losses)
+class TrainImages(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        one = TrainImage.define_schema()
+        latent = io.Latent.Input(
+            "latent", tooltip="The images, from VAE Encode, in one batch: all of one size. Each gets a LoRA of its own."
+        )
+        at_once = io.Int.Input(
+            "at_once",
+            default=4,
+            min=1,
+            max=64,
+            tooltip="How many images train side by side. More go faster together, and take more memory.",
+        )
+        return io.Schema(
+            node_id="ConsisLoRATrainImages",
+            display_name="Train ConsisLoRA (each image)",
+            category=CATEGORY,
+            **aliases("train lora", "batch training"),
+            description="Learns each image of a batch as a content LoRA and a style LoRA of its own, several at once. "
+            "The LoRAs are those that Train ConsisLoRA (image) gives one by one, and neither node trains again what "
+            "the other has trained.",
+            inputs=[latent if one_input.id == "latent" else one_input for one_input in one.inputs[:-1]]
+            + [at_once, MEMORY],
+            outputs=[
+                ConsisLora.Output(
+                    display_name="consislora", is_output_list=True, tooltip="The LoRAs, in the order of the images."
+                )
+            ],
+            hidden=one.hidden,
+        )
 
-
-def output(stage: Stage, lora: ImageLora, losses: list[float], told: str | None = None) -> io.NodeOutput:
-    curve = {"consislora_loss": [bridge.loss_curve(stage, losses, told=told)]}
-    return io.NodeOutput(lora, {"loss": losses}, lora_file.to_state_dict(lora), ui=curve)
+    @classmethod
+    def execute(
+        cls,
+        model,
+        latent,
+        positive,
+        steps,
+        transition_step,
+        learning_rate,
+        reconstruction_learning_rate,
+        rank,
+        seed,
+        precision,
+        at_once,
+        memory="auto",
+    ) -> io.NodeOutput:
+        stage = image_stage(steps, transition_step, learning_rate, reconstruction_learning_rate, rank=rank, seed=seed)
+        return io.NodeOutput(train_each(cls.hidden, model, latent, positive, stage, precision, memory, at_once))
 
 
 class Job(NamedTuple):
@@ -204,54 +241,6 @@ class Job(NamedTuple):
     stage: Stage
     frozen: dict[str, lora_file.Part]
     dtype: torch.dtype
-
-    def run(
-        self,
-        hidden: io.HiddenHolder | None,
-        resume: Callable[[Trainer], list[float]] = lambda trainer: [],
-        save: Callable[[Trainer, list[float]], None] = lambda trainer, losses: None,
-    ) -> tuple[ImageLora, list[float]]:
-        """The trained LoRA and the loss of every step.
-
-        resume: sets a new trainer to where an earlier one was left, and gives the losses until there. save: keeps a
-        trainer for it, every `CHECKPOINT_EVERY` steps and on a cancel. Raises OutOfMemory with advice.
-        """
-        try:
-            return self._run(hidden, resume, save)
-        except bridge.OutOfMemory:
-            pass
-        # Out here no traceback holds the tensors of the training any more.
-        height, width = (8 * side for side in self.latent["samples"].shape[-2:])
-        raise bridge.OutOfMemory(
-            f"There is not enough memory to train on {width} x {height} pixels in {self.dtype}. Close what else uses "
-            "the graphics card and queue again: training goes on from its last checkpoint. Or use a smaller image, "
-            "precision bf16, or a lower rank."
-        )
-
-    def _run(
-        self,
-        hidden: io.HiddenHolder | None,
-        resume: Callable[[Trainer], list[float]],
-        save: Callable[[Trainer, list[float]], None],
-    ) -> tuple[ImageLora, list[float]]:
-        progress = bridge.Progress(self.model, self.stage, hidden and hidden.unique_id)
-        with bridge.open_for_training(self.model, self.latent["samples"].shape, self.dtype) as denoiser:
-            z_0 = bridge.clean_latents(self.model, self.latent)
-            cond = bridge.encoded_conditioning(self.model, self.positive, z_0)
-            with Trainer(denoiser, z_0, cond, self.stage, self.frozen, bridge.loss_scale(self.dtype)) as trainer:
-                losses = progress.losses = resume(trainer)
-                if losses:
-                    logging.info("ConsisLoRA %s stage: goes on from step %d.", self.stage.name, trainer.step)
-                try:
-                    for event in trainer:
-                        losses.append(event.loss)
-                        if event.step % CHECKPOINT_EVERY == 0:
-                            save(trainer, losses)
-                        progress.show(event)
-                except bridge.Cancelled:
-                    save(trainer, losses)
-                    raise
-                return ImageLora(trainer.parts(), self.origin(hidden)), losses
 
     def origin(self, hidden: io.HiddenHolder | None) -> dict[str, str]:
         """The LoRA's metadata."""
@@ -266,3 +255,149 @@ class Job(NamedTuple):
             "version": __version__,
         }
         return {f"consislora.{key}": value for key, value in origin.items()}
+
+
+class Trained(NamedTuple):
+    lora: ImageLora
+    losses: list[float]  # of every step
+    before: bool = False  # and not now
+
+
+def train(
+    hidden: io.HiddenHolder | None,
+    model: ModelPatcher,
+    latent: dict,
+    positive: list,
+    stage: Stage,
+    precision: str,
+    memory: str,
+    frozen: dict[str, lora_file.Part] | None = None,
+) -> io.NodeOutput:
+    bridge.find_roles(model)
+    base = bridge.base_fingerprint(model)
+    job = Job(model, base, latent, positive, stage, frozen or {}, bridge.training_dtype(model, precision))
+    ((lora, losses, before),) = remembered(
+        [job], hidden, bridge.Progress(model, stage, hidden and hidden.unique_id), memory
+    )
+    told = "trained before" if before else None
+    curve = {"consislora_loss": [bridge.loss_curve(stage, losses, told=told)]}
+    return io.NodeOutput(lora, {"loss": losses}, lora_file.to_state_dict(lora), ui=curve)
+
+
+def train_each(
+    hidden: io.HiddenHolder | None,
+    model: ModelPatcher,
+    latent: dict,
+    positive: list,
+    stage: Stage,
+    precision: str,
+    memory: str,
+    at_once: int,
+) -> list[ImageLora]:
+    """The LoRA of each image; those that the store does not have are trained `at_once` at a time."""
+    bridge.find_roles(model)
+    bridge.check_latent(model, latent)
+    base, dtype, store = bridge.base_fingerprint(model), bridge.training_dtype(model, precision), bridge.store()
+    jobs = [Job(model, base, {"samples": one}, positive, stage, {}, dtype) for one in latent["samples"].split(1)]
+    keys = [bridge.training_key(*job) or number for number, job in enumerate(jobs)]
+    wanted = dict(zip(keys, jobs, strict=True))  # the same picture twice is one
+    missing = [key for key in wanted if not store.has(key)]
+    groups = [[key] for key in wanted if key not in missing]
+    groups += [missing[start : start + at_once] for start in range(0, len(missing), at_once)]
+    found = {}
+    for number, group in enumerate(groups):
+        progress = bridge.Progress(model, stage, hidden and hidden.unique_id, run=(number, len(groups)))
+        found |= zip(group, remembered([wanted[key] for key in group], hidden, progress, memory), strict=True)
+    return [found[key].lora for key in keys]
+
+
+def remembered(
+    jobs: list[Job], hidden: io.HiddenHolder | None, progress: bridge.Progress, memory: str
+) -> list[Trained]:
+    """What the jobs give: from the store, or trained now, side by side."""
+    keys = [bridge.training_key(*job) for job in jobs]
+    if None in keys:
+        return run(jobs, hidden, progress, memory)
+    store, stage = bridge.store(), jobs[0].stage
+    with ExitStack() as locks:
+        for key in sorted(keys):  # in one order everywhere, so that no two processes wait for each other
+            locks.enter_context(store.locked(key, waiting=bridge.stop_if_cancelled))
+        found = {key: Trained(*known, before=True) for key in keys if (known := store.find(key))}
+        if found:
+            logging.info("ConsisLoRA %s stage: trained before, taken from %s.", stage.name, store.folder)
+        missing = {key: job for key, job in zip(keys, jobs, strict=True) if key not in found}
+        if missing:
+            name = keys[0] if len(missing) == 1 else fingerprint(list(missing))  # of the checkpoint
+            resume, save = partial(store.resume, name), partial(store.save_checkpoint, name)
+            for key, trained in zip(
+                missing, run(list(missing.values()), hidden, progress, memory, resume, save), strict=True
+            ):
+                store.keep(key, trained.lora, trained.losses)
+                found[key] = trained
+            store.drop_checkpoint(name)
+    return [found[key] for key in keys]
+
+
+def run(
+    jobs: list[Job],
+    hidden: io.HiddenHolder | None,
+    progress: bridge.Progress,
+    memory: str,
+    resume: Callable[[Trainer], list] = lambda trainer: [],
+    save: Callable[[Trainer, list], None] = lambda trainer, losses: None,
+) -> list[Trained]:
+    """Trains jobs that differ in nothing but their latents, side by side.
+
+    resume: sets a new trainer to where an earlier one was left, and gives the losses until there, for each step those
+    of all jobs. save: keeps a trainer for it, every `CHECKPOINT_EVERY` steps and on a cancel. Raises OutOfMemory with
+    advice.
+    """
+    try:
+        return _run(jobs, hidden, progress, memory, resume, save)
+    except bridge.OutOfMemory:
+        pass
+    # Out here no traceback holds the tensors of the training any more.
+    height, width = (8 * side for side in jobs[0].latent["samples"].shape[-2:])
+    fewer = f", fewer than {len(jobs)} images at once" if len(jobs) > 1 else ""
+    raise bridge.OutOfMemory(
+        f"There is not enough memory to train on {width} x {height} pixels in {jobs[0].dtype}. Close what else uses "
+        "the graphics card and queue again: training goes on from its last checkpoint. Or choose memory lean"
+        f"{fewer}, a smaller image, precision bf16, or a lower rank."
+    )
+
+
+def _run(
+    jobs: list[Job],
+    hidden: io.HiddenHolder | None,
+    progress: bridge.Progress,
+    memory: str,
+    resume: Callable[[Trainer], list],
+    save: Callable[[Trainer, list], None],
+) -> list[Trained]:
+    model, _, _, positive, stage, frozen, dtype = jobs[0]
+    latent = {"samples": torch.cat([job.latent["samples"] for job in jobs])}
+    with bridge.open_for_training(model, (len(jobs), *latent["samples"].shape[1:]), dtype, memory) as denoiser:
+        z_0 = bridge.clean_latents(model, latent)
+        cond = bridge.encoded_conditioning(model, positive, z_0)
+        apart = len(jobs) > 1
+        if apart:
+            frozen = [frozen] * len(jobs)
+        with Trainer(denoiser, z_0, cond, stage, frozen, bridge.loss_scale(dtype), apart) as trainer:
+            losses = resume(trainer)
+            progress.losses = [sum(step) / len(step) for step in losses]
+            if losses:
+                logging.info("ConsisLoRA %s stage: goes on from step %d.", stage.name, trainer.step)
+            try:
+                for event in trainer:
+                    losses.append(event.losses)
+                    progress.losses.append(event.loss)
+                    if event.step % CHECKPOINT_EVERY == 0:
+                        save(trainer, losses)
+                    progress.show(event)
+            except bridge.Cancelled:
+                save(trainer, losses)
+                raise
+            return [
+                Trained(ImageLora(trainer.parts(row), job.origin(hidden)), [step[row] for step in losses])
+                for row, job in enumerate(jobs)
+            ]

@@ -27,13 +27,13 @@ def pytest_addoption(parser):
     )
 
 
-def load_comfy(base: Path) -> ModuleType:
-    """Import ComfyUI into this process, on the CPU, with `base` as its base directory."""
+def load_comfy(base: Path, cpu: bool = True) -> ModuleType:
+    """Import ComfyUI into this process, on the CPU unless told otherwise, with `base` as its base directory."""
     sys.path.insert(0, str(COMFYUI))
     from comfy.cli_args import args
 
     # ComfyUI reads these on import, and a test must neither need a GPU nor write into ComfyUI's own folders.
-    args.cpu = True
+    args.cpu = cpu
     args.base_directory = str(base)
     args.use_pytorch_cross_attention = True
     import comfy.sd

@@ -29,17 +29,22 @@ def diffusers_host(tensors, request):
 
 
 @contextmanager
-def comfy_host(tensors, request):
+def comfy_host(tensors, request, memory="fast"):
     """The very path the training nodes take, with latents as VAE Encode gives them."""
     pack = request.getfixturevalue("pack")
     bridge, model = pack.nodes.bridge, comfy_model()
     latent = {"samples": tensors["z_0"] / INDEX["vae_scaling_factor"]}
-    with torch.inference_mode(), bridge.open_for_training(model, latent["samples"].shape, torch.float32) as denoiser:
+    shape = latent["samples"].shape
+    with torch.inference_mode(), bridge.open_for_training(model, shape, torch.float32, memory) as denoiser:
         z_0 = bridge.clean_latents(model, latent)
         yield denoiser, z_0, bridge.encoded_conditioning(model, comfy_conditioning(tensors), z_0)
 
 
-HOSTS = pytest.mark.parametrize("host", [diffusers_host, comfy_host])
+def lean_comfy_host(tensors, request):
+    return comfy_host(tensors, request, "lean")
+
+
+HOSTS = pytest.mark.parametrize("host", [diffusers_host, comfy_host, lean_comfy_host])
 
 
 @HOSTS

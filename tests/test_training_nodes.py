@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from reference import INDEX, comfy_conditioning, comfy_model, run
+from reference import INDEX, comfy_conditioning, comfy_model, relative_error, run
 
 TENSORS = run("stage1_content")
 FEW_STEPS = dict(steps=3, transition_step=2, learning_rate=1e-3, reconstruction_learning_rate=1e-3, rank=2, seed=0)
@@ -176,6 +176,40 @@ def test_every_precision_trains_nearly_alike(nodes, comfy, precision):
     assert train_image(nodes, comfy_model(), precision=precision)[1]["loss"] == pytest.approx(expected, rel=0.1)
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_lean_trains_the_same_bits_as_fast_and_keeps_less_for_the_way_back(nodes, comfy, store, precision):
+    model, trained, kept = comfy_model(), {}, {}
+    for memory in ("fast", "lean"):
+        sizes = []
+
+        def note(tensor, sizes=sizes):
+            sizes.append(tensor.nbytes)
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            lora, loss_map, _ = train_image(nodes, model, precision=precision, memory=memory)
+        trained[memory], kept[memory] = (bits(lora), loss_map), sum(sizes)
+        shutil.rmtree(store.folder)
+    assert trained["lean"] == trained["fast"]
+    assert kept["lean"] < kept["fast"] / 2
+
+
+def test_auto_trains_lean_where_memory_is_short_and_says_so(nodes, comfy, store, monkeypatch, caplog):
+    import comfy.model_management
+
+    caplog.set_level(logging.INFO)
+    lora, *_ = train_image(nodes, comfy_model())
+    assert "memory auto trains fast" in caplog.text
+    shutil.rmtree(store.folder)
+
+    def little(device=None, torch_free_too=False):
+        return (1e6, 1e6) if torch_free_too else 1e6
+
+    monkeypatch.setattr(comfy.model_management, "get_free_memory", little)
+    assert bits(train_image(nodes, comfy_model())[0]) == bits(lora)
+    assert "memory auto trains lean" in caplog.text
+
+
 @pytest.mark.parametrize("shape", [(16, 24), (20, 12), (17, 16)])
 def test_latents_of_any_size_and_aspect_train(nodes, comfy, shape):
     latent = {"samples": torch.randn(1, 4, *shape, generator=torch.Generator().manual_seed(0))}
@@ -196,9 +230,10 @@ def test_size_conditioning_is_the_pictures_own_size_unless_the_conditioning_name
     assert not torch.equal(own, different)
 
 
+@pytest.mark.parametrize("memory", ["fast", "lean"])
 @pytest.mark.parametrize("ending", ["success", "cancel", "failure"])
 @pytest.mark.parametrize("stored", [torch.float32, torch.float16], ids=["fp32", "fp16"])
-def test_the_users_model_is_exactly_as_it_was(nodes, pack, ending, stored, monkeypatch):
+def test_the_users_model_is_exactly_as_it_was(nodes, pack, ending, stored, memory, monkeypatch):
     import comfy.model_management
 
     model = loaded_model(dtype=stored, manual_cast=torch.float32)
@@ -215,11 +250,11 @@ def test_the_users_model_is_exactly_as_it_was(nodes, pack, ending, stored, monke
 
     monkeypatch.setattr(pack.nodes.bridge.Progress, "show", end_early)
     if ending == "success":
-        train_image(nodes, model)
+        train_image(nodes, model, memory=memory)
     else:
         stop = RuntimeError if ending == "failure" else comfy.model_management.InterruptProcessingException
         with pytest.raises(stop):
-            train_image(nodes, model)
+            train_image(nodes, model, memory=memory)
         assert steps_seen == [1, 2]
     assert everything_about(model) == before
     assert torch.equal(picture(model), before_picture)
@@ -505,6 +540,62 @@ def test_cancel_and_queue_again_goes_on_and_ends_with_the_same_bits(nodes, comfy
     assert "image stage: goes on from step 4" in caplog.text
     assert bits(lora) == bits(whole)
     assert again_loss_map == loss_map
+
+
+def images(*shifts):
+    z_0 = inputs()["latent"]["samples"]
+    return {"samples": torch.cat([z_0.roll(shift, -1) for shift in shifts])}
+
+
+def train_each(nodes, model, *shifts, **changes):
+    given = {"latent": images(*shifts), "learning_rate": 2e-4, "reconstruction_learning_rate": 1e-4, "at_once": 2}
+    with torch.inference_mode():
+        return nodes.TrainImages.execute(model, **inputs(**{**given, **changes})).result[0]
+
+
+def weights(lora):
+    parts = (part for _, part in sorted(lora.parts.items()))
+    return torch.cat([side.flatten() for part in parts for _, layer in sorted(part.items()) for side in layer[:2]])
+
+
+def test_each_image_gets_the_lora_it_would_get_alone_and_is_never_trained_again(nodes, comfy, steps, store):
+    rates = dict(learning_rate=2e-4, reconstruction_learning_rate=1e-4)
+    model = comfy_model()
+    alone = [train_image(nodes, model, latent=images(shift), **rates)[0] for shift in (0, 1, 2)]
+    shutil.rmtree(store.folder)
+    train_image(nodes, model, latent=images(1), **rates)
+    steps.clear()
+    each = train_each(nodes, model, 0, 1, 2, 0)
+    assert steps == [1, 2, 3]
+    for ours, theirs in zip(each, [*alone, alone[0]], strict=True):
+        assert relative_error(weights(ours), weights(theirs)) < 1e-4
+        assert ours.metadata == theirs.metadata
+    train_each(nodes, model, 2, 1, 0)
+    train_image(nodes, model, latent=images(2), **rates)
+    assert steps == [1, 2, 3]
+
+
+def test_cancel_among_several_images_keeps_what_is_done_and_goes_on(nodes, comfy, steps, store):
+    import comfy.model_management
+
+    whole = train_each(nodes, comfy_model(), 0, 1, 2, 3, 4)
+    shutil.rmtree(store.folder)
+    steps.clear()
+    steps.cancel_at = 2
+
+    with pytest.raises(comfy.model_management.InterruptProcessingException):
+        train_each(nodes, comfy_model(), 0, 1, 2, 3, 4)
+    assert steps == [1, 2]
+    steps.cancel_at = None
+    again = train_each(nodes, comfy_model(), 0, 1, 2, 3, 4)
+    assert steps == [1, 2, 3, 1, 2, 3, 1, 2, 3]
+    assert [bits(lora) for lora in again] == [bits(lora) for lora in whole]
+    assert not list(store.folder.glob("*.checkpoint"))
+
+
+def test_images_of_no_latent_are_refused(nodes, comfy):
+    with pytest.raises(ValueError, match="latent has shape"):
+        train_each(nodes, comfy_model(), 0, latent={"samples": torch.zeros(0, 4, 16, 16)})
 
 
 def test_a_loss_that_is_not_finite_keeps_the_last_good_checkpoint(nodes, comfy, steps, store, monkeypatch):
