@@ -10,6 +10,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from ..consislora_core import __version__
+from ..consislora_core.files import written_whole
 from . import bridge, drawing, provenance
 from .sockets import CATEGORY, aliases
 
@@ -54,7 +55,9 @@ class SaveSigned(io.ComfyNode):
         saved = []
         for image in images:
             path = bridge.new_picture_path(filename_prefix, image.shape[1], image.shape[0])
-            path.write_bytes(signed(png(drawing.to_picture(image), texts), record, path.name, algorithm))
+            file = signed(png(drawing.to_picture(image), texts), record, path.name, algorithm)
+            with written_whole(path) as unfinished:
+                unfinished.write_bytes(file)
             subfolder = path.parent.relative_to(bridge.output_folder()).as_posix()
             saved.append(ui.SavedResult(path.name, "" if subfolder == "." else subfolder, io.FolderType.output))
         return io.NodeOutput(ui=ui.SavedImages(saved))
