@@ -1,5 +1,6 @@
 """`python benchmarks/training.py`: what a training step costs in time and memory, side by side with other ways.
 
+Prints Markdown, for benchmarks/results/training.md, and draws training.png beside it.
 Ours, `fast` and `lean`; a plain recipe as published scripts have it (diffusers, PEFT, autocast, AdamW); ComfyUI's own
 TrainLoraNode. Same shape of UNet, image, rank and precision; each measurement is a process of its own. On a CUDA device
 the UNet is SDXL's own size, on a CPU a narrow one. Exits with 1 if a bound in `BOUNDS` or `BATCH_BOUND` is missed.
