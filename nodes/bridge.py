@@ -89,9 +89,18 @@ def open_for_training(
         stack.enter_context(_computing_in(base, dtype))
         stack.enter_context(_keeping_no_casts(base.diffusion_model))
         stack.enter_context(_reading_text_once(base.diffusion_model))
-        if lean:
+        if lean and not _is_wrapped(options):
             stack.enter_context(_recomputing(base.diffusion_model))
         yield Denoiser(base.diffusion_model, denoise, base.model_sampling.sigmas.detach().clone().float())
+
+
+def _is_wrapped(options: dict) -> bool:
+    """Whether nodes act around the forward pass, such as Apply ConsisLoRA: they would be missing on the way back."""
+    kind = comfy.patcher_extension.WrappersMP.DIFFUSION_MODEL
+    wrapped = bool(comfy.patcher_extension.get_all_wrappers(kind, options))
+    if wrapped:
+        logging.info("ConsisLoRA: other nodes act on this model, so it cannot train lean and trains fast.")
+    return wrapped
 
 
 def loss_scale(dtype: torch.dtype) -> float:
