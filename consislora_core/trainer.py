@@ -90,7 +90,7 @@ class Trainer:
                 betas=self.stage.betas,
                 eps=self.stage.eps,
                 weight_decay=self.stage.weight_decay,
-                fused=True,
+                fused=self.z_0.device.type in ("cpu", "cuda"),  # other devices may have none
             )
             self._stack = stack.pop_all()
         del self.start  # the UNet has its own copies now

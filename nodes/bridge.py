@@ -43,8 +43,9 @@ NEARLY_CLEAN = 1e-4  # a sigma to rise from: at 0 there is no direction to rise 
 Cancelled = comfy.model_management.InterruptProcessingException
 OutOfMemory = comfy.model_management.OOM_EXCEPTION  # on which ComfyUI unloads its models
 MEMORY = ("auto", "fast", "lean")
-# The most that a step holds beside weights and LoRA, in values per latent pixel and model channel, rounded up: what is
-# kept for the way back grows with both, since attention keeps no scores (benchmarks/training.py prints it).
+# About what a step holds beside weights and LoRA, in values per latent pixel and model channel; it grows with both,
+# since attention keeps no scores. From UNets of 64 to 128 channels (the activations that benchmarks/memory.py counts
+# are 280 for fast), with room for what comes and goes.
 KEPT = {"fast": 400, "lean": 100}
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -91,9 +92,18 @@ def open_for_training(
         stack.enter_context(_computing_in(base, dtype))
         stack.enter_context(_keeping_no_casts(base.diffusion_model))
         stack.enter_context(_reading_text_once(base.diffusion_model))
-        if lean:
+        if lean and not _is_wrapped(options):
             stack.enter_context(_recomputing(base.diffusion_model))
         yield Denoiser(base.diffusion_model, denoise, base.model_sampling.sigmas.detach().clone().float())
+
+
+def _is_wrapped(options: dict) -> bool:
+    """Whether nodes act around the forward pass, such as Apply ConsisLoRA: they would be missing on the way back."""
+    kind = comfy.patcher_extension.WrappersMP.DIFFUSION_MODEL
+    wrapped = bool(comfy.patcher_extension.get_all_wrappers(kind, options))
+    if wrapped:
+        logging.info("ConsisLoRA: other nodes act on this model, so it cannot train lean and trains fast.")
+    return wrapped
 
 
 def loss_scale(dtype: torch.dtype) -> float:

@@ -194,6 +194,17 @@ def test_lean_trains_the_same_bits_as_fast_and_keeps_less_for_the_way_back(nodes
     assert kept["lean"] < kept["fast"] / 2
 
 
+def test_lean_trains_a_model_with_loras_applied_as_fast_does(nodes, pack, store):
+    model = comfy_model()
+    lora, *_ = train_image(nodes, model)
+    with torch.inference_mode():
+        applied = pack.nodes.lora.Apply.execute(model, 8.0, 8.0, content=lora, style=lora).result[0]
+    fast, *_ = train_image(nodes, applied, memory="fast")
+    shutil.rmtree(store.folder)
+    lean, *_ = train_image(nodes, applied, memory="lean")
+    assert bits(lean) == bits(fast)
+
+
 def test_auto_trains_lean_where_memory_is_short_and_says_so(nodes, comfy, store, monkeypatch, caplog):
     import comfy.model_management
 
