@@ -12,6 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -94,7 +95,7 @@ class Store:
         path = self._path(key, LORA)
         with self._tolerant(path), suppress(FileNotFoundError):
             kept = lora_file.read(path)
-            record = _record(kept.metadata, key)
+            record = _record(kept.metadata, key, _is_number)
             with suppress(OSError):  # a folder that is read-only still gives what it has
                 os.utime(path)  # it was used
                 self._path(key, CHECKPOINT).unlink(missing_ok=True)  # left if `keep` was killed at its end
@@ -110,8 +111,8 @@ class Store:
             self._path(key, CHECKPOINT).unlink(missing_ok=True)
             self._make_room(key)
 
-    def save_checkpoint(self, key: str, trainer: Trainer, losses: list) -> None:
-        """losses: of every step so far, in any form that JSON has."""
+    def save_checkpoint(self, key: str, trainer: Trainer, losses: list[tuple[float, ...]]) -> None:
+        """losses: of every step so far, of each LoRA."""
         record = json.dumps({"key": key, "losses": losses})
         with self._tolerant():
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -122,16 +123,16 @@ class Store:
         with self._tolerant():
             self._path(key, CHECKPOINT).unlink(missing_ok=True)
 
-    def resume(self, key: str, trainer: Trainer) -> list:
+    def resume(self, key: str, trainer: Trainer) -> list[tuple[float, ...]]:
         """Puts a new trainer where the last checkpoint left it; the losses until there, none without a checkpoint."""
         path = self._path(key, CHECKPOINT)
         with self._tolerant(path), suppress(FileNotFoundError), safe_open(path, framework="pt") as file:
-            record = _record(file.metadata(), key)
+            record = _record(file.metadata(), key, partial(_are_numbers, trainer.rows))
             shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
             if shapes != trainer.state_shapes():  # before a tensor takes memory
                 raise ValueError("its tensors are those of another training")
             trainer.load_state_dict({name: file.get_tensor(name) for name in shapes})
-            return record["losses"]
+            return [tuple(losses) for losses in record["losses"]]
         return []
 
     def _path(self, key: str, kind: str) -> Path:
@@ -200,10 +201,18 @@ def _acquired(lock: FileLock, waiting: Callable[[], None]) -> Iterator[None]:
         lock.release()
 
 
-def _record(metadata: dict[str, str] | None, key: str) -> dict:
+def _is_number(loss: object) -> bool:
+    return isinstance(loss, float)
+
+
+def _are_numbers(count: int, losses: object) -> bool:
+    return isinstance(losses, list) and len(losses) == count and all(map(_is_number, losses))
+
+
+def _record(metadata: dict[str, str] | None, key: str, is_loss: Callable[[object], bool]) -> dict:
     try:
         record = json.loads((metadata or {}).get(RECORD, "null"))
-        ours = record["key"] == key and all(isinstance(loss, float) for loss in record["losses"])
+        ours = record["key"] == key and all(map(is_loss, record["losses"]))
         texts = record.get("metadata", {})
         if ours and all(isinstance(text, str) for text in texts.values()):
             return {"losses": record["losses"], "metadata": texts}

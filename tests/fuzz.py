@@ -58,7 +58,7 @@ def stored(folder: Path) -> tuple[list[bytes], list[bytes]]:
     state = {name: torch.ones(shape) for name, shape in STATE.items()}
     store = Store(folder, MOST_MEMORY)
     store.keep(KEY, ImageLora({"content": {"transformer_blocks.0.attn1.to_q": layer}}, {}), [0.5])
-    store.save_checkpoint(KEY, SimpleNamespace(state_dict=lambda: state), [0.5])
+    store.save_checkpoint(KEY, SimpleNamespace(state_dict=lambda: state), [(0.5,)])
     return [(folder / f"{KEY}.lora").read_bytes()], [(folder / f"{KEY}.checkpoint").read_bytes()]
 
 
@@ -68,7 +68,7 @@ def targets(folder: Path) -> dict[str, tuple[list[bytes], Callable]]:
     from consislora_core.store import Store
 
     store, (loras, checkpoints) = Store(folder, MOST_MEMORY), stored(folder)
-    trainer = SimpleNamespace(state_shapes=lambda: STATE, load_state_dict=lambda state: None)
+    trainer = SimpleNamespace(rows=1, state_shapes=lambda: STATE, load_state_dict=lambda state: None)
     return {
         "a.safetensors": (loras, lora_file.read),
         f"{KEY}.lora": (loras, lambda path: store.find(KEY)),

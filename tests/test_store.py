@@ -61,11 +61,11 @@ def trained(host, store=None, key=KEYS[0], cut_at=None, **settings):
     with Trainer(*host, image_stage(**SHORT | settings)) as trainer:
         losses = store.resume(key, trainer) if store else []
         for event in trainer:
-            losses.append(event.loss)
+            losses.append(event.losses)
             if event.step == cut_at:
                 store.save_checkpoint(key, trainer, losses)
                 break
-        return losses, ImageLora(trainer.parts(), {})
+        return [loss for (loss,) in losses], ImageLora(trainer.parts(), {})
 
 
 def files(store) -> list[str]:
@@ -177,7 +177,7 @@ def test_a_step_that_is_cut_short_is_done_again_with_the_same_noise(host, store)
     with Trainer(model._replace(denoise=stops), z_0, cond, image_stage(**SHORT)) as trainer:
         with pytest.raises(KeyboardInterrupt):
             list(trainer)
-        store.save_checkpoint(KEYS[0], trainer, [0.0] * trainer.step)
+        store.save_checkpoint(KEYS[0], trainer, [(0.0,)] * trainer.step)
     assert equal(trained(host, store)[1], trained(host)[1])
 
 
@@ -313,10 +313,10 @@ def test_what_the_disk_refuses_is_told_once_and_training_goes_on(host, store, ca
         with Trainer(*host, image_stage(**SHORT)) as trainer:
             losses = store.resume(KEYS[0], trainer)
             for event in trainer:
-                losses.append(event.loss)
+                losses.append(event.losses)
                 store.save_checkpoint(KEYS[0], trainer, losses)
             result = ImageLora(trainer.parts(), {})
-        store.keep(KEYS[0], result, losses)
+        store.keep(KEYS[0], result, [loss for (loss,) in losses])
     assert equal(result, trained(host)[1])
     assert caplog.text.count("Training goes on, but may not be remembered or resumed") == 1
     assert not list(store.folder.parent.rglob("*.tmp"))
