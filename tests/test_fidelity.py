@@ -12,7 +12,8 @@ from images import loaded
 from safetensors import safe_open
 
 from benchmarks.fidelity.judges import DEMO, KINDS, load_judge
-from benchmarks.fidelity.pairs import CONTENT_SET, PAIRS, STYLE_SETS
+from benchmarks.fidelity.pairs import ALIGNED_SETS, CONTENT_SET, PAIRS, STYLE_SETS
+from benchmarks.fidelity.report import Bench
 from consislora_core.metrics import content_similarity, perceptual_distance, style_similarity
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -135,3 +136,21 @@ def test_judges_are_small_and_say_how_often_they_are_right(judge):
     assert all(accuracy[group] > share for group, share in least[name].items())
     known = {label[{"style": 0, "content": 1}[name]] for label in DEMO}
     assert known <= set(judge.names)
+
+
+# ---- the report
+
+
+def test_an_interval_is_over_the_images_that_pairs_share():
+    bench = Bench(None, PAIRS["report"], 1.0)
+    looks = torch.linspace(0, 1, len(bench.styles))
+    found = bench.estimate(looks.repeat(len(bench.contents)))  # told by the style image alone
+    alone = looks.std(unbiased=False).item() / len(looks) ** 0.5
+    assert found.mean == pytest.approx(0.5)
+    assert found.high - found.low == pytest.approx(2 * 1.96 * alone, rel=0.05)
+
+
+def test_a_score_that_only_some_pairs_have_is_the_mean_over_those():
+    bench = Bench(None, PAIRS["report"], 1.0)
+    aligned = torch.tensor([pair.style[0] in ALIGNED_SETS for pair in bench.pairs])
+    assert bench.estimate(torch.where(aligned, 0.25, torch.nan)) == (0.25, 0.25, 0.25)

@@ -92,7 +92,7 @@ CONTENDERS = {
     "h": Contender("img2img, style LoRA", PAPER, denoise=0.7),
 }
 DIFFERENCES = ("c-b", "b-a", "c-a", "c-d", "c-e", "c-f", "g-c", "h-c")
-COLOURS = ("#3f789e", "#c0562b")
+TRADED, COLOURS = ("content", "style"), ("#3f789e", "#c0562b")
 
 # For the base model asked by name: things and drawings that it has learned.
 SEEN = ("cat-face", "rocket", "red-apple", "house", "guitar", "automobile", "key", "bell")
@@ -198,8 +198,10 @@ class Bench:
             grid[self.contents.index(pair.content), self.styles.index(pair.style)] = value
         rng = np.random.default_rng(0)
         rows, columns = (rng.integers(n, size=(RESAMPLES, n)) for n in grid.shape)
-        means = np.nanmean(grid[rows[:, :, None], columns[:, None]], (1, 2))
-        return Estimate(np.nanmean(grid), *np.nanquantile(means, [0.025, 0.975]))
+        cells = grid[rows[:, :, None], columns[:, None]]
+        counts = np.isfinite(cells).sum((1, 2))
+        means = np.nansum(cells, (1, 2))[counts > 0] / counts[counts > 0]
+        return Estimate(np.nanmean(grid), *np.quantile(means, [0.025, 0.975]))
 
 
 # ---- what a score can be
@@ -219,12 +221,13 @@ def references(bench: Bench) -> dict[str, dict[str, Tensor]]:
     }
 
 
-def asked_by_name(studio: Studio) -> dict[str, Estimate]:
-    """Of the base model without LoRA, for things and looks that it has learned."""
+def asked_by_name(studio: Studio) -> list[Estimate]:
+    """The first four scores of the base model without LoRA, for things and looks that it has learned."""
     bench = Bench(studio, [Pair((CONTENT_SET, thing), style) for thing in SEEN for style in SEEN_LOOKS], 1.0)
     prompts = [f"a {pair.content[1].replace('-', ' ')} in the style of {pair.style[0]}" for pair in bench.pairs]
     pictures = [studio.picture(None, None, seed, prompt) for seed, prompt in enumerate(prompts)]
-    return {name: bench.estimate(values) for name, values in bench.scores(torch.cat(pictures), bench.pairs).items()}
+    scores = bench.scores(torch.cat(pictures), bench.pairs)
+    return [bench.estimate(scores[name]) for name in SCORES[:4]]
 
 
 # ---- the report
@@ -330,7 +333,7 @@ def scores_section(bench: Bench, measured: dict[str, dict[str, Tensor]], contend
         for name, scores in measured.items()
     ]
     others = [[name, *map(bench.estimate, scores.values())] for name, scores in references(bench).items()]
-    others.append(["the base model, asked by name", *asked_by_name(bench.studio).values()])
+    others.append(["the base model, asked by name", *asked_by_name(bench.studio), "", ""])
     return SCORES_TEXT.format(
         contenders=table(["", "contender", "steps: content, style", *SCORES], rows),
         references=table(["picture", *SCORES], others),
@@ -352,61 +355,54 @@ def curve_section(bench: Bench, folder: Path) -> str:
     some = [pair for i, pair in enumerate(bench.pairs) if (i // len(bench.styles) + i) % 4 == 0]
     rows, curves = [], {}
     for role in ("content", "style"):
-        for scale in SCALES:
-            given = GUIDED | {f"{role}_guidance": scale}
-            scores = bench.measured(Contender(f"{role} guidance {scale:g}", PAPER, given=given), some)
+        sweep = [Contender(f"{role} guidance {g:g}", PAPER, given=GUIDED | {f"{role}_guidance": g}) for g in SCALES]
+        measured = [bench.measured(contender, some) for contender in sweep]
+        for contender, scores in zip(sweep, measured, strict=True):
             found = {name: bench.estimate(scores[name], some) for name in SCORES[:4]}
-            rows.append([f"{role} guidance {scale:g}", *found.values()])
-            curves.setdefault(f"{role} guidance", []).append((f"{scale:g}", found["content"], found["style"]))
+            moved = [bench.estimate(scores[name] - measured[0][name], some) for name in TRADED]
+            rows.append([contender.label, *found.values(), *moved])
+        curves[f"{role} guidance"] = [tuple(scores[name].mean().item() for name in TRADED) for scores in measured]
     keep_small(plane(curves), folder / "fidelity_curve.png")
-    return CURVE_TEXT.format(pairs=len(some), table=table(["", *SCORES[:4]], rows))
+    header = ["", *SCORES[:4], *(f"{name}, less that at 0" for name in TRADED)]
+    return CURVE_TEXT.format(pairs=len(some), table=table(header, rows))
 
 
-def plane(curves: dict[str, list[tuple[str, Estimate, Estimate]]]) -> Image.Image:
-    """Style over content, a labelled point at each place, with its intervals."""
+def plane(curves: dict[str, list[tuple[float, float]]]) -> Image.Image:
+    """Style over content, a curve through SCALES for each guidance."""
     page = Image.new("RGB", (1100, 900), "white")
-    pen, points = ImageDraw.Draw(page), [point for curve in curves.values() for point in curve]
-    spans = [(min(p[axis].low for p in points), max(p[axis].high for p in points)) for axis in (1, 2)]
+    pen = ImageDraw.Draw(page)
+    spans = [
+        (min(values), max(values)) for values in zip(*(p for curve in curves.values() for p in curve), strict=True)
+    ]
 
-    def at(x, y):
-        return tuple(
-            start + size * (value - low) / (high - low)
-            for start, size, value, (low, high) in zip((110, 820), (940, -740), (x, y), spans, strict=True)
-        )
+    def at(point):
+        parts = zip((130, 820), (880, -720), point, spans, strict=True)
+        return tuple(start + size * (value - low) / (high - low) for start, size, value, (low, high) in parts)
 
     for axis, (low, high) in enumerate(spans):
         step = float(f"{(high - low) / 5:.0e}")  # one digit
         for tick in np.arange(math.ceil(low / step), math.floor(high / step) + 1) * step:
             ends = [(tick, edge) if axis == 0 else (edge, tick) for edge in spans[1 - axis]]
-            pen.line([at(*end) for end in ends], "lightgray", width=2)
-            pen.text(at(*ends[0]), f" {tick:.3g} ", "black", font_size=24, anchor=("mt", "rm")[axis])
+            pen.line([at(end) for end in ends], "lightgray", width=2)
+            pen.text(at(ends[0]), f" {tick:.3g} ", "black", font_size=24, anchor=("mt", "rm")[axis])
     pen.text((1050, 860), "content", "black", font_size=28, anchor="rt")
     pen.text((20, 20), "style", "black", font_size=28)
-    for i, (name, curve) in enumerate(curves.items()):
-        colour = COLOURS[i % len(COLOURS)]
+    for i, ((name, curve), colour) in enumerate(zip(curves.items(), COLOURS, strict=True)):
         pen.text((260 + 320 * i, 20), name, colour, font_size=28)
-        pen.line([at(x.mean, y.mean) for _, x, y in curve], colour, width=4)
-        for label, x, y in curve:
-            pen.line([at(x.low, y.mean), at(x.high, y.mean)], colour, width=1)
-            pen.line([at(x.mean, y.low), at(x.mean, y.high)], colour, width=1)
-            pen.text(at(x.mean, y.mean), f" {label}", colour, font_size=26, anchor="lb")
+        pen.line([at(point) for point in curve], colour, width=4)
+        for scale, point in zip(SCALES, curve, strict=True):
+            pen.text(at(point), f" {scale:g}", colour, font_size=26, anchor="lb")
     return page
 
 
 def sheet_section(bench: Bench, contenders: dict[str, Contender], folder: Path) -> str:
-    some = [pair for i, pair in enumerate(bench.pairs) if i // len(bench.styles) == i % len(bench.styles)]
-    some += [
-        pair
-        for i, pair in enumerate(bench.pairs)
-        if (i // len(bench.styles) + 3) % len(bench.styles) == i % len(bench.styles)
-    ]
-    drawn = bench.studio.drawn
-    columns = {
-        "content": drawn(*(pair.content for pair in some)),
-        "style": drawn(*(pair.style for pair in some)),
-        **{name: bench.pictures(contender, some) for name, contender in contenders.items()},
-        "right answer": drawn(*(pair.truth for pair in some)),
-    }
+    some = [pair for i, pair in enumerate(bench.pairs) if (i // len(bench.styles) * 3 + i) % len(bench.styles) == 0]
+    contents, styles, truths = (
+        bench.studio.drawn(*drawings)
+        for drawings in zip(*((pair.content, pair.style, pair.truth) for pair in some), strict=True)
+    )
+    drawn = {name: bench.pictures(contender, some) for name, contender in contenders.items()}
+    columns = {"content": contents, "style": styles, **drawn, "right answer": truths}
     page = Image.new("RGB", (136 * len(columns), 24 + 136 * len(some)), "white")
     for i, (name, pictures) in enumerate(columns.items()):
         ImageDraw.Draw(page).text((136 * i + 68, 2), name, "black", font_size=18, anchor="mt")
@@ -425,12 +421,12 @@ def main() -> None:
     parser.add_argument("--work", type=Path, metavar="DIR", default=PACK / "benchmarks" / "work", help="for resuming")
     parser.add_argument("--few", action="store_true", help="six pairs; the results stay in DIR")
     parser.add_argument("--tune", action="store_true", help="the half for choosing settings; the results stay in DIR")
-    parser.add_argument("--scale", type=float, default=0.3, help="training steps, as a part of the paper's")
+    parser.add_argument("--scale", type=float, default=0.2, help="training steps, as a part of the paper's")
     options = parser.parse_args()
     split, contenders = ("tune", TRIED) if options.tune else ("report", CONTENDERS)
     results = options.work if options.tune or options.few else PACK / "benchmarks" / "results"
     bench = Bench(Studio(options.work), first_six(PAIRS[split]) if options.few else PAIRS[split], options.scale)
-    sections = [introduction(bench, " ".join(["", *sys.argv[1:]]))]
+    sections = [introduction(bench, " --few" * options.few + " --tune" * options.tune)]
     measured = {name: bench.measured(contender) for name, contender in contenders.items()}
     sections.append(scores_section(bench, measured, contenders))
     pairs = [f"{name}-c" for name in contenders if name != "c"] if options.tune else DIFFERENCES
