@@ -39,37 +39,38 @@ from benchmarks.fidelity.pairs import ALIGNED_SETS, CONTENT_SET, PAIRS, Drawing,
 from benchmarks.fidelity.studio import CFG, SAMPLER, SCHEDULER, STEPS, Own, Studio
 from consislora_core.metrics import leakage, perceptual_distance, ssim, structure_scores
 from consislora_core.roles import ROLES
-from consislora_core.schedule import NOISE, RECONSTRUCTION, Phase, Stage
+from consislora_core.schedule import NOISE, RECONSTRUCTION, VELOCITY, Phase, Stage
 from demo.server import PACK
 
-RATES = {NOISE: 1e-3, RECONSTRUCTION: 5e-4}  # the demo workflow's
+FAST, SLOW = 1e-3, 5e-4  # learning rates, the demo workflow's
 GUIDED = {"content_guidance": 1.0, "style_guidance": 1.0}
 SCALES = (0.0, 0.5, 1.0, 2.0, 4.0, 10.0)
 SCORES = ("content", "outlines", "style", "leakage", "SSIM", "perceptual distance")
 
 
-class Recipe(NamedTuple):
-    """How an image comes by its LoRA: losses of stage 1 and of stage 2, each with its steps in the paper's schedule.
+Runs = tuple[tuple[int, str, float], ...]  # steps in the paper's schedule, loss, learning rate
 
-    Without a stage 2 the style part is that of stage 1. everywhere: on all attention layers, in place of two blocks.
-    rate: what RATES are multiplied with.
+
+class Recipe(NamedTuple):
+    """How an image comes by its LoRA: stage 1 and, for a style image, stage 2; without it the style part is stage 1's.
+
+    everywhere: on all attention layers, in place of two blocks.
     """
 
-    image: tuple[tuple[int, str], ...]
-    style: tuple[tuple[int, str], ...] = ()
+    image: Runs
+    style: Runs = ()
     everywhere: bool = False
-    rank: int = 64
-    rate: float = 1.0
 
 
-# In phases of 500 steps where another recipe begins alike, so that both share them.
-PAPER = Recipe(((500, NOISE), (1000, RECONSTRUCTION)), ((1000, RECONSTRUCTION),))
-B_LORA = Recipe(((500, NOISE), (500, NOISE)))
-PLAIN = Recipe(((1500, NOISE),), everywhere=True)
-NOISE_ONLY = Recipe(((500, NOISE),) * 3, ((1000, NOISE),))
+# In runs of 500 steps where another recipe begins alike, so that both share them.
+PAPER = Recipe(((500, NOISE, FAST), (1000, RECONSTRUCTION, SLOW)), ((1000, RECONSTRUCTION, SLOW),))
+B_LORA = Recipe(((500, NOISE, FAST),) * 2)
+PLAIN = Recipe(((1500, NOISE, FAST),), everywhere=True)
+NOISE_ONLY = Recipe(((500, NOISE, FAST),) * 3, ((1000, NOISE, FAST),))
 ONE_STAGE = PAPER._replace(style=())
-NO_TRANSITION = PAPER._replace(image=((1500, RECONSTRUCTION),))
-THIRD = Recipe(((167, NOISE), (333, RECONSTRUCTION)), ((333, RECONSTRUCTION),))
+NO_TRANSITION = PAPER._replace(image=((1500, RECONSTRUCTION, SLOW),))
+OURS = Recipe(((500, VELOCITY, FAST), (1000, VELOCITY, SLOW)), ((1000, VELOCITY, SLOW),))
+THIRD = Recipe(((167, NOISE, 2 * FAST), (333, RECONSTRUCTION, 2 * SLOW)), ((333, RECONSTRUCTION, 2 * SLOW),))
 
 
 class Contender(NamedTuple):
@@ -89,7 +90,9 @@ CONTENDERS = {
     "e": Contender("c, one stage", ONE_STAGE),
     "f": Contender("c, no transition", NO_TRANSITION),
     "g": Contender("c, guided", PAPER, given=GUIDED),
-    "h": Contender("img2img, style LoRA", PAPER, denoise=0.7),
+    "h": Contender("img2img, style LoRA", PAPER, denoise=0.6),
+    "i": Contender("ours", OURS),
+    "j": Contender("ours, guided", OURS, given=GUIDED),
 }
 DIFFERENCES = ("c-b", "b-a", "c-a", "c-d", "c-e", "c-f", "g-c", "h-c")
 TRADED, COLOURS = ("content", "style"), ("#3f789e", "#c0562b")
@@ -105,7 +108,7 @@ TRIED = {
     "content guidance 0": Contender("c, style guided", PAPER, given=GUIDED | {"content_guidance": 0.0}),
     "style guidance 2": Contender("c, guided 1 and 2", PAPER, given=GUIDED | {"style_guidance": 2.0}),
     "style strength 1.5": Contender("c, style stronger", PAPER, given={"style_strength": 1.5}),
-    "third, rate x 2": Contender("a third of the steps", THIRD._replace(rate=2.0)),
+    "third, rate x 2": Contender("a third of the steps", THIRD),
     **{f"h {denoise}": Contender("img2img", PAPER, denoise) for denoise in (0.5, 0.6, 0.7, 0.8)},
 }
 
@@ -121,12 +124,12 @@ class Bench:
 
     def stages(self, recipe: Recipe) -> tuple[Stage, Stage | None]:
         def phases(runs):
-            return tuple(Phase(round(self.scale * steps), loss, recipe.rate * RATES[loss]) for steps, loss in runs)
+            return tuple(Phase(round(self.scale * steps), loss, rate) for steps, loss, rate in runs)
 
         image, style = phases(recipe.image), phases(recipe.style)
         return (
-            Stage("image", ROLES, image, recipe.rank),
-            Stage("style", ROLES[1:], style, recipe.rank, noise_offset=0.03) if style else None,
+            Stage("image", ROLES, image),
+            Stage("style", ROLES[1:], style, noise_offset=0.03) if style else None,
         )
 
     def loras(self, recipe: Recipe) -> dict[Drawing, Own]:
@@ -239,7 +242,7 @@ INTRODUCTION = """\
 
 {pairs} pairs: {contents} content images, each in the look of {styles} style images of {sets} emoji sets, all things and
 sets new to the demo model, one seed a pair, the same for all. Training: the paper's schedule times {scale:g}, rank 64,
-learning rates of the demo workflow ({noise:g} for noise loss, {reconstruction:g} for reconstruction loss). Sampling:
+learning rates of the demo workflow ({fast:g} before the transition, {slow:g} after it and in stage 2). Sampling:
 {sampler} {scheduler}, {steps} steps, cfg {cfg:g}.
 
 - **content**: is it the same thing? Cosine of the content judge's features to the content image's.
@@ -306,8 +309,8 @@ def introduction(bench: Bench, options: str) -> str:
         styles=len(bench.styles),
         sets=len({emoji for emoji, _ in bench.styles}),
         scale=bench.scale,
-        noise=RATES[NOISE],
-        reconstruction=RATES[RECONSTRUCTION],
+        fast=FAST,
+        slow=SLOW,
         sampler=SAMPLER,
         scheduler=SCHEDULER,
         steps=STEPS,
@@ -321,7 +324,7 @@ def introduction(bench: Bench, options: str) -> str:
 
 def steps_of(contender: Contender, scale: float) -> str:
     def total(runs):
-        return round(scale * sum(steps for steps, _ in runs))
+        return round(scale * sum(steps for steps, *_ in runs))
 
     image, style = total(contender.recipe.image), total(contender.recipe.style)
     return f"{image}, {image} + {style}" if style else f"{image}, {image}"
