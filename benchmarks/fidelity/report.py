@@ -4,8 +4,8 @@ Every contender draws each content image's thing in each style image's look, on 
 have learned from real drawings only judge the pictures (judges.py), beside the right answers (pairs.py).
 
 A stopped run goes on where it was: LoRAs and pictures are in DIR, under all that determines them. `--few` takes six
-pairs, `--tune` the half that settings are chosen on; both leave their results in DIR. On a GPU take `--scale 1`, the
-paper's number of steps.
+pairs, and leaves its results in DIR. `--tune` takes the half that settings are chosen on, and all that was tried there.
+On a GPU take `--scale 1`, the paper's number of steps.
 """
 
 import argparse
@@ -43,9 +43,15 @@ from consislora_core.schedule import NOISE, RECONSTRUCTION, VELOCITY, Phase, Sta
 from demo.server import PACK
 
 FAST, SLOW = 1e-3, 5e-4  # learning rates, the demo workflow's
-GUIDED = {"content_guidance": 1.0, "style_guidance": 1.0}
+
+
+def guided(content: float, style: float) -> dict[str, float]:
+    return {"content_guidance": content, "style_guidance": style}
+
+
 SCALES = (0.0, 0.5, 1.0, 2.0, 4.0, 10.0)
-SCORES = ("content", "outlines", "style", "leakage", "SSIM", "perceptual distance")
+SCORES = ("content", "outlines", "style", "leakage", "sum", "SSIM", "perceptual distance")
+EVERYWHERE = SCORES[:5]  # for any pair
 
 
 Runs = tuple[tuple[int, str, float], ...]  # steps in the paper's schedule, loss, learning rate
@@ -71,6 +77,7 @@ ONE_STAGE = PAPER._replace(style=())
 NO_TRANSITION = PAPER._replace(image=((1500, RECONSTRUCTION, SLOW),))
 OURS = Recipe(((500, VELOCITY, FAST), (1000, VELOCITY, SLOW)), ((1000, VELOCITY, SLOW),))
 THIRD = Recipe(((167, NOISE, 2 * FAST), (333, RECONSTRUCTION, 2 * SLOW)), ((333, RECONSTRUCTION, 2 * SLOW),))
+OURS_IN_A_THIRD = Recipe(((167, VELOCITY, 2 * FAST), (333, VELOCITY, 2 * SLOW)), ((333, VELOCITY, 2 * SLOW),))
 
 
 class Contender(NamedTuple):
@@ -89,12 +96,13 @@ CONTENDERS = {
     "d": Contender("c, noise loss only", NOISE_ONLY),
     "e": Contender("c, one stage", ONE_STAGE),
     "f": Contender("c, no transition", NO_TRANSITION),
-    "g": Contender("c, guided", PAPER, given=GUIDED),
+    "g": Contender("c, guided", PAPER, given=guided(1.0, 1.0)),
     "h": Contender("img2img, style LoRA", PAPER, denoise=0.6),
-    "i": Contender("ours", OURS),
-    "j": Contender("ours, guided", OURS, given=GUIDED),
+    "i": Contender("velocity loss", OURS),
+    "j": Contender("velocity loss, guidance 0.5", OURS, given=guided(0.5, 0.5)),
+    "k": Contender("j in a third of the steps", OURS_IN_A_THIRD, given=guided(0.5, 0.5)),
 }
-DIFFERENCES = ("c-b", "b-a", "c-a", "c-d", "c-e", "c-f", "g-c", "h-c")
+DIFFERENCES = ("c-b", "b-a", "c-a", "c-d", "c-e", "c-f", "g-c", "h-c", "i-c", "j-c", "k-c")
 TRADED, COLOURS = ("content", "style"), ("#3f789e", "#c0562b")
 
 # For the base model asked by name: things and drawings that it has learned.
@@ -105,11 +113,21 @@ SEEN_LOOKS = (("twemoji", "pizza"), ("noto", "pizza"), ("emojione", "pizza"))
 TRIED = {
     "c": CONTENDERS["c"],
     "g": CONTENDERS["g"],
-    "content guidance 0": Contender("c, style guided", PAPER, given=GUIDED | {"content_guidance": 0.0}),
-    "style guidance 2": Contender("c, guided 1 and 2", PAPER, given=GUIDED | {"style_guidance": 2.0}),
-    "style strength 1.5": Contender("c, style stronger", PAPER, given={"style_strength": 1.5}),
-    "third, rate x 2": Contender("a third of the steps", THIRD),
-    **{f"h {denoise}": Contender("img2img", PAPER, denoise) for denoise in (0.5, 0.6, 0.7, 0.8)},
+    "g1": Contender("c, guidance 0.5", PAPER, given=guided(0.5, 0.5)),
+    "g2": Contender("c, content guidance 0.5", PAPER, given=guided(0.5, 0.0)),
+    "g3": Contender("c, content guidance 1", PAPER, given=guided(1.0, 0.0)),
+    "g4": Contender("c, style guidance 1", PAPER, given=guided(0.0, 1.0)),
+    "g5": Contender("c, content guidance 1, style guidance 2", PAPER, given=guided(1.0, 2.0)),
+    "g6": Contender("c, style strength 1.5", PAPER, given={"style_strength": 1.5}),
+    **{f"h{i}": Contender(f"img2img, denoise {d}", PAPER, d) for i, d in enumerate((0.5, 0.6, 0.7, 0.8))},
+    "v": Contender("velocity loss", OURS),
+    "v1": Contender("velocity loss, guidance 0.5", OURS, given=guided(0.5, 0.5)),
+    "v2": Contender("velocity loss, guidance 1", OURS, given=guided(1.0, 1.0)),
+    "t": Contender("a third of the steps, rates x 2", THIRD),
+    "t1": Contender("a third of the steps, rates x 2, velocity loss", OURS_IN_A_THIRD),
+    "t2": Contender(
+        "a third of the steps, rates x 2, velocity loss, guidance 0.5", OURS_IN_A_THIRD, given=guided(0.5, 0.5)
+    ),
 }
 
 
@@ -177,14 +195,20 @@ class Bench:
         )
         thing, content_thing, style_thing, true_thing = (judgement.features for judgement in things)
         look, _, style_look, _ = (judgement.features for judgement in looks)
-        leaks = [leakage(*(rows[[i]] for rows in (thing, style_thing, true_thing))) for i in range(len(pairs))]
-        outlines = [structure_scores(pictures[[i]], content[[i]])["edges"] for i in range(len(pairs))]
+        leaks = torch.cat(
+            [leakage(*(rows[[i]] for rows in (thing, style_thing, true_thing))) for i in range(len(pairs))]
+        )
+        outlines = torch.cat(
+            [structure_scores(*images)["edges"] for images in zip(pictures.split(1), content.split(1), strict=True)]
+        )
+        same_thing, same_look = (thing * content_thing).sum(1), (look * style_look).sum(1)
         aligned = torch.tensor([pair.style[0] in ALIGNED_SETS for pair in pairs])
         scores = (
-            (thing * content_thing).sum(1),
-            torch.cat(outlines),
-            (look * style_look).sum(1),
-            torch.cat(leaks),
+            same_thing,
+            outlines,
+            same_look,
+            leaks,
+            same_thing + outlines + same_look - leaks,
             ssim(pictures, truth).where(aligned, torch.nan),
             perceptual_distance(looks[0].maps, looks[3].maps).where(aligned, torch.nan),
         )
@@ -225,12 +249,12 @@ def references(bench: Bench) -> dict[str, dict[str, Tensor]]:
 
 
 def asked_by_name(studio: Studio) -> list[Estimate]:
-    """The first four scores of the base model without LoRA, for things and looks that it has learned."""
+    """Scores of the base model without LoRA, for things and looks that it has learned."""
     bench = Bench(studio, [Pair((CONTENT_SET, thing), style) for thing in SEEN for style in SEEN_LOOKS], 1.0)
     prompts = [f"a {pair.content[1].replace('-', ' ')} in the style of {pair.style[0]}" for pair in bench.pairs]
     pictures = [studio.picture(None, None, seed, prompt) for seed, prompt in enumerate(prompts)]
     scores = bench.scores(torch.cat(pictures), bench.pairs)
-    return [bench.estimate(scores[name]) for name in SCORES[:4]]
+    return [bench.estimate(scores[name]) for name in EVERYWHERE]
 
 
 # ---- the report
@@ -249,6 +273,7 @@ learning rates of the demo workflow ({fast:g} before the transition, {slow:g} af
 - **outlines**: how well edges lie on the content image's, 1 is exactly.
 - **style**: is it the same look? Cosine of the style judge's features to the style image's.
 - **leakage**: how much of the style image's thing is in it, 0 as much as in the right answer, 1 it is the style image.
+- **sum**: content + outlines + style - leakage.
 - **SSIM** and **perceptual distance** to the right answer, in the {aligned} sets that draw on the content images'
   outlines; the distance in the style judge's feature maps, 0 is equal.
 
@@ -358,15 +383,17 @@ def curve_section(bench: Bench, folder: Path) -> str:
     some = [pair for i, pair in enumerate(bench.pairs) if (i // len(bench.styles) + i) % 4 == 0]
     rows, curves = [], {}
     for role in ("content", "style"):
-        sweep = [Contender(f"{role} guidance {g:g}", PAPER, given=GUIDED | {f"{role}_guidance": g}) for g in SCALES]
+        sweep = [
+            Contender(f"{role} guidance {g:g}", PAPER, given=guided(1.0, 1.0) | {f"{role}_guidance": g}) for g in SCALES
+        ]
         measured = [bench.measured(contender, some) for contender in sweep]
         for contender, scores in zip(sweep, measured, strict=True):
-            found = {name: bench.estimate(scores[name], some) for name in SCORES[:4]}
+            found = {name: bench.estimate(scores[name], some) for name in EVERYWHERE}
             moved = [bench.estimate(scores[name] - measured[0][name], some) for name in TRADED]
             rows.append([contender.label, *found.values(), *moved])
         curves[f"{role} guidance"] = [tuple(scores[name].mean().item() for name in TRADED) for scores in measured]
     keep_small(plane(curves), folder / "fidelity_curve.png")
-    header = ["", *SCORES[:4], *(f"{name}, less that at 0" for name in TRADED)]
+    header = ["", *EVERYWHERE, *(f"{name}, less that at 0" for name in TRADED)]
     return CURVE_TEXT.format(pairs=len(some), table=table(header, rows))
 
 
@@ -423,22 +450,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Who keeps the thing, and gets the look: scores of all contenders.")
     parser.add_argument("--work", type=Path, metavar="DIR", default=PACK / "benchmarks" / "work", help="for resuming")
     parser.add_argument("--few", action="store_true", help="six pairs; the results stay in DIR")
-    parser.add_argument("--tune", action="store_true", help="the half for choosing settings; the results stay in DIR")
+    parser.add_argument("--tune", action="store_true", help="the half that settings are chosen on")
     parser.add_argument("--scale", type=float, default=0.2, help="training steps, as a part of the paper's")
     options = parser.parse_args()
     split, contenders = ("tune", TRIED) if options.tune else ("report", CONTENDERS)
-    results = options.work if options.tune or options.few else PACK / "benchmarks" / "results"
+    results = options.work if options.few else PACK / "benchmarks" / "results"
     bench = Bench(Studio(options.work), first_six(PAIRS[split]) if options.few else PAIRS[split], options.scale)
-    sections = [introduction(bench, " --few" * options.few + " --tune" * options.tune)]
     measured = {name: bench.measured(contender) for name, contender in contenders.items()}
-    sections.append(scores_section(bench, measured, contenders))
-    pairs = [f"{name}-c" for name in contenders if name != "c"] if options.tune else DIFFERENCES
-    sections.append(differences_section(bench, measured, pairs))
+    against_c = [f"{name}-c" for name in contenders if name != "c"]
+    sections = [
+        introduction(bench, " --few" * options.few + " --tune" * options.tune),
+        scores_section(bench, measured, contenders),
+        differences_section(bench, measured, against_c if options.tune else DIFFERENCES),
+    ]
     if not options.tune:
-        sections.append(curve_section(bench, results))
-    sections.append(sheet_section(bench, contenders, results))
+        sections += [curve_section(bench, results), sheet_section(bench, contenders, results)]
     text = "\n".join(sections)
-    (results / "fidelity.md").write_text(text, encoding="utf-8")
+    (results / f"fidelity{'_tuning' * options.tune}.md").write_text(text, encoding="utf-8")
     print(text)
 
 
