@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from .roles import ROLES
 
-NOISE, RECONSTRUCTION = "noise", "reconstruction"
+LOSS_NAMES = NOISE, RECONSTRUCTION, VELOCITY = "noise", "reconstruction", "velocity"
 
 
 class Phase(NamedTuple):
@@ -35,7 +35,7 @@ class Stage:
     def __post_init__(self):
         for phase in self.phases:
             _check("steps", phase.steps, _is_count(phase.steps), "a whole number of at least 1")
-            _check("loss", phase.loss, phase.loss in (NOISE, RECONSTRUCTION), f"{NOISE} or {RECONSTRUCTION}")
+            _check("loss", phase.loss, phase.loss in LOSS_NAMES, " or ".join(LOSS_NAMES))
             _check(
                 "learning_rate",
                 phase.learning_rate,

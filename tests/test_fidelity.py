@@ -1,6 +1,6 @@
 """The benchmark's ground: a fair list of pairs, and judges that know real drawings which they have not learned from."""
 
-import csv
+import itertools
 import json
 from collections import Counter
 from pathlib import Path
@@ -12,7 +12,8 @@ from images import loaded
 from safetensors import safe_open
 
 from benchmarks.fidelity.judges import DEMO, KINDS, load_judge
-from benchmarks.fidelity.pairs import STYLE_SETS, read_pairs
+from benchmarks.fidelity.pairs import ALIGNED_SETS, CONTENT_SET, PAIRS, STYLE_SETS
+from benchmarks.fidelity.report import Bench
 from consislora_core.metrics import content_similarity, perceptual_distance, style_similarity
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -25,55 +26,52 @@ PICTURES = [
     "cherry-blossom-high-contrast",
     "balloon-3d",
 ]
-SPLITS = {split: [pair for pair in read_pairs() if pair.split == split] for split in ("tune", "report")}
 
 
 def things(pairs):
-    return {thing for pair in pairs for thing in (pair.content_thing, pair.style_thing)}
+    return {thing for pair in pairs for _, thing in (pair.content, pair.style)}
 
 
 # ---- pairs
 
 
-def test_the_list_has_its_columns_and_its_length():
-    with (ROOT / "benchmarks" / "fidelity" / "pairs.csv").open(newline="") as file:
-        header, *rows = csv.reader(file)
-    assert header == ["content_thing", "content_set", "style_thing", "style_set", "split"]
-    assert len(rows) == 64 and {len(row) for row in rows} == {5}
+def test_at_least_sixty_pairs_are_reported_and_none_twice():
+    assert len(set(PAIRS["report"])) == len(PAIRS["report"]) >= 60
 
 
 def test_only_things_that_the_demo_model_has_not_learned():
-    assert things(read_pairs()) <= set(HELD_OUT)
+    assert all(things(pairs) <= set(HELD_OUT) for pairs in PAIRS.values())
 
 
 def test_a_pair_has_two_things_from_two_sets():
-    assert all(pair.content_thing != pair.style_thing for pair in read_pairs())
-    assert {pair.content_set for pair in read_pairs()} == {"fluent-emoji-flat"}
-    assert {pair.style_set for pair in read_pairs()} == set(STYLE_SETS)
+    for pairs in PAIRS.values():
+        assert all(pair.content[1] != pair.style[1] for pair in pairs)
+        assert {pair.content[0] for pair in pairs} == {CONTENT_SET}
+        assert {pair.style[0] for pair in pairs} == set(STYLE_SETS)
+
+
+def test_every_content_image_meets_every_style_image():
+    for pairs in PAIRS.values():
+        contents, styles = zip(*pairs, strict=True)
+        assert set(pairs) == set(itertools.product(contents, styles))
 
 
 def test_halves_are_balanced_over_styles_as_is_every_beginning_of_one():
-    for pairs in SPLITS.values():
-        assert Counter(pair.style_set for pair in pairs) == dict.fromkeys(STYLE_SETS, 8)
-        for n in range(1, len(pairs)):
-            counts = Counter(pair.style_set for pair in pairs[:n])
+    for pairs in PAIRS.values():
+        for n in range(1, len(pairs) + 1):
+            counts = Counter(pair.style[0] for pair in pairs[:n])
             assert max(counts.values()) - min(counts[name] for name in STYLE_SETS) <= 1
 
 
-def test_in_a_half_no_thing_is_the_content_twice_nor_the_style_twice():
-    for pairs in SPLITS.values():
-        for column in ("content_thing", "style_thing"):
-            assert len({getattr(pair, column) for pair in pairs}) == len(pairs)
-
-
 def test_the_halves_share_no_thing_and_the_demo_s_own_are_for_tuning():
-    tuned, reported = map(things, SPLITS.values())
+    tuned, reported = things(PAIRS["tune"]), things(PAIRS["report"])
     assert not tuned & reported
     assert not reported & {thing for _, thing in DEMO}
 
 
 def test_no_truth_is_a_style_image():
-    assert not {pair.truth for pair in read_pairs()} & {pair.style for pair in read_pairs()}
+    everything = [pair for pairs in PAIRS.values() for pair in pairs]
+    assert not {pair.truth for pair in everything} & {pair.style for pair in everything}
 
 
 # ---- judges
@@ -138,3 +136,21 @@ def test_judges_are_small_and_say_how_often_they_are_right(judge):
     assert all(accuracy[group] > share for group, share in least[name].items())
     known = {label[{"style": 0, "content": 1}[name]] for label in DEMO}
     assert known <= set(judge.names)
+
+
+# ---- the report
+
+
+def test_an_interval_is_over_the_images_that_pairs_share():
+    bench = Bench(None, PAIRS["report"], 1.0)
+    looks = torch.linspace(0, 1, len(bench.styles))
+    found = bench.estimate(looks.repeat(len(bench.contents)))  # told by the style image alone
+    alone = looks.std(unbiased=False).item() / len(looks) ** 0.5
+    assert found.mean == pytest.approx(0.5)
+    assert found.high - found.low == pytest.approx(2 * 1.96 * alone, rel=0.05)
+
+
+def test_a_score_that_only_some_pairs_have_is_the_mean_over_those():
+    bench = Bench(None, PAIRS["report"], 1.0)
+    aligned = torch.tensor([pair.style[0] in ALIGNED_SETS for pair in bench.pairs])
+    assert bench.estimate(torch.where(aligned, 0.25, torch.nan)) == (0.25, 0.25, 0.25)

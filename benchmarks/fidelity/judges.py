@@ -4,7 +4,7 @@ One names the thing in a picture, the other the emoji set it is drawn in; both a
 `consislora_core.metrics`. They see real drawings, moved, blurred and, for the content judge, recoloured, but never a
 generated picture. Unlike the demo model they know its held-out things and unseen sets: who judges has to.
 
-What they are tested on they have not learned from: the truths of all pairs in `pairs.csv`, the pictures of the demo,
+What they are tested on they have not learned from: the truths of all pairs in `pairs.py`, the pictures of the demo,
 and other drawings picked at random. The content judge has seen no drawing of fxemoji either.
 
 WORK keeps emoji and rendered drawings. Some fifteen minutes on one CPU core; results: `content.safetensors` and
@@ -31,14 +31,15 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from benchmarks.fidelity.pairs import STYLE_SETS, read_pairs
+from benchmarks.fidelity.pairs import CONTENT_SET, PAIRS, STYLE_SETS
 
 FOLDER = Path(__file__).resolve().parent
+TRUTHS = {pair.truth for pairs in PAIRS.values() for pair in pairs}
 SIDE = 128
 SHARPNESS = 16.0  # of the softmax over cosines
 UNKNOWN = "fxemoji"  # the set no drawing of which the content judge learns from
 DEMO = [
-    *(("fluent-emoji-flat", thing) for thing in ("crown", "owl", "taxi")),
+    *((CONTENT_SET, thing) for thing in ("crown", "owl", "taxi")),
     *(("fluent-emoji-high-contrast", thing) for thing in ("umbrella", "cherry-blossom")),
     ("fluent-emoji", "balloon"),
 ]
@@ -180,7 +181,7 @@ def render_everything(work: Path) -> Drawings:
 
 def kept_from(name: str, drawings: Drawings) -> list[bool]:
     """Which drawings a judge is tested on and does not learn from."""
-    always = {*(pair.truth for pair in read_pairs()), *DEMO}
+    always = {*TRUTHS, *DEMO}
     others = set(random.Random(0).sample(drawings.labels, len(drawings.labels) // 20))
     return [label in always | others or (name == "content" and label[0] == UNKNOWN) for label in drawings.labels]
 
@@ -254,7 +255,6 @@ def accuracies(name: str, judge: Judge, drawings: Drawings) -> dict[str, float]:
     sets are near twins of them, such as the two in black and white.
     """
     kept = [i for i, is_kept in enumerate(kept_from(name, drawings)) if is_kept]
-    truths = {pair.truth for pair in read_pairs()}
     column = {"style": 0, "content": 1}[name]
     groups = {"kept": [], "truths of the pairs": []} | ({f"all of {UNKNOWN}": []} if name == "content" else {})
     for chosen in torch.tensor(kept).split(256):
@@ -263,12 +263,12 @@ def accuracies(name: str, judge: Judge, drawings: Drawings) -> dict[str, float]:
             right, label = judge.names[answer] == drawings.labels[i][column], drawings.labels[i]
             group = "kept" if name == "style" or label[0] != UNKNOWN else f"all of {UNKNOWN}"
             groups[group].append(right)
-            if label in truths:
+            if label in TRUTHS:
                 groups["truths of the pairs"].append(right)
     shares = {group: sum(right) / len(right) for group, right in groups.items()}
     if name == "content":
         return shares | {"truths nearest to their content image": nearest(judge, drawings)}
-    ours = [judge.names.index(emoji) for emoji in ("fluent-emoji-flat", *STYLE_SETS)]
+    ours = [judge.names.index(emoji) for emoji in (CONTENT_SET, *STYLE_SETS)]
     kept = [i for i in kept if judge.names.index(drawings.labels[i][0]) in ours]
     answers = judge(drawings.batch(kept)).logits[:, ours].argmax(1).tolist()
     right = [ours[answer] == judge.names.index(drawings.labels[i][0]) for i, answer in zip(kept, answers, strict=True)]
@@ -277,12 +277,14 @@ def accuracies(name: str, judge: Judge, drawings: Drawings) -> dict[str, float]:
 
 def nearest(judge: Judge, drawings: Drawings) -> float:
     """How many of the pairs' truths have features nearer to their own content image's than to any other pair's."""
+    things, truths = sorted({thing for _, thing in TRUTHS}), sorted(TRUTHS)
     places = {label: i for i, label in enumerate(drawings.labels)}
-    truths, contents = (
+    ours, contents = (
         judge(drawings.batch([places[label] for label in labels])).features
-        for labels in zip(*((pair.truth, pair.content) for pair in read_pairs()), strict=True)
+        for labels in (truths, [(CONTENT_SET, thing) for thing in things])
     )
-    return ((truths @ contents.T).argmax(1) == torch.arange(len(truths))).float().mean().item()
+    own = torch.tensor([things.index(thing) for _, thing in truths])
+    return ((ours @ contents.T).argmax(1) == own).float().mean().item()
 
 
 def save(name: str, judge: Judge, report: dict[str, float]) -> None:

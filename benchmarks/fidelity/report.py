@@ -1,0 +1,480 @@
+"""`python benchmarks/fidelity/report.py [--few] [--tune] [--scale S] [--work DIR]`: who keeps the thing, and the look.
+
+Every contender draws each content image's thing in each style image's look, on the same base and seeds; networks that
+have learned from real drawings only judge the pictures (judges.py), beside the right answers (pairs.py).
+
+A stopped run goes on where it was: LoRAs and pictures are in DIR, under all that determines them. `--few` takes six
+pairs, and leaves its results in DIR. `--tune` takes the half that settings are chosen on, and all that was tried there.
+On a GPU take `--scale 1`, the paper's number of steps.
+"""
+
+import argparse
+import importlib.util
+import json
+import math
+import os
+import runpy
+import sys
+from datetime import date
+from functools import cached_property
+from pathlib import Path
+from typing import NamedTuple
+
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
+    from benchmarks.guidance import is_ready
+
+    if not (is_ready() and importlib.util.find_spec("resvg_py")):
+        runpy.run_path(sys.path[0] + "/bootstrap.py")["enter"]("tests")
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+from safetensors import safe_open
+from torch import Tensor
+
+from benchmarks.effects import RESAMPLES, Estimate, table
+from benchmarks.fidelity.judges import FOLDER, TRUTHS, load_judge
+from benchmarks.fidelity.pairs import ALIGNED_SETS, CONTENT_SET, PAIRS, Drawing, Pair
+from benchmarks.fidelity.studio import CFG, SAMPLER, SCHEDULER, STEPS, Own, Studio
+from consislora_core.metrics import leakage, perceptual_distance, ssim, structure_scores
+from consislora_core.roles import ROLES
+from consislora_core.schedule import NOISE, RECONSTRUCTION, VELOCITY, Phase, Stage
+from demo.server import PACK
+
+FAST, SLOW = 1e-3, 5e-4  # learning rates, the demo workflow's
+
+
+def guided(content: float, style: float) -> dict[str, float]:
+    return {"content_guidance": content, "style_guidance": style}
+
+
+SCALES = (0.0, 0.5, 1.0, 2.0, 4.0, 10.0)
+SCORES = ("content", "outlines", "style", "leakage", "sum", "SSIM", "perceptual distance")
+EVERYWHERE = SCORES[:5]  # for any pair
+
+
+Runs = tuple[tuple[int, str, float], ...]  # steps in the paper's schedule, loss, learning rate
+
+
+class Recipe(NamedTuple):
+    """How an image comes by its LoRA: stage 1 and, for a style image, stage 2; without it the style part is stage 1's.
+
+    everywhere: on all attention layers, in place of two blocks.
+    """
+
+    image: Runs
+    style: Runs = ()
+    everywhere: bool = False
+
+
+# In runs of 500 steps where another recipe begins alike, so that both share them.
+PAPER = Recipe(((500, NOISE, FAST), (1000, RECONSTRUCTION, SLOW)), ((1000, RECONSTRUCTION, SLOW),))
+B_LORA = Recipe(((500, NOISE, FAST),) * 2)
+PLAIN = Recipe(((1500, NOISE, FAST),), everywhere=True)
+NOISE_ONLY = Recipe(((500, NOISE, FAST),) * 3, ((1000, NOISE, FAST),))
+ONE_STAGE = PAPER._replace(style=())
+NO_TRANSITION = PAPER._replace(image=((1500, RECONSTRUCTION, SLOW),))
+OURS = Recipe(((500, VELOCITY, FAST), (1000, VELOCITY, SLOW)), ((1000, VELOCITY, SLOW),))
+THIRD = Recipe(((167, NOISE, 2 * FAST), (333, RECONSTRUCTION, 2 * SLOW)), ((333, RECONSTRUCTION, 2 * SLOW),))
+OURS_IN_A_THIRD = Recipe(((167, VELOCITY, 2 * FAST), (333, VELOCITY, 2 * SLOW)), ((333, VELOCITY, 2 * SLOW),))
+
+
+class Contender(NamedTuple):
+    """denoise: below 1 it begins at the content image, and has no LoRA for it. given: inputs of Dual Guidance."""
+
+    label: str
+    recipe: Recipe
+    denoise: float = 1.0
+    given: dict = {}
+
+
+CONTENDERS = {
+    "a": Contender("plain LoRA", PLAIN),
+    "b": Contender("B-LoRA", B_LORA),
+    "c": Contender("ConsisLoRA", PAPER),
+    "d": Contender("c, noise loss only", NOISE_ONLY),
+    "e": Contender("c, one stage", ONE_STAGE),
+    "f": Contender("c, no transition", NO_TRANSITION),
+    "g": Contender("c, guided", PAPER, given=guided(1.0, 1.0)),
+    "h": Contender("img2img, style LoRA", PAPER, denoise=0.6),
+    "i": Contender("velocity loss", OURS),
+    "j": Contender("velocity loss, guidance 0.5", OURS, given=guided(0.5, 0.5)),
+    "k": Contender("j in a third of the steps", OURS_IN_A_THIRD, given=guided(0.5, 0.5)),
+}
+DIFFERENCES = ("c-b", "b-a", "c-a", "c-d", "c-e", "c-f", "g-c", "h-c", "i-c", "j-c", "k-c")
+TRADED, COLOURS = ("content", "style"), ("#3f789e", "#c0562b")
+
+# For the base model asked by name: things and drawings that it has learned.
+SEEN = ("cat-face", "rocket", "red-apple", "house", "guitar", "automobile", "key", "bell")
+SEEN_LOOKS = (("twemoji", "pizza"), ("noto", "pizza"), ("emojione", "pizza"))
+
+# What was tried on the half for tuning.
+TRIED = {
+    "c": CONTENDERS["c"],
+    "g": CONTENDERS["g"],
+    "g1": Contender("c, guidance 0.5", PAPER, given=guided(0.5, 0.5)),
+    "g2": Contender("c, content guidance 0.5", PAPER, given=guided(0.5, 0.0)),
+    "g3": Contender("c, content guidance 1", PAPER, given=guided(1.0, 0.0)),
+    "g4": Contender("c, style guidance 1", PAPER, given=guided(0.0, 1.0)),
+    "g5": Contender("c, content guidance 1, style guidance 2", PAPER, given=guided(1.0, 2.0)),
+    "g6": Contender("c, style strength 1.5", PAPER, given={"style_strength": 1.5}),
+    **{f"h{i}": Contender(f"img2img, denoise {d}", PAPER, d) for i, d in enumerate((0.5, 0.6, 0.7, 0.8))},
+    "v": Contender("velocity loss", OURS),
+    "v1": Contender("velocity loss, guidance 0.5", OURS, given=guided(0.5, 0.5)),
+    "v2": Contender("velocity loss, guidance 1", OURS, given=guided(1.0, 1.0)),
+    "t": Contender("a third of the steps, rates x 2", THIRD),
+    "t1": Contender("a third of the steps, rates x 2, velocity loss", OURS_IN_A_THIRD),
+    "t2": Contender(
+        "a third of the steps, rates x 2, velocity loss, guidance 0.5", OURS_IN_A_THIRD, given=guided(0.5, 0.5)
+    ),
+}
+
+
+# ---- pictures
+
+
+class Bench:
+    def __init__(self, studio: Studio, pairs: list[Pair], scale: float):
+        self.studio, self.pairs, self.scale = studio, pairs, scale
+        self.contents = list(dict.fromkeys(pair.content for pair in pairs))
+        self.styles = list(dict.fromkeys(pair.style for pair in pairs))
+
+    def stages(self, recipe: Recipe) -> tuple[Stage, Stage | None]:
+        def phases(runs):
+            return tuple(Phase(round(self.scale * steps), loss, rate) for steps, loss, rate in runs)
+
+        image, style = phases(recipe.image), phases(recipe.style)
+        return (
+            Stage("image", ROLES, image),
+            Stage("style", ROLES[1:], style, noise_offset=0.03) if style else None,
+        )
+
+    def loras(self, recipe: Recipe) -> dict[Drawing, Own]:
+        """Of all content and style images."""
+        studio, (stage_1, stage_2) = self.studio, self.stages(recipe)
+        train = studio.learned_everywhere if recipe.everywhere else studio.learned
+        contents = train(stage_1, "A [c]", self.contents)
+        styles = train(stage_1, "A [v]", self.styles)
+        if stage_2:
+            styles = studio.learned(stage_2, "An image in the style of [v]", self.styles, styles)
+        return contents.owns | styles.owns
+
+    def pictures(self, contender: Contender, pairs: list[Pair]) -> Tensor:
+        """A picture a pair (n 3 h w), from the seed that every contender draws it from."""
+        print(f"Drawing {len(pairs)} pictures, {contender.label} ...", file=sys.stderr, flush=True)
+        owns, from_content = self.loras(contender.recipe), contender.denoise < 1
+        return torch.cat(
+            [
+                self.studio.picture(
+                    None if from_content else owns[pair.content],
+                    owns[pair.style],
+                    seed=self.pairs.index(pair),
+                    start=pair.content if from_content else None,
+                    denoise=contender.denoise,
+                    **contender.given,
+                )
+                for pair in pairs
+            ]
+        )
+
+    # ---- scores
+
+    @cached_property
+    def judges(self) -> dict:
+        return {name: load_judge(name) for name in ("content", "style")}
+
+    def scores(self, pictures: Tensor, pairs: list[Pair]) -> dict[str, Tensor]:
+        """Of a picture a pair, n each; where the truth does not lie on the content image's outlines, some are NaN."""
+        content, style, truth = (
+            self.studio.drawn(*drawings)
+            for drawings in zip(*((pair.content, pair.style, pair.truth) for pair in pairs), strict=True)
+        )
+        things, looks = (
+            [self.judges[name](images) for images in (pictures, content, style, truth)] for name in ("content", "style")
+        )
+        thing, content_thing, style_thing, true_thing = (judgement.features for judgement in things)
+        look, _, style_look, _ = (judgement.features for judgement in looks)
+        leaks = torch.cat(
+            [leakage(*(rows[[i]] for rows in (thing, style_thing, true_thing))) for i in range(len(pairs))]
+        )
+        outlines = torch.cat(
+            [structure_scores(*images)["edges"] for images in zip(pictures.split(1), content.split(1), strict=True)]
+        )
+        same_thing, same_look = (thing * content_thing).sum(1), (look * style_look).sum(1)
+        aligned = torch.tensor([pair.style[0] in ALIGNED_SETS for pair in pairs])
+        scores = (
+            same_thing,
+            outlines,
+            same_look,
+            leaks,
+            same_thing + outlines + same_look - leaks,
+            ssim(pictures, truth).where(aligned, torch.nan),
+            perceptual_distance(looks[0].maps, looks[3].maps).where(aligned, torch.nan),
+        )
+        return dict(zip(SCORES, scores, strict=True))
+
+    def measured(self, contender: Contender, pairs: list[Pair] | None = None) -> dict[str, Tensor]:
+        pairs = pairs or self.pairs
+        return self.scores(self.pictures(contender, pairs), pairs)
+
+    def estimate(self, values: Tensor, pairs: list[Pair] | None = None) -> Estimate:
+        """The mean, and its interval if other content images and other style images had been taken: they are shared."""
+        grid = np.full((len(self.contents), len(self.styles)), np.nan)
+        for pair, value in zip(pairs or self.pairs, values.tolist(), strict=True):
+            grid[self.contents.index(pair.content), self.styles.index(pair.style)] = value
+        rng = np.random.default_rng(0)
+        rows, columns = (rng.integers(n, size=(RESAMPLES, n)) for n in grid.shape)
+        cells = grid[rows[:, :, None], columns[:, None]]
+        counts = np.isfinite(cells).sum((1, 2))
+        means = np.nansum(cells, (1, 2))[counts > 0] / counts[counts > 0]
+        return Estimate(np.nanmean(grid), *np.quantile(means, [0.025, 0.975]))
+
+
+# ---- what a score can be
+
+
+def references(bench: Bench) -> dict[str, dict[str, Tensor]]:
+    """Scores of pictures that no contender made."""
+    truths, contents, styles = ([getattr(pair, name) for pair in bench.pairs] for name in ("truth", "content", "style"))
+    studio = bench.studio
+    return {
+        "the right answer": bench.scores(studio.drawn(*truths), bench.pairs),
+        "the right answer through the VAE": bench.scores(
+            torch.cat([studio.decoded(studio.latents(truth)) for truth in truths]), bench.pairs
+        ),
+        "the content image": bench.scores(studio.drawn(*contents), bench.pairs),
+        "the style image": bench.scores(studio.drawn(*styles), bench.pairs),
+    }
+
+
+def asked_by_name(studio: Studio) -> list[Estimate]:
+    """Scores of the base model without LoRA, for things and looks that it has learned."""
+    bench = Bench(studio, [Pair((CONTENT_SET, thing), style) for thing in SEEN for style in SEEN_LOOKS], 1.0)
+    prompts = [f"a {pair.content[1].replace('-', ' ')} in the style of {pair.style[0]}" for pair in bench.pairs]
+    pictures = [studio.picture(None, None, seed, prompt) for seed, prompt in enumerate(prompts)]
+    scores = bench.scores(torch.cat(pictures), bench.pairs)
+    return [bench.estimate(scores[name]) for name in EVERYWHERE]
+
+
+# ---- the report
+
+INTRODUCTION = """\
+# Who keeps the thing, and gets the look
+
+{date}, `python benchmarks/fidelity/report.py{options}`, ComfyUI {comfyui}, torch {torch}.
+
+{pairs} pairs: {contents} content images, each in the look of {styles} style images of {sets} emoji sets, all things and
+sets new to the demo model, one seed a pair, the same for all. Training: the paper's schedule times {scale:g}, rank 64,
+learning rates of the demo workflow ({fast:g} before the transition, {slow:g} after it and in stage 2). Sampling:
+{sampler} {scheduler}, {steps} steps, cfg {cfg:g}.
+
+- **content**: is it the same thing? Cosine of the content judge's features to the content image's.
+- **outlines**: how well edges lie on the content image's, 1 is exactly.
+- **style**: is it the same look? Cosine of the style judge's features to the style image's.
+- **leakage**: how much of the style image's thing is in it, 0 as much as in the right answer, 1 it is the style image.
+- **sum**: content + outlines + style - leakage.
+- **SSIM** and **perceptual distance** to the right answer, in the {aligned} sets that draw on the content images'
+  outlines; the distance in the style judge's feature maps, 0 is equal.
+
+The judges are networks that learned from real drawings only, and from none of the right answers. On those the content
+judge finds the content image's features nearest in {nearest:.0%} (of {things} things); the style judge tells drawings
+it has not seen apart among the benchmark's five sets in {apart:.0%}. In brackets: bootstrap 95 % intervals over content
+images and style images.
+"""
+
+SCORES_TEXT = """\
+## Scores
+
+{contenders}
+What these scores can be:
+
+{references}
+The last row is the base model, asked by name to draw {seen} things in {looks} looks that it has learned, against the
+drawings of those sets; its judges have seen these.
+"""
+
+DIFFERENCES_TEXT = """\
+## Differences
+
+Pair by pair. In bold, those whose interval excludes 0.
+
+{}"""
+
+CURVE_TEXT = """\
+## Guidance
+
+ConsisLoRA on {pairs} of the pairs, one guidance as given, the other at 1.
+
+{table}
+![content against style](fidelity_curve.png)
+"""
+
+SHEET_TEXT = """\
+## Pictures
+
+{key}.
+
+![contact sheet](fidelity_sheet.png)
+"""
+
+
+def introduction(bench: Bench, options: str) -> str:
+    accuracy = {}
+    for name in ("content", "style"):
+        with safe_open(FOLDER / f"{name}.safetensors", "pt") as file:
+            accuracy |= json.loads(file.metadata()["accuracy"])
+    return INTRODUCTION.format(
+        date=date.today(),
+        options=options,
+        comfyui=runpy.run_path(os.environ["COMFYUI_PATH"] + "/comfyui_version.py")["__version__"],
+        torch=torch.__version__,
+        pairs=len(bench.pairs),
+        contents=len(bench.contents),
+        styles=len(bench.styles),
+        sets=len({emoji for emoji, _ in bench.styles}),
+        scale=bench.scale,
+        fast=FAST,
+        slow=SLOW,
+        sampler=SAMPLER,
+        scheduler=SCHEDULER,
+        steps=STEPS,
+        cfg=CFG,
+        aligned=len(ALIGNED_SETS),
+        nearest=accuracy["truths nearest to their content image"],
+        things=len({thing for _, thing in TRUTHS}),
+        apart=accuracy["among the benchmark's sets"],
+    )
+
+
+def steps_of(contender: Contender, scale: float) -> str:
+    def total(runs):
+        return round(scale * sum(steps for steps, *_ in runs))
+
+    image, style = total(contender.recipe.image), total(contender.recipe.style)
+    return f"{image}, {image} + {style}" if style else f"{image}, {image}"
+
+
+def scores_section(bench: Bench, measured: dict[str, dict[str, Tensor]], contenders: dict[str, Contender]) -> str:
+    rows = [
+        [name, contenders[name].label, steps_of(contenders[name], bench.scale), *map(bench.estimate, scores.values())]
+        for name, scores in measured.items()
+    ]
+    others = [[name, *map(bench.estimate, scores.values())] for name, scores in references(bench).items()]
+    others.append(["the base model, asked by name", *asked_by_name(bench.studio), "", ""])
+    return SCORES_TEXT.format(
+        contenders=table(["", "contender", "steps: content, style", *SCORES], rows),
+        references=table(["picture", *SCORES], others),
+        seen=len(SEEN),
+        looks=len(SEEN_LOOKS),
+    )
+
+
+def differences_section(bench: Bench, measured: dict[str, dict[str, Tensor]], wanted: list[str]) -> str:
+    def cell(name, one, other):
+        found = bench.estimate(measured[one][name] - measured[other][name])
+        return f"**{found}**" if found.low > 0 or found.high < 0 else found
+
+    rows = [[pair, *(cell(name, *pair.split("-")) for name in SCORES)] for pair in wanted]
+    return DIFFERENCES_TEXT.format(table(["", *SCORES], rows))
+
+
+def curve_section(bench: Bench, folder: Path) -> str:
+    some = [pair for i, pair in enumerate(bench.pairs) if (i // len(bench.styles) + i) % 4 == 0]
+    rows, curves = [], {}
+    for role in ("content", "style"):
+        sweep = [
+            Contender(f"{role} guidance {g:g}", PAPER, given=guided(1.0, 1.0) | {f"{role}_guidance": g}) for g in SCALES
+        ]
+        measured = [bench.measured(contender, some) for contender in sweep]
+        for contender, scores in zip(sweep, measured, strict=True):
+            found = {name: bench.estimate(scores[name], some) for name in EVERYWHERE}
+            moved = [bench.estimate(scores[name] - measured[0][name], some) for name in TRADED]
+            rows.append([contender.label, *found.values(), *moved])
+        curves[f"{role} guidance"] = [tuple(scores[name].mean().item() for name in TRADED) for scores in measured]
+    keep_small(plane(curves), folder / "fidelity_curve.png")
+    header = ["", *EVERYWHERE, *(f"{name}, less that at 0" for name in TRADED)]
+    return CURVE_TEXT.format(pairs=len(some), table=table(header, rows))
+
+
+def plane(curves: dict[str, list[tuple[float, float]]]) -> Image.Image:
+    """Style over content, a curve through SCALES for each guidance."""
+    page = Image.new("RGB", (1100, 900), "white")
+    pen = ImageDraw.Draw(page)
+    spans = [
+        (min(values), max(values)) for values in zip(*(p for curve in curves.values() for p in curve), strict=True)
+    ]
+
+    def at(point):
+        parts = zip((130, 820), (880, -720), point, spans, strict=True)
+        return tuple(start + size * (value - low) / (high - low) for start, size, value, (low, high) in parts)
+
+    for axis, (low, high) in enumerate(spans):
+        step = float(f"{(high - low) / 5:.0e}")  # one digit
+        for tick in np.arange(math.ceil(low / step), math.floor(high / step) + 1) * step:
+            ends = [(tick, edge) if axis == 0 else (edge, tick) for edge in spans[1 - axis]]
+            pen.line([at(end) for end in ends], "lightgray", width=2)
+            pen.text(at(ends[0]), f" {tick:.3g} ", "black", font_size=24, anchor=("mt", "rm")[axis])
+    pen.text((1050, 860), "content", "black", font_size=28, anchor="rt")
+    pen.text((20, 20), "style", "black", font_size=28)
+    for i, ((name, curve), colour) in enumerate(zip(curves.items(), COLOURS, strict=True)):
+        pen.text((260 + 320 * i, 20), name, colour, font_size=28)
+        pen.line([at(point) for point in curve], colour, width=4)
+        for scale, point in zip(SCALES, curve, strict=True):
+            pen.text(at(point), f" {scale:g}", colour, font_size=26, anchor="lb")
+    return page
+
+
+def sheet_section(bench: Bench, contenders: dict[str, Contender], folder: Path) -> str:
+    some = [pair for i, pair in enumerate(bench.pairs) if (i // len(bench.styles) * 3 + i) % len(bench.styles) == 0]
+    contents, styles, truths = (
+        bench.studio.drawn(*drawings)
+        for drawings in zip(*((pair.content, pair.style, pair.truth) for pair in some), strict=True)
+    )
+    drawn = {name: bench.pictures(contender, some) for name, contender in contenders.items()}
+    columns = {"content": contents, "style": styles, **drawn, "right answer": truths}
+    page = Image.new("RGB", (136 * len(columns), 24 + 136 * len(some)), "white")
+    for i, (name, pictures) in enumerate(columns.items()):
+        ImageDraw.Draw(page).text((136 * i + 68, 2), name, "black", font_size=18, anchor="mt")
+        for j, picture in enumerate(pictures):
+            page.paste(Image.fromarray((255 * picture.movedim(0, -1)).byte().numpy()), (136 * i + 4, 24 + 136 * j))
+    keep_small(page, folder / "fidelity_sheet.png")
+    return SHEET_TEXT.format(key=", ".join(f"{name}: {contender.label}" for name, contender in contenders.items()))
+
+
+def keep_small(page: Image.Image, file: Path) -> None:
+    page.quantize(128).save(file, optimize=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Who keeps the thing, and gets the look: scores of all contenders.")
+    parser.add_argument("--work", type=Path, metavar="DIR", default=PACK / "benchmarks" / "work", help="for resuming")
+    parser.add_argument("--few", action="store_true", help="six pairs; the results stay in DIR")
+    parser.add_argument("--tune", action="store_true", help="the half that settings are chosen on")
+    parser.add_argument("--scale", type=float, default=0.2, help="training steps, as a part of the paper's")
+    options = parser.parse_args()
+    split, contenders = ("tune", TRIED) if options.tune else ("report", CONTENDERS)
+    results = options.work if options.few else PACK / "benchmarks" / "results"
+    bench = Bench(Studio(options.work), first_six(PAIRS[split]) if options.few else PAIRS[split], options.scale)
+    measured = {name: bench.measured(contender) for name, contender in contenders.items()}
+    against_c = [f"{name}-c" for name in contenders if name != "c"]
+    sections = [
+        introduction(bench, " --few" * options.few + " --tune" * options.tune),
+        scores_section(bench, measured, contenders),
+        differences_section(bench, measured, against_c if options.tune else DIFFERENCES),
+    ]
+    if not options.tune:
+        sections += [curve_section(bench, results), sheet_section(bench, contenders, results)]
+    text = "\n".join(sections)
+    (results / f"fidelity{'_tuning' * options.tune}.md").write_text(text, encoding="utf-8")
+    print(text)
+
+
+def first_six(pairs: list[Pair]) -> list[Pair]:
+    """Two content images in the looks of three sets."""
+    contents, styles = (list(dict.fromkeys(drawings)) for drawings in zip(*pairs, strict=True))
+    return [Pair(content, style) for content in contents[:2] for style in styles[:3]]
+
+
+if __name__ == "__main__":
+    main()

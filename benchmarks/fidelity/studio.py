@@ -1,0 +1,224 @@
+"""The demo model in a ComfyUI in this process: trains on drawings, many side by side, and makes pictures.
+
+Both are kept in a folder under a hash of all that determines them, and found there again.
+"""
+
+import re
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from benchmarks.effects import WEIGHTS
+from benchmarks.fidelity.judges import render_everything
+from benchmarks.fidelity.pairs import Drawing
+from benchmarks.guidance import SIZES, start_comfy
+from consislora_core.files import written_whole
+from consislora_core.lora_file import ImageLora
+from consislora_core.losses import add_noise, draw, noise_loss
+from consislora_core.schedule import Stage
+from consislora_core.store import CODE, fingerprint
+from consislora_core.trainer import Trainer
+
+SAMPLER, SCHEDULER, STEPS, CFG = "dpmpp_2m", "karras", 20, 2.0  # the demo's
+CHANNELS, SIDE = 4, 16  # of a latent
+ATTENTION = re.compile(r".*transformer_blocks\.\d+\.attn[12]\.to_(q|k|v|out\.0)")
+GIVEN = dict(
+    content_guidance=0.0, style_guidance=0.0, content_strength=1.0, style_strength=1.0,
+    start_percent=0.0, end_percent=1.0, reuse_steps=1, cfg=CFG,
+)  # fmt: skip
+
+Everywhere = dict[
+    str, tuple[Tensor, Tensor]
+]  # a LoRA of alpha = rank by layer: down (rows rank in), up (rows out rank)
+
+
+class Own(NamedTuple):
+    """What was learned from one drawing, and the name of the training."""
+
+    name: str
+    lora: ImageLora | Everywhere
+
+
+class Learned(NamedTuple):
+    """What a training left. state: of the trainer, from which a next phase goes on."""
+
+    owns: dict[Drawing, Own]
+    state: dict[str, Tensor]
+
+
+class Studio:
+    """drawings: all emoji in all sets."""
+
+    def __init__(self, work: Path):
+        self.pack = start_comfy(SIZES["sdxl" if torch.cuda.is_available() else "small"])
+        import comfy.utils
+
+        comfy.utils.set_progress_bar_enabled(False)
+        self.model, self.clip, self.vae = self.pack.nodes.demo.LoadDemoModel.execute().args
+        self.drawings = render_everything(work)
+        self.place = {drawing: i for i, drawing in enumerate(self.drawings.labels)}
+        self.base = fingerprint([CODE, WEIGHTS.read_bytes()])
+        self.loras, self.pictures = work / "fidelity" / "loras", work / "fidelity" / "pictures"
+        for folder in (self.loras, self.pictures):
+            folder.mkdir(parents=True, exist_ok=True)
+
+    def drawn(self, *drawings: Drawing) -> Tensor:
+        """b 3 h w, 0 to 1"""
+        return self.drawings.batch([self.place[drawing] for drawing in drawings])
+
+    @torch.inference_mode()
+    def latents(self, *drawings: Drawing) -> dict[str, Tensor]:
+        return {"samples": self.vae.encode(self.drawn(*drawings).movedim(1, -1))}
+
+    @torch.inference_mode()
+    def decoded(self, latent: dict[str, Tensor]) -> Tensor:
+        return self.vae.decode(latent["samples"]).movedim(-1, 1).clamp(0, 1)
+
+    @torch.inference_mode()
+    def text(self, text: str) -> list:
+        return self.clip.encode_from_tokens_scheduled(self.clip.tokenize(text))
+
+    # ---- training
+
+    def learned(self, stage: Stage, prompt: str, drawings: list[Drawing], frozen: Learned | None = None) -> Learned:
+        """An ImageLora for each drawing, all trained at once.
+
+        frozen: a training on the same drawings, whose content parts act and do not learn. Stages that begin with the
+        same phases share them.
+        """
+        names = frozen and [own.name for own in frozen.owns.values()]
+        name = fingerprint([self.base, asdict(stage), prompt, drawings, names])
+        if (file := self.loras / f"{name}.pt").exists():
+            return _learned(name, drawings, torch.load(file, weights_only=False))
+        *earlier, phase = stage.phases
+        before = earlier and self.learned(replace(stage, phases=tuple(earlier)), prompt, drawings, frozen).state
+        held = frozen and [{"content": frozen.owns[drawing].lora.part("content")} for drawing in drawings]
+        with (
+            self._training(f"{stage.name} stage, {phase.loss} loss", prompt, drawings) as (denoiser, z_0, cond),
+            Trainer(denoiser, z_0, cond, stage, held, apart=True) as trainer,
+        ):
+            if before:
+                trainer.load_state_dict(before)
+            for _ in trainer:
+                pass
+            loras = [ImageLora(trainer.parts(row), {}) for row in range(len(drawings))]
+            return self._keep(name, drawings, loras, trainer.state_dict())
+
+    def learned_everywhere(self, stage: Stage, prompt: str, drawings: list[Drawing]) -> Learned:
+        """An Everywhere for each drawing: the stage's first phase as a LoRA on all attention layers."""
+        name = fingerprint([self.base, asdict(stage), prompt, drawings, "everywhere"])
+        if (file := self.loras / f"{name}.pt").exists():
+            return _learned(name, drawings, torch.load(file, weights_only=False))
+        generator, phase = torch.Generator().manual_seed(stage.seed), stage.phases[0]
+        with self._training("all attention layers", prompt, drawings) as (denoiser, z_0, cond):
+            lora = fresh_everywhere(denoiser.unet, stage.rank, z_0, generator)
+            weights = [weight for layer in lora.values() for weight in layer]
+            optimizer = torch.optim.AdamW(weights, phase.learning_rate, stage.betas, stage.eps, stage.weight_decay)
+            with everywhere(denoiser.unet, lora):
+                for _ in range(phase.steps):
+                    noise, sigma = draw(z_0[:1], denoiser.sigmas, stage.noise_offset, generator)
+                    x = add_noise(z_0, noise, sigma)
+                    z_0_hat = denoiser.denoise(x, sigma.flatten().expand(len(x)), cond)
+                    optimizer.zero_grad()
+                    (noise_loss(z_0, z_0_hat, noise, sigma) * len(x)).backward()
+                    optimizer.step()
+            rows = range(len(drawings))
+            loras = [{key: tuple(w[[row]].detach().cpu() for w in lora[key]) for key in lora} for row in rows]
+            return self._keep(name, drawings, loras, {})
+
+    @contextmanager
+    def _training(self, what: str, prompt: str, drawings: list[Drawing]) -> Iterator[tuple]:
+        print(f"Training {len(drawings)} LoRAs, {what} ...", file=sys.stderr, flush=True)
+        bridge, latents = self.pack.nodes.bridge, self.latents(*drawings)
+        with bridge.open_for_training(self.model, latents["samples"].shape, torch.float32) as denoiser:
+            z_0 = bridge.clean_latents(self.model, latents)
+            yield denoiser, z_0, bridge.encoded_conditioning(self.model, self.text(prompt), z_0)
+
+    def _keep(self, name: str, drawings: list[Drawing], loras: list, state: dict[str, Tensor]) -> Learned:
+        with written_whole(self.loras / f"{name}.pt") as file:
+            torch.save((loras, state), file)
+        return _learned(name, drawings, (loras, state))
+
+    # ---- sampling
+
+    def picture(
+        self,
+        content: Own | None,
+        style: Own | None,
+        seed: int,
+        prompt: str = "a [c] in the style of [v]",
+        start: Drawing | None = None,
+        denoise: float = 1.0,
+        **given,
+    ) -> Tensor:
+        """1 3 h w, 0 to 1. start: what is noised instead of nothing. given: inputs of Dual Guidance, unlike GIVEN."""
+        given = GIVEN | given
+        names = [own and own.name for own in (content, style)]
+        name = fingerprint([self.base, *names, seed, prompt, start, denoise, given])
+        if not (file := self.pictures / f"{name}.png").exists():
+            latent = self.latents(start) if start else {"samples": torch.zeros(1, CHANNELS, SIDE, SIDE)}
+            bridge = self.pack.nodes.bridge
+            sigmas = bridge.sigmas(self.model, STEPS, SAMPLER, SCHEDULER, denoise)
+            with torch.inference_mode(), self._guider(content, style, self.text(prompt), given) as guider:
+                (picture,) = self.decoded(bridge.sample(guider, latent, seed, SAMPLER, sigmas))
+            with written_whole(file) as unfinished:
+                pixels = (255 * picture.movedim(0, -1)).round().byte().cpu().numpy()
+                Image.fromarray(pixels).save(unfinished, "png")
+        with Image.open(file) as image:
+            return torch.tensor(np.asarray(image)).movedim(-1, 0)[None] / 255
+
+    @contextmanager
+    def _guider(self, content: Own | None, style: Own | None, positive: list, given: dict) -> Iterator[Any]:
+        import comfy.samplers
+
+        owns = {role: own.lora for role, own in (("content", content), ("style", style)) if own}
+        if any(isinstance(lora, ImageLora) for lora in owns.values()):
+            guider = self.pack.nodes.guide.Guider
+            yield guider.execute(self.model, positive, self.text(""), **owns, **given).result[0]
+            return
+        guider = comfy.samplers.CFGGuider(self.model)
+        guider.set_conds(positive, self.text(""))
+        guider.set_cfg(CFG)
+        with ExitStack() as stack:
+            for lora in owns.values():
+                stack.enter_context(everywhere(self.model.model.diffusion_model, lora))
+            yield guider
+
+
+def _learned(name: str, drawings: list[Drawing], saved: tuple[list, dict]) -> Learned:
+    loras, state = saved
+    owns = (Own(f"{name} {i}", lora) for i, lora in enumerate(loras))
+    return Learned(dict(zip(drawings, owns, strict=True)), state)
+
+
+def fresh_everywhere(unet: nn.Module, rank: int, z_0: Tensor, generator: torch.Generator) -> Everywhere:
+    """As `fresh_part`, the same in each row of z_0, ready to learn."""
+    lora = {}
+    for name, layer in unet.named_modules():
+        if ATTENTION.fullmatch(name):
+            down = torch.randn(rank, layer.in_features, generator=generator) / rank
+            weights = down.repeat(len(z_0), 1, 1), torch.zeros(len(z_0), layer.out_features, rank)
+            lora[name] = tuple(weight.to(z_0.device).requires_grad_() for weight in weights)
+    return lora
+
+
+@contextmanager
+def everywhere(unet: nn.Module, lora: Everywhere) -> Iterator[None]:
+    """Within the context the LoRA acts: of one row on all the batch, of several on a batch of as many."""
+
+    def add(down, up, layer, inputs, output):
+        return output + inputs[0] @ down.to(output).mT @ up.to(output).mT
+
+    with ExitStack() as stack:
+        for name, weights in lora.items():
+            stack.callback(unet.get_submodule(name).register_forward_hook(partial(add, *weights)).remove)
+        yield
