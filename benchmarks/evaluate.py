@@ -31,41 +31,38 @@ import torch
 from torch import Tensor
 
 from benchmarks.fidelity.judges import Drawings, Judge, load_judge, render_everything
-from benchmarks.fidelity.pairs import STYLE_SETS, Pair, read_pairs
+from benchmarks.fidelity.pairs import CONTENT_SET, PAIRS, STYLE_SETS, Drawing, Pair
 from consislora_core.metrics import feature_scores, structure_scores
 
 RESULTS = Path(__file__).resolve().parent / "results" / "evaluate.md"
-SETS = ("fluent-emoji-flat", *STYLE_SETS)
-
-Label = tuple[str, str]  # set, thing
+SETS = (CONTENT_SET, *STYLE_SETS)
 
 
 class Question(NamedTuple):
     """Pictures that should score high beside a pair's images, and pictures that should score low."""
 
     pair: Pair
-    right: list[Label]
-    wrong: list[Label]
+    right: list[Drawing]
+    wrong: list[Drawing]
 
 
 def same_thing(pairs: list[Pair]) -> list[Question]:
+    drawn = sorted({pair.truth for pair in pairs})
     return [
-        Question(
-            pair, [pair.truth], [other.truth for other in pairs if other.style_set == pair.style_set and other != pair]
-        )
+        Question(pair, [pair.truth], [other for other in drawn if other[0] == pair.style[0] and other != pair.truth])
         for pair in pairs
     ]
 
 
 def same_look(pairs: list[Pair]) -> list[Question]:
     return [
-        Question(pair, [pair.truth], [(other, pair.content_thing) for other in SETS if other != pair.style_set])
+        Question(pair, [pair.truth], [(other, pair.content[1]) for other in SETS if other != pair.style[0]])
         for pair in pairs
     ]
 
 
 def leaked(pairs: list[Pair]) -> list[Question]:
-    return [Question(pair, [(pair.content_set, pair.style_thing)], [pair.truth]) for pair in pairs]
+    return [Question(pair, [(CONTENT_SET, pair.style[1])], [pair.truth]) for pair in pairs]
 
 
 QUESTIONS = {"same thing": same_thing, "same look": same_look, "leaked": leaked}
@@ -80,14 +77,14 @@ ASKED = [
 
 class Bench(NamedTuple):
     drawings: Drawings
-    places: dict[Label, int]
+    places: dict[Drawing, int]
 
-    def pictures(self, labels: list[Label]) -> Tensor:
+    def pictures(self, labels: list[Drawing]) -> Tensor:
         """b 3 h w, of the labels that the sets have drawn"""
         return self.drawings.batch([self.places[label] for label in labels if label in self.places])
 
 
-def scores(bench: Bench, pair: Pair, labels: list[Label], name: str, judge: str | None) -> Tensor:
+def scores(bench: Bench, pair: Pair, labels: list[Drawing], name: str, judge: str | None) -> Tensor:
     pictures, content, style = (bench.pictures(some) for some in (labels, [pair.content], [pair.style]))
     if judge is None:
         return structure_scores(pictures, content)[name]
@@ -119,7 +116,7 @@ def answered(bench: Bench, questions: list[Question], name: str, judge: str | No
 @torch.no_grad()
 def report(drawings: Drawings) -> str:
     bench = Bench(drawings, {label: i for i, label in enumerate(drawings.labels)})
-    pairs = read_pairs()
+    pairs = [*PAIRS["tune"], *PAIRS["report"]]
     lines = [
         "# Do Evaluate's scores rank real drawings as they should?",
         "",
