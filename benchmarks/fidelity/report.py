@@ -273,7 +273,8 @@ learning rates of the demo workflow ({fast:g} before the transition, {slow:g} af
 - **outlines**: how well edges lie on the content image's, 1 is exactly.
 - **style**: is it the same look? Cosine of the style judge's features to the style image's.
 - **leakage**: how much of the style image's thing is in it, 0 as much as in the right answer, 1 it is the style image.
-- **sum**: content + outlines + style - leakage.
+- **sum**: content + outlines + style - leakage. A content image left as it is gets as much as the right answer: the sum
+  is for contenders of like style.
 - **SSIM** and **perceptual distance** to the right answer, in the {aligned} sets that draw on the content images'
   outlines; the distance in the style judge's feature maps, 0 is equal.
 
@@ -443,7 +444,7 @@ def sheet_section(bench: Bench, contenders: dict[str, Contender], folder: Path) 
 
 
 def keep_small(page: Image.Image, file: Path) -> None:
-    page.quantize(128).save(file, optimize=True)
+    page.quantize(48).save(file, optimize=True)
 
 
 def main() -> None:
