@@ -25,7 +25,8 @@ if __name__ == "__main__":
     from benchmarks.guidance import is_ready
 
     if not (is_ready() and importlib.util.find_spec("resvg_py")):
-        runpy.run_path(sys.path[0] + "/bootstrap.py")["enter"]("tests")
+        for room in ("tests", "benchmarks"):  # ComfyUI in this process, and what renders emoji
+            runpy.run_path(sys.path[0] + "/bootstrap.py")["enter"](room)
 
 import numpy as np
 import torch
