@@ -5,6 +5,7 @@ import importlib
 import importlib.util
 import os
 import pkgutil
+import signal
 import subprocess
 import sys
 import zipfile
@@ -16,6 +17,9 @@ from prompts import quick
 
 ROOT = Path(__file__).resolve().parent.parent
 COMFYUI = Path(os.environ.get("COMFYUI_PATH", ROOT / ".comfyui"))
+
+# A shell that starts tests in the background has them ignore Ctrl-C, and the programs that they press it for as well.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # At the end: ComfyUI goes to the front, and its `nodes` must be found before ours.
 sys.path.append(str(ROOT))
