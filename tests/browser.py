@@ -61,6 +61,8 @@ def in_language(page: Page, language: str) -> None:
 
 def drop(page: Page, name: str, graph: dict) -> None:
     """Drops a workflow file onto the canvas, and waits until it is open."""
+    # While a file opens, the frontend blocks its window, and fails at a drop before that has faded out.
+    page.wait_for_function("!document.querySelector('.p-blockui-mask')")
     page.evaluate("app.graph.clear()")
     file = page.evaluate_handle(
         """([name, text]) => {
