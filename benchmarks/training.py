@@ -310,7 +310,7 @@ def measure_batch(device: str) -> dict:
             ends.clear()
             alone.append(train.TrainImage.execute(model, {"samples": image}, positive, **settings).result[0])
             seconds.append(seconds_a_step(ends))
-        shutil.rmtree(pack.nodes.bridge.store().folder)
+        shutil.rmtree(pack.nodes.identity.store().folder)
         ends.clear()
         together = train.TrainImages.execute(model, {"samples": images}, positive, at_once=BATCH, **settings).result[0]
         unlike = [

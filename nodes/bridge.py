@@ -1,17 +1,11 @@
-"""The one room that knows ComfyUI's insides: MODEL to `Denoiser`, gradients on, progress, stop, safe paths."""
+"""The one room that knows the insides of ComfyUI's models: MODEL to `Denoiser`, gradients on, progress, stop."""
 
-import hashlib
-import json
 import logging
 import math
-import os
 import sys
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict
-from pathlib import Path
-from types import FunctionType
 from typing import Any
 
 import comfy.model_management
@@ -20,23 +14,17 @@ import comfy.patcher_extension
 import comfy.sample
 import comfy.samplers
 import comfy.utils
-import folder_paths
 import latent_preview
 import torch
-from comfy.cli_args import args
 from comfy.ldm.modules.attention import BasicTransformerBlock
 from comfy.ldm.modules.diffusionmodules.openaimodel import ResBlock
 from comfy.model_patcher import ModelPatcher
-from comfy.weight_adapter import WeightAdapterBase
 from PIL import Image
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..consislora_core import lora_file
-from ..consislora_core.lora_file import ImageLora, Part
 from ..consislora_core.roles import targets
 from ..consislora_core.schedule import Stage
-from ..consislora_core.store import CODE, Nameless, Store, fingerprint
 from ..consislora_core.trainer import Denoiser, StepEvent
 
 NEARLY_CLEAN = 1e-4  # a sigma to rise from: at 0 there is no direction to rise in
@@ -507,187 +495,3 @@ class Progress:
 
 def _minutes(seconds: float) -> str:
     return f"{round(seconds) // 60}:{round(seconds) % 60:02}"
-
-
-def store() -> Store:
-    """The LoRAs and checkpoints of all trainings, in the first models/loras folder."""
-    folder = Path(folder_paths.get_folder_paths("loras")[0], "consislora", "store")
-    limit = os.environ.get("CONSISLORA_STORE_GB", "20")
-    try:
-        return Store(folder, int(float(limit) * 1e9))
-    except (ValueError, OverflowError):
-        raise ValueError(f"CONSISLORA_STORE_GB is {limit!r}; it must be a number of gigabytes, such as 20.") from None
-
-
-def training_key(
-    model: ModelPatcher,
-    base: str,
-    latent: dict,
-    positive: list,
-    stage: Stage,
-    frozen: Mapping[str, Part],
-    dtype: torch.dtype,
-) -> str | None:
-    """A hash of all that decides what a training gives; None for a model or text changed by other nodes' code.
-
-    base: the model's `base_fingerprint`.
-    """
-    try:
-        return fingerprint(
-            {
-                "code": CODE,
-                "base": base,
-                "changes": _changes(model),
-                "latent": latent["samples"],
-                "positive": positive,
-                "stage": asdict(stage),
-                "frozen": frozen,
-                "dtype": str(dtype),
-            }
-        )
-    except Nameless as error:
-        logging.info("ConsisLoRA: not looked up in the store of trained LoRAs and not kept there: %s.", error)
-        return None
-
-
-def base_fingerprint(model: ModelPatcher) -> str:
-    """A short name for a base model: SHA-256 of samples of every weight, as stored and without patches."""
-    weights = {key: _sample(entries[0][0]) for key, entries in model.get_key_patches("diffusion_model.").items()}
-    return fingerprint([str(model.model.model_config.unet_config), weights])[:16]
-
-
-def _sample(tensor: Tensor) -> Tensor:
-    """All of a small tensor; 16 runs of 64 values of a large one: what changes a model changes whole layers.
-
-    Runs, because a weight may still be on the disk, where single values would take as many pages.
-    """
-    flat = tensor.detach().reshape(-1)
-    return flat if len(flat) <= 1024 else flat[: len(flat) // 16 * 16].view(16, -1)[:, :64].cpu()
-
-
-def _changes(model: ModelPatcher) -> list:
-    """All that nodes have laid over the base model, as far as training sees it, in a form for `fingerprint`."""
-    sampling = model.get_model_object("model_sampling")
-    numbers = {name: value for name, value in vars(sampling).items() if isinstance(value, (int, float, str))}
-    return [
-        [kind.__qualname__ for kind in (*type(model.model).__mro__, *type(sampling).__mro__)],
-        type(model.model.latent_format).__qualname__,
-        numbers,
-        dict(sampling.named_buffers()),
-        {key: _patch(patches) for key, patches in model.patches.items() if key.startswith("diffusion_model.")},
-        {key: value for key, value in model.object_patches.items() if key != "model_sampling"},
-        [model.wrappers, model.callbacks, model.injections, model.model_options.get("transformer_options", {})],
-    ]
-
-
-def _patch(value: Any) -> Any:
-    """Weight patches as plain values: they are nested lists of strengths, tensors, adapters and plain functions."""
-    if isinstance(value, (list, tuple)):
-        return [_patch(one) for one in value]
-    if isinstance(value, WeightAdapterBase):
-        return [type(value).__qualname__, _patch(value.weights)]
-    if isinstance(value, FunctionType) and not value.__closure__:
-        return f"{value.__module__}.{value.__qualname__}"
-    return _sample(value) if torch.is_tensor(value) else value
-
-
-def tensor_fingerprint(tensor: Tensor) -> str:
-    return hashlib.sha256(tensor.detach().to("cpu", torch.float32).contiguous().numpy().tobytes()).hexdigest()[:16]
-
-
-def text_behind(hidden: Any, input_name: str) -> str:
-    """The words of the CLIP Text Encode that feeds an input of the running node; empty if something else feeds it."""
-    graph = (hidden and hidden.prompt) or {}
-    origin = graph.get(hidden and hidden.unique_id, {"inputs": {}})["inputs"].get(input_name, [None])[0]
-    text = graph[origin]["inputs"].get("text") if origin in graph else None
-    return text if isinstance(text, str) else ""
-
-
-def numbers_behind(hidden: Any, input_name: str, names: Collection[str]) -> dict[str, float]:
-    """Values of widgets by name, each from the nearest node that has it on the way to an input of the running node."""
-    graph = (hidden and hidden.prompt) or {}
-    found, seen = {}, set()
-    links = [graph.get(hidden and hidden.unique_id, {"inputs": {}})["inputs"].get(input_name)]
-    for link in links:
-        if isinstance(link, list) and link[0] in graph and link[0] not in seen:
-            seen.add(link[0])
-            inputs = graph[link[0]]["inputs"]
-            links += inputs.values()
-            found = {name: value for name, value in inputs.items() if _is_number(value) and name in names} | found
-    return found
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def workflow_texts(hidden: Any) -> dict[str, str]:
-    """What ComfyUI's Save Image writes into a PNG, from which the frontend opens the workflow again."""
-    if args.disable_metadata or not hidden:
-        return {}
-    texts = {"prompt": hidden.prompt, **(hidden.extra_pnginfo or {})}
-    return {name: json.dumps(value) for name, value in texts.items() if value is not None}
-
-
-def show_text(hidden: Any, text: str) -> None:
-    """Shows a text on the running node."""
-    if hidden and hidden.unique_id:
-        from server import PromptServer  # there is none where ComfyUI's parts run without a server
-
-        PromptServer.instance.send_progress_text(text, hidden.unique_id)
-
-
-def input_folder() -> Path:
-    return Path(folder_paths.get_input_directory())
-
-
-def output_folder() -> Path:
-    return Path(folder_paths.get_output_directory())
-
-
-def new_picture_path(prefix: str, width: int, height: int) -> Path:
-    """Where Save Image would write the next picture."""
-    folder, name, number, *_ = folder_paths.get_save_image_path(prefix, str(output_folder()), width, height)
-    return Path(folder, f"{name}_{number:05}_.png")
-
-
-def lora_files() -> list[str]:
-    """Names with forward slashes on every system, so that a workflow made on one opens on another."""
-    names = folder_paths.get_filename_list("loras")
-    return [name.replace("\\", "/") for name in names if name.endswith(".safetensors")]
-
-
-def lora_path(name: str) -> Path:
-    """The file of a name in models/loras; `get_full_path` keeps names inside. Raises ValueError if there is none."""
-    found = folder_paths.get_full_path("loras", name)
-    if found is None:
-        raise ValueError(
-            f"There is no LoRA file {name!r} in models/loras. Choose one from the list, or press R to refresh it."
-        )
-    return Path(found)
-
-
-def new_lora_path(name: str) -> Path:
-    """Where a LoRA of this name is saved: the first models/loras folder, numbered so that nothing is overwritten."""
-    folder = Path(folder_paths.get_folder_paths("loras")[0])
-    wanted = (folder / f"{name.removesuffix('.safetensors')}.safetensors").resolve()
-    if not name.strip() or not wanted.is_relative_to(folder.resolve()) or wanted.stem.startswith("."):
-        raise ValueError(
-            f"filename is {name!r}; it must be a name inside models/loras, such as my_product or clients/my_product."
-        )
-    numbered = (wanted.with_stem(f"{wanted.stem}_{i:05}") for i in range(1, 100_000))
-    return next(path for path in numbered if not path.exists())
-
-
-def save_lora(lora: ImageLora, name: str, precision: str) -> str:
-    """Writes the LoRA and returns its name for the loader. Raises ValueError when the disk or folder refuses."""
-    path = new_lora_path(name)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lora_file.write(lora, path, PRECISIONS[precision])
-    except OSError as error:
-        raise ValueError(
-            f"The LoRA could not be saved to {path.parent}: {error.strerror or error}. Free some space or "
-            "choose a folder that can be written, then queue again: the training itself is still cached."
-        ) from error
-    return path.relative_to(Path(folder_paths.get_folder_paths("loras")[0]).resolve()).as_posix()

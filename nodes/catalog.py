@@ -17,7 +17,7 @@ from ..consislora_core import catalog
 from ..consislora_core.catalog import Pair, Result, ResultsSheet
 from ..consislora_core.files import inside
 from ..consislora_core.lora_file import ImageLora
-from . import bridge, drawing, sockets
+from . import drawing, folders, graph, sockets
 from .sockets import CATEGORY, ConsisLora, aliases
 
 ONE, ALL = "one pair per run", "all pairs in one run"
@@ -140,7 +140,7 @@ class CatalogLoad(io.ComfyNode):
         note_bad_files(plan, results, desk)
         report = told(plan, results, [job.name for _, job in jobs], desk.problems)
         logging.info("ConsisLoRA catalogue: %s", report)
-        bridge.show_text(cls.hidden, report)
+        graph.show_text(cls.hidden, report)
         if not jobs:
             return io.NodeOutput(*4 * [[ExecutionBlocker(None)]], report)
         images = zip(*((desk.open(pair.content), desk.open(pair.style)) for pair, _ in jobs), strict=True)
@@ -206,13 +206,13 @@ class CatalogSave(io.ComfyNode):
             ";".join(path.relative_to(job.folder).as_posix() for path in paths),
             adapter(content),
             adapter(style),
-            **bridge.numbers_behind(cls.hidden, "images", catalog.SETTINGS),
+            **graph.numbers_behind(cls.hidden, "images", catalog.SETTINGS),
             scores=report,
             accepted={None: "", True: "yes", False: "no"}[accepted],
             reason=reasons,
             finished=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         )
-        texts = bridge.workflow_texts(cls.hidden) | {"consislora": facts(result, content, style)}
+        texts = graph.workflow_texts(cls.hidden) | {"consislora": facts(result, content, style)}
         try:
             for image, path in zip(images, paths, strict=True):
                 catalog.write_picture(drawing.to_picture(image), path, texts)
@@ -222,7 +222,7 @@ class CatalogSave(io.ComfyNode):
                 f"{job.name} could not be saved to {job.folder}: {error}. Free some space, make the "
                 f"folder writable, or close {catalog.RESULTS} in other programs; then queue the pair again."
             ) from error
-        relative = [path.relative_to(bridge.output_folder()) for path in paths]
+        relative = [path.relative_to(folders.output_folder()) for path in paths]
         shown = [{"filename": one.name, "subfolder": one.parent.as_posix(), "type": "output"} for one in relative]
         return io.NodeOutput("\n".join(one.as_posix() for one in relative), ui={"images": shown})
 
@@ -247,7 +247,7 @@ class Desk:
 
 def planned(contents: str, styles: str, catalogue: str, name: str) -> Plan:
     """Raises ValueError for names that lead elsewhere."""
-    root, folder = bridge.input_folder(), inside(bridge.output_folder(), catalogue)
+    root, folder = folders.input_folder(), inside(folders.output_folder(), catalogue)
     things, looks = catalog.find_pictures(root, contents), catalog.find_pictures(root, styles)
     pairs = catalog.pair_up(things.paths, looks.paths, name)
     for pair in pairs:
@@ -279,7 +279,7 @@ def told(plan: Plan, results: dict[str, Result], coming: list[str], problems: di
 
 
 def shown_name(path: Path) -> str:
-    return path.relative_to(bridge.input_folder()).as_posix()
+    return path.relative_to(folders.input_folder()).as_posix()
 
 
 def adapter(lora: ImageLora | None) -> str:

@@ -5,7 +5,7 @@ from comfy_api.latest import io
 from ..consislora_core import lora_file
 from ..consislora_core.guidance import parts_of, wanted
 from ..consislora_core.lora_file import ImageLora
-from . import bridge, passes
+from . import bridge, folders, passes
 from .provenance import HIDDEN, note
 from .sockets import CATEGORY, ConsisLora, aliases
 
@@ -59,7 +59,7 @@ class Save(io.ComfyNode):
     @classmethod
     def execute(cls, consislora, filename, precision, rights="", permission=PERMISSION[0]) -> io.NodeOutput:
         stated = {"rights": rights.strip(), "permission": permission if permission != PERMISSION[0] else ""}
-        return io.NodeOutput(bridge.save_lora(signed(consislora, stated), filename, precision))
+        return io.NodeOutput(folders.save_lora(signed(consislora, stated), filename, bridge.PRECISIONS[precision]))
 
 
 def signed(lora: ImageLora, stated: dict[str, str]) -> ImageLora:
@@ -78,17 +78,17 @@ class Load(io.ComfyNode):
             category=CATEGORY,
             **aliases("load lora", "b-lora"),
             description="Reads a ConsisLoRA or B-LoRA from models/loras, in any published key spelling.",
-            inputs=[io.Combo.Input("lora_name", options=bridge.lora_files(), tooltip="A file in models/loras.")],
+            inputs=[io.Combo.Input("lora_name", options=folders.lora_files(), tooltip="A file in models/loras.")],
             outputs=[ConsisLora.Output(display_name="consislora", tooltip="The content and style parts in the file.")],
         )
 
     @classmethod
     def fingerprint_inputs(cls, lora_name):
-        return bridge.lora_path(lora_name).stat().st_mtime_ns
+        return folders.lora_path(lora_name).stat().st_mtime_ns
 
     @classmethod
     def execute(cls, lora_name) -> io.NodeOutput:
-        return io.NodeOutput(lora_file.read(bridge.lora_path(lora_name)))
+        return io.NodeOutput(lora_file.read(folders.lora_path(lora_name)))
 
 
 class Apply(io.ComfyNode):

@@ -11,7 +11,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from ..consislora_core import __version__
 from ..consislora_core.files import written_whole
-from . import bridge, drawing, provenance
+from . import drawing, folders, graph, provenance
 from .sockets import CATEGORY, aliases
 
 # Named in the environment, because workflows travel, and a key must not.
@@ -50,15 +50,15 @@ class SaveSigned(io.ComfyNode):
 
     @classmethod
     def execute(cls, images, filename_prefix, algorithm) -> io.NodeOutput:
-        texts = bridge.workflow_texts(cls.hidden)
+        texts = graph.workflow_texts(cls.hidden)
         record = (cls.hidden and cls.hidden.extra_pnginfo or {}).get(provenance.CHUNK, {})
         saved = []
         for image in images:
-            path = bridge.new_picture_path(filename_prefix, image.shape[1], image.shape[0])
+            path = folders.new_picture_path(filename_prefix, image.shape[1], image.shape[0])
             file = signed(png(drawing.to_picture(image), texts), record, path.name, algorithm)
             with written_whole(path) as unfinished:
                 unfinished.write_bytes(file)
-            subfolder = path.parent.relative_to(bridge.output_folder()).as_posix()
+            subfolder = path.parent.relative_to(folders.output_folder()).as_posix()
             saved.append(ui.SavedResult(path.name, "" if subfolder == "." else subfolder, io.FolderType.output))
         return io.NodeOutput(ui=ui.SavedImages(saved))
 

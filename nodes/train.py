@@ -15,7 +15,7 @@ from ..consislora_core.lora_file import ImageLora
 from ..consislora_core.schedule import Stage, image_stage, style_stage
 from ..consislora_core.store import fingerprint
 from ..consislora_core.trainer import Trainer
-from . import bridge
+from . import bridge, graph, identity
 from .sockets import CATEGORY, ConsisLora, LoraModel, LossMap, aliases
 
 CHECKPOINT_EVERY = 50  # steps: the most that a crash costs
@@ -103,22 +103,8 @@ class TrainImage(io.ComfyNode):
         )
 
     @classmethod
-    def execute(
-        cls,
-        model,
-        latent,
-        positive,
-        steps,
-        transition_step,
-        learning_rate,
-        reconstruction_learning_rate,
-        rank,
-        seed,
-        precision,
-        memory="auto",
-    ) -> io.NodeOutput:
-        stage = image_stage(steps, transition_step, learning_rate, reconstruction_learning_rate, rank=rank, seed=seed)
-        return train(cls.hidden, model, latent, positive, stage, precision, memory)
+    def execute(cls, model, latent, positive, precision, memory="auto", **schedule) -> io.NodeOutput:
+        return train(cls.hidden, model, latent, positive, image_stage(**schedule), precision, memory)
 
 
 class TrainStyle(io.ComfyNode):
@@ -160,23 +146,9 @@ class TrainStyle(io.ComfyNode):
         )
 
     @classmethod
-    def execute(
-        cls,
-        model,
-        latent,
-        positive,
-        content_lora,
-        steps,
-        reconstruction_learning_rate,
-        noise_offset,
-        rank,
-        seed,
-        precision,
-        memory="auto",
-    ) -> io.NodeOutput:
-        stage = style_stage(steps, reconstruction_learning_rate, noise_offset, rank=rank, seed=seed)
+    def execute(cls, model, latent, positive, content_lora, precision, memory="auto", **schedule) -> io.NodeOutput:
         frozen = {"content": content_lora.part("content")}
-        return train(cls.hidden, model, latent, positive, stage, precision, memory, frozen)
+        return train(cls.hidden, model, latent, positive, style_stage(**schedule), precision, memory, frozen)
 
 
 class TrainImages(io.ComfyNode):
@@ -212,22 +184,8 @@ class TrainImages(io.ComfyNode):
         )
 
     @classmethod
-    def execute(
-        cls,
-        model,
-        latent,
-        positive,
-        steps,
-        transition_step,
-        learning_rate,
-        reconstruction_learning_rate,
-        rank,
-        seed,
-        precision,
-        at_once,
-        memory="auto",
-    ) -> io.NodeOutput:
-        stage = image_stage(steps, transition_step, learning_rate, reconstruction_learning_rate, rank=rank, seed=seed)
+    def execute(cls, model, latent, positive, precision, at_once, memory="auto", **schedule) -> io.NodeOutput:
+        stage = image_stage(**schedule)
         return io.NodeOutput(train_each(cls.hidden, model, latent, positive, stage, precision, memory, at_once))
 
 
@@ -246,11 +204,11 @@ class Job(NamedTuple):
         """The LoRA's metadata."""
         origin = {
             "stage": self.stage.name,
-            "prompt": bridge.text_behind(hidden, "positive"),
+            "prompt": graph.text_behind(hidden, "positive"),
             "steps": str(self.stage.steps),
             "rank": str(self.stage.rank),
             "seed": str(self.stage.seed),
-            "image_hash": bridge.tensor_fingerprint(self.latent["samples"]),
+            "image_hash": identity.tensor_fingerprint(self.latent["samples"]),
             "base_model_hash": self.base,
             "version": __version__,
         }
@@ -274,7 +232,7 @@ def train(
     frozen: dict[str, lora_file.Part] | None = None,
 ) -> io.NodeOutput:
     bridge.find_roles(model)
-    base = bridge.base_fingerprint(model)
+    base = identity.base_fingerprint(model)
     job = Job(model, base, latent, positive, stage, frozen or {}, bridge.training_dtype(model, precision))
     ((lora, losses, before),) = remembered(
         [job], hidden, bridge.Progress(model, stage, hidden and hidden.unique_id), memory
@@ -297,9 +255,9 @@ def train_each(
     """The LoRA of each image; those that the store does not have are trained `at_once` at a time."""
     bridge.find_roles(model)
     bridge.check_latent(model, latent)
-    base, dtype, store = bridge.base_fingerprint(model), bridge.training_dtype(model, precision), bridge.store()
+    base, dtype, store = identity.base_fingerprint(model), bridge.training_dtype(model, precision), identity.store()
     jobs = [Job(model, base, {"samples": one}, positive, stage, {}, dtype) for one in latent["samples"].split(1)]
-    keys = [bridge.training_key(*job) or number for number, job in enumerate(jobs)]
+    keys = [identity.training_key(*job) or number for number, job in enumerate(jobs)]
     wanted = dict(zip(keys, jobs, strict=True))  # the same picture twice is one
     missing = [key for key in wanted if not store.has(key)]
     groups = [[key] for key in wanted if key not in missing]
@@ -315,10 +273,10 @@ def remembered(
     jobs: list[Job], hidden: io.HiddenHolder | None, progress: bridge.Progress, memory: str
 ) -> list[Trained]:
     """What the jobs give: from the store, or trained now, side by side."""
-    keys = [bridge.training_key(*job) for job in jobs]
+    keys = [identity.training_key(*job) for job in jobs]
     if None in keys:
         return run(jobs, hidden, progress, memory)
-    store, stage = bridge.store(), jobs[0].stage
+    store, stage = identity.store(), jobs[0].stage
     with ExitStack() as locks:
         for key in sorted(keys):  # in one order everywhere, so that no two processes wait for each other
             locks.enter_context(store.locked(key, waiting=bridge.stop_if_cancelled))

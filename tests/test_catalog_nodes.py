@@ -23,7 +23,7 @@ def nodes(pack):
 @pytest.fixture
 def folders(pack):
     """ComfyUI's input and output folders, with two things and two looks of different sizes, and no results."""
-    root, output = pack.nodes.bridge.input_folder() / "catalogue", pack.nodes.bridge.output_folder()
+    root, output = pack.nodes.folders.input_folder() / "catalogue", pack.nodes.folders.output_folder()
     for folder in (root, output):
         shutil.rmtree(folder, ignore_errors=True)
     for name, size in {
@@ -156,9 +156,9 @@ def test_settings_are_those_of_the_nearest_node_before(pack):
         "5": {"inputs": {"images": ["3", 0], "seed": 9}},
     }
     hidden = type("Hidden", (), {"prompt": graph, "unique_id": "5"})
-    found = pack.nodes.bridge.numbers_behind(hidden, "images", pack.nodes.catalog.catalog.SETTINGS)
+    found = pack.nodes.graph.numbers_behind(hidden, "images", pack.nodes.catalog.catalog.SETTINGS)
     assert found == {"seed": 2, "steps": 20, "cfg": 7.5}
-    assert pack.nodes.bridge.numbers_behind(None, "images", {"seed"}) == {}
+    assert pack.nodes.graph.numbers_behind(None, "images", {"seed"}) == {}
 
 
 def test_a_picture_of_no_numbers_is_refused_and_not_done(nodes, folders):

@@ -22,7 +22,7 @@ def lora():
 
 def saved(pack, lora, *given):
     name = pack.nodes.lora.Save.execute(lora, "rights", *given).result[0]
-    return lora_file.read(pack.nodes.bridge.lora_path(name))
+    return lora_file.read(pack.nodes.folders.lora_path(name))
 
 
 def test_a_lora_and_its_files_have_one_hash_and_another_lora_another(pack, lora):

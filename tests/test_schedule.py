@@ -29,7 +29,7 @@ def test_the_style_stage_is_the_papers():
 
 def test_loss_and_learning_rate_change_at_the_transition_step():
     stage = image_stage(steps=5, transition_step=2)
-    assert [stage.phase_at(step).loss for step in range(5)] == [NOISE] * 2 + [RECONSTRUCTION] * 3
+    assert [stage.at(step)[0] for step in range(5)] == [NOISE] * 2 + [RECONSTRUCTION] * 3
 
 
 @pytest.mark.parametrize(("transition_step", "loss"), [(0, RECONSTRUCTION), (4, NOISE)])

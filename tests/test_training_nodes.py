@@ -18,7 +18,7 @@ FEW_STEPS = dict(steps=3, transition_step=2, learning_rate=1e-3, reconstruction_
 @pytest.fixture(autouse=True)
 def store(pack):
     """Empty, or a test would get what another one has trained."""
-    store = pack.nodes.bridge.store()
+    store = pack.nodes.identity.store()
     shutil.rmtree(store.folder, ignore_errors=True)
     return store
 
@@ -460,8 +460,8 @@ def test_another_content_part_trains_stage_two_anew(nodes, comfy, steps):
 def key(nodes, model, precision=torch.float32):
     given = inputs()
     stage = nodes.image_stage(3, 2, 1e-3, 1e-3, rank=2)
-    base = nodes.bridge.base_fingerprint(model)
-    return nodes.bridge.training_key(model, base, given["latent"], given["positive"], stage, {}, precision)
+    base = nodes.identity.base_fingerprint(model)
+    return nodes.identity.training_key(model, base, given["latent"], given["positive"], stage, {}, precision)
 
 
 def with_lora(lora_model, strength, model=None):
@@ -678,4 +678,4 @@ def test_a_folder_that_cannot_be_written_is_told_once_and_the_lora_still_comes_o
 def test_a_limit_that_is_no_number_is_refused_in_words(nodes, monkeypatch):
     monkeypatch.setenv("CONSISLORA_STORE_GB", "20 GB")
     with pytest.raises(ValueError, match="CONSISLORA_STORE_GB is '20 GB'; it must be a number of gigabytes"):
-        nodes.bridge.store()
+        nodes.identity.store()

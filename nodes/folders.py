@@ -1,0 +1,65 @@
+"""Where ComfyUI keeps pictures and LoRA files."""
+
+from pathlib import Path
+
+import folder_paths
+import torch
+
+from ..consislora_core import lora_file
+from ..consislora_core.lora_file import ImageLora
+
+
+def input_folder() -> Path:
+    return Path(folder_paths.get_input_directory())
+
+
+def output_folder() -> Path:
+    return Path(folder_paths.get_output_directory())
+
+
+def new_picture_path(prefix: str, width: int, height: int) -> Path:
+    """Where Save Image would write the next picture."""
+    folder, name, number, *_ = folder_paths.get_save_image_path(prefix, str(output_folder()), width, height)
+    return Path(folder, f"{name}_{number:05}_.png")
+
+
+def lora_files() -> list[str]:
+    """Names with forward slashes on every system, so that a workflow made on one opens on another."""
+    names = folder_paths.get_filename_list("loras")
+    return [name.replace("\\", "/") for name in names if name.endswith(".safetensors")]
+
+
+def lora_path(name: str) -> Path:
+    """The file of a name in models/loras; `get_full_path` keeps names inside. Raises ValueError if there is none."""
+    found = folder_paths.get_full_path("loras", name)
+    if found is None:
+        raise ValueError(
+            f"There is no LoRA file {name!r} in models/loras. Choose one from the list, or press R to refresh it."
+        )
+    return Path(found)
+
+
+def new_lora_path(name: str) -> Path:
+    """Where a LoRA of this name is saved: the first models/loras folder, numbered so that nothing is overwritten."""
+    folder = Path(folder_paths.get_folder_paths("loras")[0])
+    wanted = (folder / f"{name.removesuffix('.safetensors')}.safetensors").resolve()
+    if not name.strip() or not wanted.is_relative_to(folder.resolve()) or wanted.stem.startswith("."):
+        raise ValueError(
+            f"filename is {name!r}; it must be a name inside models/loras, such as my_product or clients/my_product."
+        )
+    numbered = (wanted.with_stem(f"{wanted.stem}_{i:05}") for i in range(1, 100_000))
+    return next(path for path in numbered if not path.exists())
+
+
+def save_lora(lora: ImageLora, name: str, dtype: torch.dtype) -> str:
+    """Writes the LoRA and returns its name for the loader. Raises ValueError when the disk or folder refuses."""
+    path = new_lora_path(name)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lora_file.write(lora, path, dtype)
+    except OSError as error:
+        raise ValueError(
+            f"The LoRA could not be saved to {path.parent}: {error.strerror or error}. Free some space or "
+            "choose a folder that can be written, then queue again: the training itself is still cached."
+        ) from error
+    return path.relative_to(Path(folder_paths.get_folder_paths("loras")[0]).resolve()).as_posix()
