@@ -10,11 +10,12 @@ LOSS_NAMES = NOISE, RECONSTRUCTION, VELOCITY = "noise", "reconstruction", "veloc
 
 
 class Phase(NamedTuple):
-    """A run of steps with one loss and one learning rate."""
+    """A run of steps with one loss. fades: the learning rate falls in a line, to 0 at the phase's end."""
 
     steps: int
     loss: str
     learning_rate: float
+    fades: bool = False
 
 
 @dataclass(frozen=True)
@@ -71,12 +72,12 @@ class Stage:
     def steps(self) -> int:
         return sum(phase.steps for phase in self.phases)
 
-    def phase_at(self, step: int) -> Phase:
-        """The phase of a step, counted from 0."""
-        for phase in self.phases:
-            if step < phase.steps:
-                return phase
-            step -= phase.steps
+    def at(self, step: int) -> tuple[str, float]:
+        """Loss and learning rate of a step, counted from 0."""
+        for steps, loss, learning_rate, fades in self.phases:
+            if step < steps:
+                return loss, learning_rate * (1 - step / steps) if fades else learning_rate
+            step -= steps
         raise IndexError("step is past the end of the stage")
 
 

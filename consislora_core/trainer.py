@@ -113,18 +113,16 @@ class Trainer:
 
         Raises FloatingPointError before the weights move if the loss is not finite.
         """
-        phase = self.stage.phase_at(self.step)
-        z_0_hat, losses = self._backward(z_0, random, phase.loss)
+        loss, learning_rate = self.stage.at(self.step)
+        z_0_hat, losses = self._backward(z_0, random, loss)
         if self.stage.max_grad_norm is not None:
             self._clip(self.stage.max_grad_norm)
         for group in self.optimizer.param_groups:
-            group["lr"] = phase.learning_rate
+            group["lr"] = learning_rate
         self.optimizer.step()
         self.step += 1
         self.random_state = self.generator.get_state()
-        return StepEvent(
-            self.step, self.stage.name, phase.loss, losses, phase.learning_rate, random.sigma.mean().item(), z_0_hat
-        )
+        return StepEvent(self.step, self.stage.name, loss, losses, learning_rate, random.sigma.mean().item(), z_0_hat)
 
     def _clip(self, max_grad_norm: float) -> None:
         """To a norm over all layers, of each LoRA by itself."""
@@ -151,7 +149,7 @@ class Trainer:
             if self.loss_scale <= 1 or not math.isfinite(sum(values)):
                 raise FloatingPointError(
                     f"The loss became {sum(values)} in step {self.step + 1} of {self.stage.steps} "
-                    f"({loss_name} phase, learning rate {self.stage.phase_at(self.step).learning_rate:g}). "
+                    f"({loss_name} phase, learning rate {self.stage.at(self.step)[1]:g}). "
                     "Lower the learning rate, or choose precision bf16 or fp32."
                 )
             self.loss_scale /= 2

@@ -55,7 +55,7 @@ SCORES = ("content", "outlines", "style", "leakage", "sum", "SSIM", "perceptual 
 EVERYWHERE = SCORES[:5]  # for any pair
 
 
-Runs = tuple[tuple[int, str, float], ...]  # steps in the paper's schedule, loss, learning rate
+Runs = tuple[Phase, ...]  # steps are those in the paper's schedule
 
 
 class Recipe(NamedTuple):
@@ -69,16 +69,35 @@ class Recipe(NamedTuple):
     everywhere: bool = False
 
 
+def fade(runs: Runs) -> Runs:
+    """The last of them fades."""
+    return *runs[:-1], runs[-1]._replace(fades=True)
+
+
+def faded(recipe: Recipe) -> Recipe:
+    return recipe._replace(image=fade(recipe.image), style=fade(recipe.style))
+
+
 # In runs of 500 steps where another recipe begins alike, so that both share them.
-PAPER = Recipe(((500, NOISE, FAST), (1000, RECONSTRUCTION, SLOW)), ((1000, RECONSTRUCTION, SLOW),))
-B_LORA = Recipe(((500, NOISE, FAST),) * 2)
-PLAIN = Recipe(((1500, NOISE, FAST),), everywhere=True)
-NOISE_ONLY = Recipe(((500, NOISE, FAST),) * 3, ((1000, NOISE, FAST),))
+BEGIN = Phase(500, NOISE, FAST)
+RESTORE = Phase(1000, RECONSTRUCTION, SLOW)
+PAPER = Recipe((BEGIN, RESTORE), (RESTORE,))
+B_LORA = Recipe((BEGIN,) * 2)
+PLAIN = Recipe((Phase(1500, NOISE, FAST),), everywhere=True)
+NOISE_ONLY = Recipe((BEGIN,) * 3, (Phase(1000, NOISE, FAST),))
 ONE_STAGE = PAPER._replace(style=())
-NO_TRANSITION = PAPER._replace(image=((1500, RECONSTRUCTION, SLOW),))
-OURS = Recipe(((500, VELOCITY, FAST), (1000, VELOCITY, SLOW)), ((1000, VELOCITY, SLOW),))
-THIRD = Recipe(((167, NOISE, 2 * FAST), (333, RECONSTRUCTION, 2 * SLOW)), ((333, RECONSTRUCTION, 2 * SLOW),))
-OURS_IN_A_THIRD = Recipe(((167, VELOCITY, 2 * FAST), (333, VELOCITY, 2 * SLOW)), ((333, VELOCITY, 2 * SLOW),))
+NO_TRANSITION = PAPER._replace(image=(Phase(1500, RECONSTRUCTION, SLOW),))
+STEADY = Phase(1000, VELOCITY, SLOW)
+OURS = Recipe((Phase(500, VELOCITY, FAST), STEADY), (STEADY,))
+
+
+def third(recipe: Recipe, faster: float = 2.0) -> Recipe:
+    """A third of the steps at higher learning rates."""
+
+    def shorter(runs: Runs) -> Runs:
+        return tuple(run._replace(steps=round(run.steps / 3), learning_rate=faster * run.learning_rate) for run in runs)
+
+    return recipe._replace(image=shorter(recipe.image), style=shorter(recipe.style))
 
 
 class Contender(NamedTuple):
@@ -101,7 +120,7 @@ CONTENDERS = {
     "h": Contender("img2img, style LoRA", PAPER, denoise=0.6),
     "i": Contender("velocity loss", OURS),
     "j": Contender("velocity loss, guidance 0.5", OURS, given=guided(0.5, 0.5)),
-    "k": Contender("j, a third of the steps, rates x 2", OURS_IN_A_THIRD, given=guided(0.5, 0.5)),
+    "k": Contender("j, a third of the steps, rates x 2", third(OURS), given=guided(0.5, 0.5)),
 }
 DIFFERENCES = ("c-b", "b-a", "c-a", "c-d", "c-e", "c-f", "g-c", "h-c", "i-c", "j-c", "k-c")
 TRADED, COLOURS = ("content", "style"), ("#3f789e", "#c0562b")
@@ -124,10 +143,10 @@ TRIED = {
     "v": Contender("velocity loss", OURS),
     "v1": Contender("velocity loss, guidance 0.5", OURS, given=guided(0.5, 0.5)),
     "v2": Contender("velocity loss, guidance 1", OURS, given=guided(1.0, 1.0)),
-    "t": Contender("a third of the steps, rates x 2", THIRD),
-    "t1": Contender("a third of the steps, rates x 2, velocity loss", OURS_IN_A_THIRD),
+    "t": Contender("a third of the steps, rates x 2", third(PAPER)),
+    "t1": Contender("a third of the steps, rates x 2, velocity loss", third(OURS)),
     "t2": Contender(
-        "a third of the steps, rates x 2, velocity loss, guidance 0.5", OURS_IN_A_THIRD, given=guided(0.5, 0.5)
+        "a third of the steps, rates x 2, velocity loss, guidance 0.5", third(OURS), given=guided(0.5, 0.5)
     ),
 }
 
@@ -136,14 +155,16 @@ TRIED = {
 
 
 class Bench:
-    def __init__(self, studio: Studio, pairs: list[Pair], scale: float):
-        self.studio, self.pairs, self.scale = studio, pairs, scale
+    """seeds: how many pictures a pair."""
+
+    def __init__(self, studio: Studio, pairs: list[Pair], scale: float, seeds: int = 1):
+        self.studio, self.pairs, self.scale, self.seeds = studio, pairs, scale, seeds
         self.contents = list(dict.fromkeys(pair.content for pair in pairs))
         self.styles = list(dict.fromkeys(pair.style for pair in pairs))
 
     def stages(self, recipe: Recipe) -> tuple[Stage, Stage | None]:
-        def phases(runs):
-            return tuple(Phase(round(self.scale * steps), loss, rate) for steps, loss, rate in runs)
+        def phases(runs: Runs) -> Runs:
+            return tuple(run._replace(steps=round(self.scale * run.steps)) for run in runs)
 
         image, style = phases(recipe.image), phases(recipe.style)
         return (
@@ -161,8 +182,8 @@ class Bench:
             styles = studio.learned(stage_2, "An image in the style of [v]", self.styles, styles)
         return contents.owns | styles.owns
 
-    def pictures(self, contender: Contender, pairs: list[Pair]) -> Tensor:
-        """A picture a pair (n 3 h w), from the seed that every contender draws it from."""
+    def pictures(self, contender: Contender, pairs: list[Pair], take: int = 0) -> Tensor:
+        """A picture a pair (n 3 h w), each from a seed of its own, from which every contender draws it."""
         print(f"Drawing {len(pairs)} pictures, {contender.label} ...", file=sys.stderr, flush=True)
         owns, from_content = self.loras(contender.recipe), contender.denoise < 1
         return torch.cat(
@@ -170,7 +191,7 @@ class Bench:
                 self.studio.picture(
                     None if from_content else owns[pair.content],
                     owns[pair.style],
-                    seed=self.pairs.index(pair),
+                    seed=self.pairs.index(pair) + take * len(self.pairs),
                     start=pair.content if from_content else None,
                     denoise=contender.denoise,
                     **contender.given,
@@ -216,8 +237,10 @@ class Bench:
         return dict(zip(SCORES, scores, strict=True))
 
     def measured(self, contender: Contender, pairs: list[Pair] | None = None) -> dict[str, Tensor]:
+        """Scores of a pair, each the mean over its pictures."""
         pairs = pairs or self.pairs
-        return self.scores(self.pictures(contender, pairs), pairs)
+        takes = [self.scores(self.pictures(contender, pairs, take), pairs) for take in range(self.seeds)]
+        return {name: torch.stack([scores[name] for scores in takes]).mean(0) for name in SCORES}
 
     def estimate(self, values: Tensor, pairs: list[Pair] | None = None) -> Estimate:
         """The mean, and its interval if other content images and other style images had been taken: they are shared."""
@@ -351,7 +374,7 @@ def introduction(bench: Bench, options: str) -> str:
 
 def steps_of(contender: Contender, scale: float) -> str:
     def total(runs):
-        return round(scale * sum(steps for steps, *_ in runs))
+        return round(scale * sum(run.steps for run in runs))
 
     image, style = total(contender.recipe.image), total(contender.recipe.style)
     return f"{image}, {image} + {style}" if style else f"{image}, {image}"

@@ -5,7 +5,7 @@ Both are kept in a folder under a hash of all that determines them, and found th
 
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
 from functools import partial
@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from benchmarks.effects import WEIGHTS
@@ -22,7 +23,7 @@ from benchmarks.fidelity.judges import render_everything
 from benchmarks.fidelity.pairs import Drawing
 from benchmarks.guidance import SIZES, start_comfy
 from consislora_core.files import written_whole
-from consislora_core.lora_file import ImageLora
+from consislora_core.lora_file import ImageLora, from_state_dict, to_state_dict, write_tensors
 from consislora_core.losses import add_noise, draw, noise_loss
 from consislora_core.schedule import Stage
 from consislora_core.store import CODE, fingerprint
@@ -30,15 +31,15 @@ from consislora_core.trainer import Trainer
 
 SAMPLER, SCHEDULER, STEPS, CFG = "dpmpp_2m", "karras", 20, 2.0  # the demo's
 CHANNELS, SIDE = 4, 16  # of a latent
+ENDS = ("down", "up")
 ATTENTION = re.compile(r".*transformer_blocks\.\d+\.attn[12]\.to_(q|k|v|out\.0)")
 GIVEN = dict(
     content_guidance=0.0, style_guidance=0.0, content_strength=1.0, style_strength=1.0,
     start_percent=0.0, end_percent=1.0, reuse_steps=1, cfg=CFG,
 )  # fmt: skip
 
-Everywhere = dict[
-    str, tuple[Tensor, Tensor]
-]  # a LoRA of alpha = rank by layer: down (rows rank in), up (rows out rank)
+# A LoRA of alpha = rank by layer: down (rows rank in), up (rows out rank).
+Everywhere = dict[str, tuple[Tensor, Tensor]]
 
 
 class Own(NamedTuple):
@@ -97,8 +98,8 @@ class Studio:
         """
         names = frozen and [own.name for own in frozen.owns.values()]
         name = fingerprint([self.base, asdict(stage), prompt, drawings, names])
-        if (file := self.loras / f"{name}.pt").exists():
-            return _learned(name, drawings, torch.load(file, weights_only=False))
+        if kept := self._kept(name, drawings, from_state_dict):
+            return kept
         *earlier, phase = stage.phases
         before = earlier and self.learned(replace(stage, phases=tuple(earlier)), prompt, drawings, frozen).state
         held = frozen and [{"content": frozen.owns[drawing].lora.part("content")} for drawing in drawings]
@@ -110,14 +111,15 @@ class Studio:
                 trainer.load_state_dict(before)
             for _ in trainer:
                 pass
-            loras = [ImageLora(trainer.parts(row), {}) for row in range(len(drawings))]
-            return self._keep(name, drawings, loras, trainer.state_dict())
+            loras = [to_state_dict(ImageLora(trainer.parts(row), {})) for row in range(len(drawings))]
+            self._keep(name, loras, trainer.state_dict())
+        return self._kept(name, drawings, from_state_dict)
 
     def learned_everywhere(self, stage: Stage, prompt: str, drawings: list[Drawing]) -> Learned:
         """An Everywhere for each drawing: the stage's first phase as a LoRA on all attention layers."""
         name = fingerprint([self.base, asdict(stage), prompt, drawings, "everywhere"])
-        if (file := self.loras / f"{name}.pt").exists():
-            return _learned(name, drawings, torch.load(file, weights_only=False))
+        if kept := self._kept(name, drawings, _everywhere_of):
+            return kept
         generator, phase = torch.Generator().manual_seed(stage.seed), stage.phases[0]
         with self._training("all attention layers", prompt, drawings) as (denoiser, z_0, cond):
             lora = fresh_everywhere(denoiser.unet, stage.rank, z_0, generator)
@@ -131,9 +133,10 @@ class Studio:
                     optimizer.zero_grad()
                     (noise_loss(z_0, z_0_hat, noise, sigma) * len(x)).backward()
                     optimizer.step()
+            ends = {f"{layer}.{end}": weight for layer in lora for end, weight in zip(ENDS, lora[layer], strict=True)}
             rows = range(len(drawings))
-            loras = [{key: tuple(w[[row]].detach().cpu() for w in lora[key]) for key in lora} for row in rows]
-            return self._keep(name, drawings, loras, {})
+            self._keep(name, [{key: weight[[row]].detach() for key, weight in ends.items()} for row in rows], {})
+        return self._kept(name, drawings, _everywhere_of)
 
     @contextmanager
     def _training(self, what: str, prompt: str, drawings: list[Drawing]) -> Iterator[tuple]:
@@ -143,10 +146,20 @@ class Studio:
             z_0 = bridge.clean_latents(self.model, latents)
             yield denoiser, z_0, bridge.encoded_conditioning(self.model, self.text(prompt), z_0)
 
-    def _keep(self, name: str, drawings: list[Drawing], loras: list, state: dict[str, Tensor]) -> Learned:
-        with written_whole(self.loras / f"{name}.pt") as file:
-            torch.save((loras, state), file)
-        return _learned(name, drawings, (loras, state))
+    def _keep(self, name: str, loras: list[dict[str, Tensor]], state: dict[str, Tensor]) -> None:
+        parts = {**{str(row): lora for row, lora in enumerate(loras)}, "state": state}
+        tensors = {f"{part}/{key}": value.cpu().clone() for part in parts for key, value in parts[part].items()}
+        write_tensors(tensors, self.loras / f"{name}.safetensors", {"format": "pt"})
+
+    def _kept(self, name: str, drawings: list[Drawing], lora_of: Callable[[dict], Any]) -> Learned | None:
+        if not (file := self.loras / f"{name}.safetensors").exists():
+            return None
+        parts: dict[str, dict[str, Tensor]] = {"state": {}}
+        for place, tensor in load_file(file).items():
+            part, key = place.split("/")
+            parts.setdefault(part, {})[key] = tensor
+        owns = {drawing: Own(f"{name} {row}", lora_of(parts[str(row)])) for row, drawing in enumerate(drawings)}
+        return Learned(owns, parts["state"])
 
     # ---- sampling
 
@@ -194,10 +207,9 @@ class Studio:
             yield guider
 
 
-def _learned(name: str, drawings: list[Drawing], saved: tuple[list, dict]) -> Learned:
-    loras, state = saved
-    owns = (Own(f"{name} {i}", lora) for i, lora in enumerate(loras))
-    return Learned(dict(zip(drawings, owns, strict=True)), state)
+def _everywhere_of(ends: dict[str, Tensor]) -> Everywhere:
+    layers = dict.fromkeys(key.rpartition(".")[0] for key in ends)
+    return {layer: tuple(ends[f"{layer}.{end}"] for end in ENDS) for layer in layers}
 
 
 def fresh_everywhere(unet: nn.Module, rank: int, z_0: Tensor, generator: torch.Generator) -> Everywhere:
