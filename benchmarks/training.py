@@ -8,6 +8,7 @@ the UNet is SDXL's own size, on a CPU a narrow one. Exits with 1 if a bound in `
 
 import json
 import os
+import re
 import runpy
 import statistics
 import subprocess
@@ -19,13 +20,14 @@ from contextlib import contextmanager, nullcontext
 from datetime import date
 from pathlib import Path
 
-from memory import ROOT, peak_growth, saved_for_backward
+from memory import CHANNELS, LATENT, RANK, ROOT, peak_growth, saved_for_backward
 
-SIZES = {  # channels of the UNet's first level, side of the latent for speed and for memory, rank, computed in
-    "cpu": dict(channels=64, side=32, memory_side=64, rank=16, dtype="float32"),
-    "cuda": dict(channels=320, side=128, memory_side=128, rank=64, dtype="bfloat16"),
+SIZES = {  # channels of the UNet's first level, side of the latent, rank, computed in
+    "cpu": dict(channels=CHANNELS["float32"], side=LATENT[-1], rank=RANK, dtype="float32"),  # benchmarks/memory.py's
+    "cuda": dict(channels=320, side=128, rank=64, dtype="bfloat16"),
 }
 ROUNDS, STEPS = 3, 8
+PRODUCT = re.compile(r"aten::((add)?mm|(badd)?bmm|mkldnn_convolution|convolution_backward|_scaled_dot_product_\w+)")
 BOUNDS = {  # ours, the other: at least so many times its speed, or at most so much of its memory
     ("fast", "plain", "speed"): 1.3,
     ("lean", "plain", "memory"): 0.60,
@@ -84,6 +86,15 @@ def diffusers_unet(channels: int, rank: int):
     return unet
 
 
+def plain_unet(device: str, dtype):
+    """On the device in the precision, its LoRA in fp32."""
+    unet = diffusers_unet(SIZES[device]["channels"], SIZES[device]["rank"]).to(device, dtype)
+    for parameter in unet.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    return unet
+
+
 def plain_recipe(unet, side: int, steps: int, device: str, dtype) -> None:
     """The loop of the published scripts: frozen weights in the precision, LoRA in fp32, autocast, AdamW."""
     import torch
@@ -108,13 +119,9 @@ def plain_recipe(unet, side: int, steps: int, device: str, dtype) -> None:
 EXPLANATION = f"""\
 A UNet of SDXL's shape with {{channels}} channels (SDXL: 320) and random weights, a {{side}} x {{side}} image, rank
 {{rank}}, {{dtype}}. Steps per second: the median of {ROUNDS} processes, of the median step in each. Peak growth: over
-what was taken before training began, on a {{memory_side}} x {{memory_side}} image, so that a step outweighs what any
-first training loads. plain: diffusers' UNet, PEFT's LoRA on the same two blocks, AdamW; like ours it
+what was taken before training began. plain: diffusers' UNet, PEFT's LoRA on the same two blocks, AdamW; like ours it
 builds no graph before the first LoRA. TrainLoraNode adapts every layer, copies the model, and checkpoints gradients, as
 is its default.
-
-Most of what `fast` gains on plain here is that the text's keys and values are computed once. That is much on a narrow
-UNet, to which the text is as wide as to SDXL's own, and little there (see the end).
 """
 TRAINERS = {"fast": fast, "lean": lean, "TrainLoraNode": train_lora_node}
 
@@ -193,13 +200,10 @@ def measure_side(trainer: str, device: str, what: str) -> dict:
 
     size = SIZES[device]
     dtype = getattr(torch, size["dtype"])
-    side, steps = (size["side"], STEPS) if what == "speed" else (size["memory_side"], 3)
+    side, steps = size["side"], STEPS if what == "speed" else 3
     with host(device) as pack:
         if trainer == "plain":
-            unet = diffusers_unet(size["channels"], size["rank"]).to(device, dtype)
-            for parameter in unet.parameters():
-                if parameter.requires_grad:
-                    parameter.data = parameter.data.float()
+            unet = plain_unet(device, dtype)
 
             def train():
                 plain_recipe(unet, side, steps, device, dtype)
@@ -260,6 +264,18 @@ def measure_split(device: str) -> dict:
         "flops": flops[1] - flops[0],
         "rate": matrix_rate(device, dtype),
     }
+
+
+def measure_products(device: str) -> dict:
+    """The share of a plain step's seconds that goes into matrix products, convolutions and attention."""
+    import torch
+
+    dtype = getattr(torch, SIZES[device]["dtype"])
+    unet = plain_unet(device, dtype)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        plain_recipe(unet, SIZES[device]["side"], 4, device, dtype)
+    seconds = {event.key: event.self_cpu_time_total for event in profile.key_averages()}
+    return {"share": sum(seconds[name] for name in seconds if PRODUCT.fullmatch(name)) / sum(seconds.values())}
 
 
 def matrix_rate(device: str, dtype) -> float:
@@ -373,6 +389,7 @@ def measure_growth(device: str) -> dict:
 MEASUREMENTS = {
     "side": measure_side,
     "split": measure_split,
+    "products": measure_products,
     "batch": measure_batch,
     "flat": measure_flat,
     "growth": measure_growth,
@@ -408,6 +425,13 @@ def side_by_side(device: str) -> bool:
             met, text = ratio <= bound, f"{ratio:.0%} of the memory (at most {bound:.0%})"
         print(f"- {ours} against {theirs}: {text}{'' if met else ' **MISSED**'}")
         within = within and met
+    if device == "cpu":
+        share = in_a_process("products", device)["share"]
+        print(
+            f"\nOf a plain step {share:.0%} is spent in matrix products, convolutions and attention, which every "
+            f"trainer of this method does alike (but for the text, which `fast` reads once): one that did all the rest "
+            f"in no time would be {1 / share:.2f} times as fast."
+        )
     return within
 
 
@@ -535,7 +559,7 @@ def report() -> bool:
     comfyui = runpy.run_path(os.environ["COMFYUI_PATH"] + "/comfyui_version.py")["__version__"]
     name = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     print(f"# What a training step costs\n\n{date.today()}, ComfyUI {comfyui}, torch {torch.__version__}, {name}.")
-    print(EXPLANATION.format(**{**size, "side": 8 * size["side"], "memory_side": 8 * size["memory_side"]}))
+    print(EXPLANATION.format(**{**size, "side": 8 * size["side"]}))
     within = side_by_side(device)
     time_split(device)
     within = batch(device) and within
