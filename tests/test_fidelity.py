@@ -12,9 +12,10 @@ from images import loaded
 from safetensors import safe_open
 
 from benchmarks.fidelity.judges import DEMO, KINDS, load_judge
-from benchmarks.fidelity.pairs import ALIGNED_SETS, CONTENT_SET, PAIRS, STYLE_SETS
-from benchmarks.fidelity.report import Bench
+from benchmarks.fidelity.pairs import ALIGNED_SETS, CONTENT_SET, PAIRS, SAME_LOOK, STYLE_SETS
+from benchmarks.fidelity.report import CONTENDERS, EARLY, LATE, Bench
 from consislora_core.metrics import content_similarity, perceptual_distance, style_similarity
+from consislora_core.schedule import image_stage, style_stage
 
 ROOT = Path(__file__).resolve().parent.parent
 HELD_OUT = (ROOT / "demo" / "recipe" / "held_out.txt").read_text().split()
@@ -72,6 +73,14 @@ def test_the_halves_share_no_thing_and_the_demo_s_own_are_for_tuning():
 def test_no_truth_is_a_style_image():
     everything = [pair for pairs in PAIRS.values() for pair in pairs]
     assert not {pair.truth for pair in everything} & {pair.style for pair in everything}
+
+
+def test_several_style_images_are_one_set_s_own_and_show_no_truth():
+    truths = {pair.truth for pair in PAIRS["report"]}
+    assert [first for first, _ in SAME_LOOK] == list(STYLE_SETS)
+    for first, drawings in SAME_LOOK.items():
+        assert drawings[0] == first and len(set(drawings)) == 4
+        assert {emoji for emoji, _ in drawings} == {first[0]} and not truths & set(drawings)
 
 
 # ---- judges
@@ -142,7 +151,7 @@ def test_judges_are_small_and_say_how_often_they_are_right(judge):
 
 
 def test_an_interval_is_over_the_images_that_pairs_share():
-    bench = Bench(None, PAIRS["report"], 1.0)
+    bench = Bench(None, PAIRS["report"], scale=1.0, seeds=1)
     looks = torch.linspace(0, 1, len(bench.styles))
     found = bench.estimate(looks.repeat(len(bench.contents)))  # told by the style image alone
     alone = looks.std(unbiased=False).item() / len(looks) ** 0.5
@@ -150,7 +159,16 @@ def test_an_interval_is_over_the_images_that_pairs_share():
     assert found.high - found.low == pytest.approx(2 * 1.96 * alone, rel=0.05)
 
 
+def test_the_contenders_train_as_the_paper_and_the_presets_say():
+    bench = Bench(None, PAIRS["report"], scale=1.0, seeds=1)
+    rates = {"learning_rate": EARLY, "reconstruction_learning_rate": LATE}
+    for name, preset in {"c": "paper", "quality": "quality", "fast": "fast"}.items():
+        image, style = bench.stages(CONTENDERS[name].recipe)
+        assert image == image_stage(**rates, preset=preset)
+        assert style == style_stage(reconstruction_learning_rate=LATE, preset=preset)
+
+
 def test_a_score_that_only_some_pairs_have_is_the_mean_over_those():
-    bench = Bench(None, PAIRS["report"], 1.0)
+    bench = Bench(None, PAIRS["report"], scale=1.0, seeds=1)
     aligned = torch.tensor([pair.style[0] in ALIGNED_SETS for pair in bench.pairs])
     assert bench.estimate(torch.where(aligned, 0.25, torch.nan)) == (0.25, 0.25, 0.25)

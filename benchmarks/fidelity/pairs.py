@@ -43,3 +43,10 @@ PAIRS = {
         "hatching-chick popcorn hot-pepper spouting-whale meat-on-bone violin microscope water-wave",
     ),
 }
+
+# For style parts from several drawings: of each set its first style image in `report`, its second, and two others.
+SAME_LOOK = {}
+for i, emoji in enumerate(STYLE_SETS):
+    first, second = dict.fromkeys(style for _, style in PAIRS["report"] if style[0] == emoji)
+    things = [thing for _, (_, thing) in PAIRS["tune"][: len(STYLE_SETS)]]
+    SAME_LOOK[first] = [first, second, (emoji, things[i]), (emoji, things[i - 1])]

@@ -90,28 +90,37 @@ class Studio:
 
     # ---- training
 
-    def learned(self, stage: Stage, prompt: str, drawings: list[Drawing], frozen: Learned | None = None) -> Learned:
-        """An ImageLora for each drawing, all trained at once.
+    def learned(
+        self,
+        stage: Stage,
+        prompt: str,
+        drawings: list[Drawing],
+        frozen: Learned | None = None,
+        together: bool = False,
+    ) -> Learned:
+        """An ImageLora for each drawing, all trained at once; together: one for all, a drawing a step.
 
         frozen: a training on the same drawings, whose content parts act and do not learn. Stages that begin with the
         same phases share them.
         """
         names = frozen and [own.name for own in frozen.owns.values()]
-        name = fingerprint([self.base, asdict(stage), prompt, drawings, names])
+        name = fingerprint([self.base, asdict(stage), prompt, drawings, names, *["together"] * together])
         if kept := self._kept(name, drawings, from_state_dict):
             return kept
         *earlier, phase = stage.phases
-        before = earlier and self.learned(replace(stage, phases=tuple(earlier)), prompt, drawings, frozen).state
-        held = frozen and [{"content": frozen.owns[drawing].lora.part("content")} for drawing in drawings]
+        before = (
+            earlier and self.learned(replace(stage, phases=tuple(earlier)), prompt, drawings, frozen, together).state
+        )
+        held = frozen and [{"content": own.lora.part("content")} for own in frozen.owns.values()]
         with (
             self._training(f"{stage.name} stage, {phase.loss} loss", prompt, drawings) as (denoiser, z_0, cond),
-            Trainer(denoiser, z_0, cond, stage, held, apart=True) as trainer,
+            Trainer(denoiser, z_0, cond, stage, held and held[0] if together else held, apart=not together) as trainer,
         ):
             if before:
                 trainer.load_state_dict(before)
             for _ in trainer:
                 pass
-            loras = [to_state_dict(ImageLora(trainer.parts(row), {})) for row in range(len(drawings))]
+            loras = [to_state_dict(ImageLora(trainer.parts(row), {})) for row in range(trainer.rows)]
             self._keep(name, loras, trainer.state_dict())
         return self._kept(name, drawings, from_state_dict)
 
@@ -158,8 +167,9 @@ class Studio:
         for place, tensor in load_file(file).items():
             part, key = place.split("/")
             parts.setdefault(part, {})[key] = tensor
-        owns = {drawing: Own(f"{name} {row}", lora_of(parts[str(row)])) for row, drawing in enumerate(drawings)}
-        return Learned(owns, parts["state"])
+        state = parts.pop("state")
+        owns = [Own(f"{name} {row}", lora_of(parts[row])) for row in sorted(parts, key=int)]
+        return Learned(dict(zip(drawings, owns if len(owns) > 1 else owns * len(drawings), strict=True)), state)
 
     # ---- sampling
 
