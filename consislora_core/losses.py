@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .schedule import NOISE, RECONSTRUCTION, VELOCITY
+from .schedule import NOISE, RECONSTRUCTION
 
 
 class Draw(NamedTuple):
@@ -55,12 +55,4 @@ def reconstruction_loss(z_0: Tensor, z_0_hat: Tensor, noise: Tensor, sigma: Tens
     return (z_0_hat - z_0).square().mean()
 
 
-def velocity_loss(z_0: Tensor, z_0_hat: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
-    """v-prediction loss (arXiv 2202.00512, section 4): mean (v_hat - v)^2, v = (n - sigma z_0) / sqrt(1 + sigma^2).
-
-    It is the sum of the other two: of structure at high noise, and of detail at low. Not in the ConsisLoRA paper.
-    """
-    return noise_loss(z_0, z_0_hat, noise, sigma) + reconstruction_loss(z_0, z_0_hat, noise, sigma)
-
-
-LOSSES = {NOISE: noise_loss, RECONSTRUCTION: reconstruction_loss, VELOCITY: velocity_loss}
+LOSSES = {NOISE: noise_loss, RECONSTRUCTION: reconstruction_loss}
