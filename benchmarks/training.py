@@ -37,7 +37,7 @@ BOUNDS = {  # ours, the other: at least so many times its speed, or at most so m
 BATCH, BATCH_BOUND, SAME = 8, 1.3, 1e-4
 FLAT_STEPS = 2000
 GROWTH = {  # on a UNet of 64 channels: side of the latent, rank, images in a batch
-    "resolution (latent side)": [(side, 16, 1) for side in (16, 24, 32, 48)],
+    "resolution (latent side)": [(side, 16, 1) for side in (64, 96, 128, 192)],  # 512 to 1536 pixels
     "rank": [(16, rank, 1) for rank in (4, 16, 64, 256)],
     "images in a batch": [(16, 16, images) for images in (1, 2, 4, 8, 16)],
 }
