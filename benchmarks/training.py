@@ -478,6 +478,7 @@ def cost_of_growth(device: str) -> None:
         "\n## Cost of growth\n\nOn a UNet of 64 channels; where they do not grow: a 16 x 16 latent, rank 16, one image."
     )
     print("Memory: what a step keeps for its way back, LoRA, its gradient and the optimizer's moments.")
+    print("Pixels grow with the square of the side, and the work of attention among them with the square of the pixels.")
     for index, (name, row) in enumerate(GROWTH.items()):
         print(f"\n| {name} | ms a step | MB | ms, times the first | MB, times the first |\n|---|---|---|---|---|")
         for point in row:
