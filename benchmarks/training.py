@@ -478,7 +478,7 @@ def cost_of_growth(device: str) -> None:
         "\n## Cost of growth\n\nOn a UNet of 64 channels; where they do not grow: a 16 x 16 latent, rank 16, one image."
     )
     print("Memory: what a step keeps for its way back, LoRA, its gradient and the optimizer's moments.")
-    print("Pixels grow with the square of the side, and the work of attention among them with the square of the pixels.")
+    print("Pixels grow with the square of the side, and attention's work among them with the square of the pixels.")
     for index, (name, row) in enumerate(GROWTH.items()):
         print(f"\n| {name} | ms a step | MB | ms, times the first | MB, times the first |\n|---|---|---|---|---|")
         for point in row:
@@ -505,7 +505,8 @@ def plot(points: dict) -> None:
         pen.line((left, bottom, left + width, bottom - width), fill="lightgray")  # linear
         pen.text((left, bottom + 30), f"{name}; gray: linear", fill="black")
         work = [point[index] ** (2 if index == 0 else 1) for point in row]  # a side counts as its pixels
-        span = math.log(work[-1] / work[0])
+        ratios = [points[row[-1]][column] / points[row[0]][column] for column in (0, 1)]
+        span = math.log(max(work[-1] / work[0], *ratios))
         for column, (colour, label) in enumerate((("blue", "time"), ("red", "memory"))):
             line = [
                 (
