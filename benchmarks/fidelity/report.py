@@ -321,7 +321,7 @@ Pair by pair. In bold, those whose interval excludes 0.
 CURVE_TEXT = """\
 ## Guidance
 
-ConsisLoRA on {pairs} of the pairs, one guidance as given, the other at 1.
+ConsisLoRA on {pairs} of the pairs, one seed each, one guidance as given, the other at 1.
 
 {table}
 ![content against style](fidelity_curve.png)
@@ -408,6 +408,7 @@ def differences_section(bench: Bench, measured: dict[str, dict[str, Tensor]], wa
 
 
 def curve_section(bench: Bench, folder: Path) -> str:
+    bench = Bench(bench.studio, bench.pairs, bench.scale, seeds=1)
     some = [pair for i, pair in enumerate(bench.pairs) if (i // len(bench.styles) + i) % 4 == 0]
     rows, curves = [], {}
     for role in ("content", "style"):
