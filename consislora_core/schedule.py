@@ -1,12 +1,11 @@
 """What each step of a stage does: which loss, which learning rate, which roles learn."""
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from .roles import ROLES
 
-PRESETS = AS_SET, QUALITY, FAST = "paper", "quality", "fast"
 LOSS_NAMES = NOISE, RECONSTRUCTION = "noise", "reconstruction"
 
 
@@ -87,13 +86,11 @@ def image_stage(
     transition_step: int = 500,
     learning_rate: float = 2e-4,
     reconstruction_learning_rate: float = 1e-4,
-    preset: str = AS_SET,
     **settings,
 ) -> Stage:
     """Stage 1: content and style together, with the stepwise loss transition (section 4.2).
 
     `transition_step` 0 is reconstruction loss only; equal to `steps` it is noise loss only (B-LoRA).
-    preset: see `with_preset`.
     """
     _check("steps", steps, _is_count(steps), "a whole number of at least 1")
     _check(
@@ -106,39 +103,20 @@ def image_stage(
         Phase(transition_step, NOISE, learning_rate),
         Phase(steps - transition_step, RECONSTRUCTION, reconstruction_learning_rate),
     )
-    return with_preset(Stage("image", ROLES, tuple(phase for phase in phases if phase.steps), **settings), preset)
+    return Stage("image", ROLES, tuple(phase for phase in phases if phase.steps), **settings)
 
 
 def style_stage(
-    steps: int = 1000,
-    reconstruction_learning_rate: float = 1e-4,
-    noise_offset: float = 0.03,
-    preset: str = AS_SET,
-    **settings,
+    steps: int = 1000, reconstruction_learning_rate: float = 1e-4, noise_offset: float = 0.03, **settings
 ) -> Stage:
-    """Stage 2: a fresh style LoRA beside the frozen content LoRA of stage 1 (section 4.2).
-
-    preset: see `with_preset`.
-    """
-    phase = Phase(steps, RECONSTRUCTION, reconstruction_learning_rate)
-    return with_preset(Stage("style", ("style",), (phase,), noise_offset=noise_offset, **settings), preset)
-
-
-def with_preset(stage: Stage, name: str) -> Stage:
-    """A stage as one of `PRESETS` changes it: not at all; for quality its last learning rate fades; for fast it does,
-    and a third of the steps at twice the learning rates are left. What each is worth: benchmarks/results/fidelity.md.
-    """
-    _check("preset", name, name in PRESETS, " or ".join(PRESETS))
-    if name == AS_SET:
-        return stage
-    *earlier, last = stage.phases
-    phases = (*earlier, last._replace(fades=True))
-    if name == FAST:
-        phases = tuple(
-            phase._replace(steps=math.ceil(phase.steps / 3), learning_rate=min(1.0, 2 * phase.learning_rate))
-            for phase in phases
-        )
-    return replace(stage, phases=phases)
+    """Stage 2: a fresh style LoRA beside the frozen content LoRA of stage 1 (section 4.2)."""
+    return Stage(
+        "style",
+        ("style",),
+        (Phase(steps, RECONSTRUCTION, reconstruction_learning_rate),),
+        noise_offset=noise_offset,
+        **settings,
+    )
 
 
 def _check(field: str, value, allowed: bool, what: str) -> None:

@@ -12,7 +12,7 @@ from comfy_api.latest import io
 
 from ..consislora_core import __version__, lora_file
 from ..consislora_core.lora_file import ImageLora
-from ..consislora_core.schedule import PRESETS, Stage, image_stage, style_stage
+from ..consislora_core.schedule import Stage, image_stage, style_stage
 from ..consislora_core.store import fingerprint
 from ..consislora_core.trainer import Trainer
 from . import bridge, graph, identity
@@ -49,14 +49,6 @@ MEMORY = io.Combo.Input(
     optional=True,
     tooltip="fast keeps a step's intermediate results; lean computes part of them twice, which takes less memory and "
     "some more time. Both give the same LoRA. auto: fast where it fits, as the log tells.",
-)
-PRESET = io.Combo.Input(
-    "preset",
-    options=list(PRESETS),
-    default=PRESETS[0],
-    optional=True,
-    tooltip="paper: the schedule as set here. quality: the learning rate falls to 0 towards the end. fast: besides, a "
-    "third of the steps, at twice the learning rates. To quality and fast belongs a guidance of 0.5 each in sampling.",
 )
 OUTPUTS = [
     ConsisLora.Output(display_name="consislora", tooltip="The trained content and style parts."),
@@ -105,7 +97,6 @@ class TrainImage(io.ComfyNode):
                 SEED,
                 PRECISION,
                 MEMORY,
-                PRESET,
             ],
             outputs=OUTPUTS,
             hidden=[io.Hidden.prompt, io.Hidden.unique_id],
@@ -149,7 +140,6 @@ class TrainStyle(io.ComfyNode):
                 SEED,
                 PRECISION,
                 MEMORY,
-                PRESET,
             ],
             outputs=OUTPUTS,
             hidden=[io.Hidden.prompt, io.Hidden.unique_id],
@@ -183,8 +173,8 @@ class TrainImages(io.ComfyNode):
             description="Learns each image of a batch as a content LoRA and a style LoRA of its own, several at once. "
             "The LoRAs are those that Train ConsisLoRA (image) gives one by one, and neither node trains again what "
             "the other has trained.",
-            inputs=[latent if one_input.id == "latent" else one_input for one_input in one.inputs[:-2]]
-            + [at_once, MEMORY, PRESET],
+            inputs=[latent if one_input.id == "latent" else one_input for one_input in one.inputs[:-1]]
+            + [at_once, MEMORY],
             outputs=[
                 ConsisLora.Output(
                     display_name="consislora", is_output_list=True, tooltip="The LoRAs, in the order of the images."

@@ -32,23 +32,9 @@ def test_loss_and_learning_rate_change_at_the_transition_step():
     assert [stage.at(step)[0] for step in range(5)] == [NOISE] * 2 + [RECONSTRUCTION] * 3
 
 
-@pytest.mark.parametrize("make", [image_stage, style_stage])
-def test_unless_told_otherwise_the_schedule_stays_as_set(make):
-    assert make(preset="paper") == make()
-
-
-def test_in_quality_the_rate_falls_in_a_line_after_the_transition_alone():
-    stage = image_stage(
-        steps=6, transition_step=2, learning_rate=0.2, reconstruction_learning_rate=0.4, preset="quality"
-    )
+def test_a_rate_that_fades_falls_in_a_line_in_its_own_phase_alone():
+    stage = Stage("image", ("style",), (Phase(2, NOISE, 0.2), Phase(4, RECONSTRUCTION, 0.4, fades=True)))
     assert [stage.at(step)[1] for step in range(6)] == pytest.approx([0.2, 0.2, 0.4, 0.3, 0.2, 0.1])
-
-
-def test_fast_takes_a_third_of_the_steps_at_twice_the_rates_and_fades():
-    stage, slow = image_stage(preset="fast"), image_stage(preset="quality")
-    assert stage.steps == 501 and [phase.steps for phase in stage.phases] == [167, 334]
-    assert [stage.at(step)[1] for step in (0, 167)] == [2 * slow.at(step)[1] for step in (0, 500)]
-    assert stage.phases[-1].fades and not stage.phases[0].fades
 
 
 @pytest.mark.parametrize(("transition_step", "loss"), [(0, RECONSTRUCTION), (4, NOISE)])
@@ -66,7 +52,6 @@ def test_a_transition_at_either_end_leaves_one_loss(transition_step, loss):
         ),
         ({"learning_rate": 0.0}, "learning_rate is 0.0; it must be a number above 0"),
         ({"reconstruction_learning_rate": math.nan}, "learning_rate is nan"),
-        ({"preset": "best"}, "preset is 'best'; it must be paper or quality or fast"),
         ({"rank": 0}, "rank is 0; it must be a whole number from 1 to 1024"),
         ({"seed": -1}, "seed is -1"),
         ({"noise_offset": -0.1}, "noise_offset is -0.1"),

@@ -40,7 +40,7 @@ from benchmarks.fidelity.pairs import ALIGNED_SETS, CONTENT_SET, PAIRS, SAME_LOO
 from benchmarks.fidelity.studio import CFG, SAMPLER, SCHEDULER, STEPS, Own, Studio
 from consislora_core.metrics import leakage, perceptual_distance, ssim, structure_scores
 from consislora_core.roles import ROLES
-from consislora_core.schedule import AS_SET, FAST, NOISE, QUALITY, RECONSTRUCTION, Phase, Stage, with_preset
+from consislora_core.schedule import NOISE, RECONSTRUCTION, Phase, Stage
 from demo.server import PACK
 
 EARLY, LATE = 1e-3, 5e-4  # learning rates before and after the transition, the demo workflow's
@@ -63,13 +63,12 @@ Runs = tuple[Phase, ...]  # steps are those in the paper's schedule
 class Recipe(NamedTuple):
     """How an image comes by its LoRA: stage 1 and, for a style image, stage 2; without it the style part is stage 1's.
 
-    everywhere: on all attention layers, in place of two blocks. preset: as the training nodes have it.
+    everywhere: on all attention layers, in place of two blocks.
     """
 
     image: Runs
     style: Runs = ()
     everywhere: bool = False
-    preset: str = AS_SET
 
 
 # In runs of 500 steps where another recipe begins alike, so that both share them.
@@ -81,6 +80,19 @@ PLAIN = Recipe((Phase(1500, NOISE, EARLY),), everywhere=True)
 NOISE_ONLY = Recipe((BEGIN,) * 3, (Phase(1000, NOISE, EARLY),))
 ONE_STAGE = PAPER._replace(style=())
 NO_TRANSITION = PAPER._replace(image=(Phase(1500, RECONSTRUCTION, LATE),))
+
+
+def fading(runs: Runs) -> Runs:
+    """The last one's learning rate falls to 0."""
+    return *runs[:-1], runs[-1]._replace(fades=True)
+
+
+def in_a_third(runs: Runs) -> Runs:
+    return tuple(run._replace(steps=math.ceil(run.steps / 3), learning_rate=2 * run.learning_rate) for run in runs)
+
+
+FADING = Recipe(fading(PAPER.image), fading(PAPER.style))
+QUICK = Recipe(in_a_third(FADING.image), in_a_third(FADING.style))
 
 
 class Contender(NamedTuple):
@@ -96,7 +108,6 @@ class Contender(NamedTuple):
 
 
 HALF = guided(0.5, 0.5)
-BEST, QUICK = (PAPER._replace(preset=preset) for preset in (QUALITY, FAST))
 CONTENDERS = {
     "a": Contender("plain LoRA", PLAIN),
     "b": Contender("B-LoRA", B_LORA),
@@ -107,8 +118,8 @@ CONTENDERS = {
     "g": Contender("c, guidance 1", PAPER, given=guided(1.0, 1.0)),
     "h": Contender("img2img, style LoRA", PAPER, denoise=0.6),
     "i": Contender("c, guidance 0.5", PAPER, given=HALF),
-    "quality": Contender("preset quality, guidance 0.5", BEST, given=HALF),
-    "fast": Contender("preset fast, guidance 0.5", QUICK, given=HALF),
+    "quality": Contender("c, rates fade, guidance 0.5", FADING, given=HALF),
+    "fast": Contender("quality, a third of the steps, rates x 2", QUICK, given=HALF),
 }
 DIFFERENCES = ("c-b", "b-a", "c-a", "c-d", "c-e", "c-f", "g-c", "h-c", "i-c", "quality-c", "quality-i", "fast-c")
 TRADED, COLOURS = ("content", "style"), ("#3f789e", "#c0562b")
@@ -127,9 +138,9 @@ TRIED = {
     "g4": Contender("c, style guidance 1", PAPER, given=guided(0.0, 1.0)),
     "g5": Contender("c, style strength 1.5", PAPER, given={"style_strength": 1.5}),
     **{f"h{i}": Contender(f"img2img, denoise {d}", PAPER, d) for i, d in enumerate((0.5, 0.6, 0.7, 0.8))},
-    "q": Contender("preset quality", BEST),
+    "q": Contender("c, rates fade", FADING),
     "q1": CONTENDERS["quality"],
-    "t": Contender("preset fast", QUICK),
+    "t": Contender("q, a third of the steps, rates x 2", QUICK),
     "t1": CONTENDERS["fast"],
 }
 
@@ -149,9 +160,8 @@ class Bench:
         def phases(runs: Runs) -> Runs:
             return tuple(run._replace(steps=round(self.scale * run.steps)) for run in runs)
 
-        image = Stage("image", ROLES, phases(recipe.image))
         style = recipe.style and Stage("style", ROLES[1:], phases(recipe.style), noise_offset=0.03)
-        return with_preset(image, recipe.preset), with_preset(style, recipe.preset) if style else None
+        return Stage("image", ROLES, phases(recipe.image)), style or None
 
     def loras(self, contender: Contender) -> dict[Drawing, Own]:
         """Of all content and style images; from several drawings of those in `SAME_LOOK`."""
