@@ -96,7 +96,7 @@ def is_ready(room: str, comfyui: Path) -> bool:
 
 def fingerprint(room: str, comfyui: Path) -> str:
     """A hash of every file that says what to install, this one included."""
-    names = ["bootstrap.py", "requirements.txt", "demo/requirements.txt", f"{room}/requirements.txt"]
+    names = ["bootstrap.py", "demo/requirements.txt", f"{room}/requirements.txt"]
     sources = [*(ROOT / name for name in names), comfyui / "requirements.txt"]
     return hashlib.sha256(b"\0".join(source.read_bytes() for source in sources)).hexdigest()
 

@@ -140,7 +140,6 @@ def measure(trainer: str, stored: str, channels: str, what: str) -> dict:
     with tempfile.TemporaryDirectory() as base:
         load_comfy(Path(base))
         pack = load_pack()
-        import peft  # noqa: F401 - its code is not memory that training takes
         import torch
 
         torch.manual_seed(0)

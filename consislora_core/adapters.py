@@ -13,8 +13,6 @@ from torch import Tensor, nn
 from .lora_file import LoraLayer, Part, Source
 from .roles import Target, targets
 
-ADAPTER = "consislora"
-
 
 def fresh_part(unet: nn.Module, role: str, rank: int, generator: torch.Generator) -> Part:
     """A part that changes nothing yet: down ~ N(0, 1/rank), up = 0, alpha = rank (as PEFT's "gaussian")."""
@@ -30,27 +28,35 @@ def fresh_part(unet: nn.Module, role: str, rank: int, generator: torch.Generator
     return part
 
 
-class RowLinear(nn.Module):
-    """Linear maps side by side, weight (rows out in): batch row k of x goes through the k-th, one map through all."""
+class LoraLinear(nn.Module):
+    """A frozen linear layer W with a LoRA beside it: y = W x + (alpha / rank) up (down x).
 
-    def __init__(self, weight: Tensor):
+    down (maps rank in) and up (maps out rank) are fp32 and compute in what x is in. Each of the maps takes an equal run
+    of x's batch rows.
+    """
+
+    def __init__(self, base: nn.Module, down: Tensor, up: Tensor, alpha: float):
         super().__init__()
-        self.weight = nn.Parameter(weight)
+        self.base, self.down, self.up, self.alpha = base, nn.Parameter(down), nn.Parameter(up), alpha
 
     def forward(self, x: Tensor) -> Tensor:
-        if len(self.weight) == 1:  # the same, and its gradient comes laid out as the weight is
-            return F.linear(x, self.weight.squeeze(0))
-        return x @ self.weight.mT
+        y, scale = self.base(x), self.alpha / self.down.shape[1]
+        down, up = self.down.to(x.dtype), self.up.to(x.dtype)
+        if len(down) == 1:  # the same, and gradients come laid out as the weights are
+            hidden = F.linear(x, down[0]).flatten(0, -2)
+            return torch.addmm(y.flatten(0, -2), hidden, up[0].T, alpha=scale).view_as(y)
+        runs, ys = (rows.unflatten(0, (len(down), -1)).flatten(1, -2) for rows in (x, y))
+        return torch.baddbmm(ys, runs @ down.mT, up.mT, alpha=scale).view_as(y)
 
 
 class Inserted:
     """The LoRA layers now in a UNet, fp32, by role and path: one set, or one a batch row."""
 
-    def __init__(self, layers: dict, learns: tuple[str, ...]):
-        self.layers = layers  # Target -> PEFT layer of RowLinear
+    def __init__(self, layers: dict[Target, LoraLinear], learns: tuple[str, ...]):
+        self.layers = layers
         self.parameters: list[nn.Parameter] = []  # those that learn, in the order of the UNet
         for target, layer in layers.items():
-            for parameter in (layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight):
+            for parameter in (layer.down, layer.up):
                 parameter.requires_grad_(target.role in learns)
                 if parameter.requires_grad:
                     self.parameters.append(parameter)
@@ -59,8 +65,8 @@ class Inserted:
         """Copies of the weights of a row as they are now, on the CPU."""
         parts: dict[str, Part] = {}
         for target, layer in self.layers.items():
-            down, up = (weights[ADAPTER].weight[row].detach().cpu().clone() for weights in (layer.lora_A, layer.lora_B))
-            parts.setdefault(target.role, {})[target.layer] = LoraLayer(down, up, float(layer.lora_alpha[ADAPTER]))
+            down, up = (weight[row].detach().cpu().clone() for weight in (layer.down, layer.up))
+            parts.setdefault(target.role, {})[target.layer] = LoraLayer(down, up, layer.alpha)
         return parts
 
 
@@ -74,42 +80,30 @@ def inserted(
     Afterwards, also after an error, the UNet's modules and `requires_grad` flags are what they were.
     Raises ValueError for a part that does not fit the UNet, and for rows of unlike rank or alpha.
     """
-    from peft import (  # brings transformers along: seconds, so only when training starts
-        LoraConfig,
-        inject_adapter_in_model,
-    )
-
     for parts in rows:
         check_fit(unet, parts)
     names = {name: target for name, target in targets(dict(unet.named_modules())).items() if target.role in rows[0]}
     originals = {name: unet.get_submodule(name) for name in names}
     frozen_flags = [(parameter, parameter.requires_grad) for parameter in unet.parameters()]
-    wanted = {name: _stacked([parts[role][path] for parts in rows]) for name, (role, path) in names.items()}
+    layers = {}
+    for name, target in names.items():
+        layer = _stacked([parts[target.role][target.layer] for parts in rows])
+        layers[target] = LoraLinear(originals[name], layer.down.to(device), layer.up.to(device), layer.alpha)
     try:
-        inject_adapter_in_model(
-            LoraConfig(
-                target_modules=list(wanted),
-                r=1,
-                lora_alpha=1,
-                rank_pattern={name: layer.up.shape[-1] for name, layer in wanted.items()},
-                alpha_pattern={name: layer.alpha for name, layer in wanted.items()},
-            ),
-            unet,
-            ADAPTER,
-        )
-        layers = {target: unet.get_submodule(name) for name, target in names.items()}
+        unet.requires_grad_(False)
         for name, target in names.items():
-            layer = wanted.pop(name)  # which the UNet keeps from here on
-            layers[target].lora_A[ADAPTER] = RowLinear(layer.down.to(device))
-            layers[target].lora_B[ADAPTER] = RowLinear(layer.up.to(device))
+            _put(unet, name, layers[target])
         yield Inserted(layers, learns)
     finally:
         for name, original in originals.items():
-            parent, _, child = name.rpartition(".")
-            unet.get_submodule(parent)._modules[child] = original
-        unet.__dict__.pop("peft_config", None)
+            _put(unet, name, original)
         for parameter, flag in frozen_flags:
             parameter.requires_grad_(flag)
+
+
+def _put(unet: nn.Module, name: str, layer: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    unet.get_submodule(parent)._modules[child] = layer
 
 
 def _stacked(layers: Sequence[LoraLayer]) -> LoraLayer:

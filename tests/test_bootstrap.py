@@ -20,7 +20,7 @@ print(sys.prefix, os.environ["COMFYUI_PATH"], *sys.argv[1:], sep="|")
 @pytest.fixture
 def copy(tmp_path):
     """The repository's ground, with a command that sets up and prints where it ended up."""
-    for name in ["bootstrap.py", "requirements.txt", "demo/requirements.txt"]:
+    for name in ["bootstrap.py", "demo/requirements.txt"]:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         shutil.copy(ROOT / name, tmp_path / name)
     (tmp_path / "command.py").write_text(COMMAND)

@@ -30,7 +30,7 @@ def imports(path: Path) -> set[str]:
 
 @pytest.mark.parametrize("name", CORE)
 def test_the_core_imports_no_comfyui(name):
-    allowed = {"torch", "einops", "safetensors", "peft", "filelock", "PIL"} | {"." + other for other in CORE}
+    allowed = {"torch", "einops", "safetensors", "filelock", "PIL"} | {"." + other for other in CORE}
     assert imports(CORE[name]) <= allowed | sys.stdlib_module_names
 
 
