@@ -1,11 +1,12 @@
 """What each step of a stage does: which loss, which learning rate, which roles learn."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from .roles import ROLES
 
+PRESETS = PAPER, QUALITY, FAST = "paper", "quality", "fast"
 LOSS_NAMES = NOISE, RECONSTRUCTION = "noise", "reconstruction"
 
 
@@ -28,6 +29,7 @@ class Stage:
     rank: int = 64
     seed: int = 0
     noise_offset: float = 0.0
+    noises: int = 1  # a step: of one image, on levels that lie evenly
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
     weight_decay: float = 1e-4
@@ -53,6 +55,7 @@ class Stage:
             "a whole number from 0 to 2^64 - 1",
         )
         _check("noise_offset", self.noise_offset, _is_between(self.noise_offset, 0, 1), "a number from 0 to 1")
+        _check("noises", self.noises, _is_count(self.noises), "a whole number of at least 1")
         _check(
             "betas",
             self.betas,
@@ -86,11 +89,13 @@ def image_stage(
     transition_step: int = 500,
     learning_rate: float = 2e-4,
     reconstruction_learning_rate: float = 1e-4,
+    preset: str = PAPER,
     **settings,
 ) -> Stage:
     """Stage 1: content and style together, with the stepwise loss transition (section 4.2).
 
     `transition_step` 0 is reconstruction loss only; equal to `steps` it is noise loss only (B-LoRA).
+    preset: see `with_preset`.
     """
     _check("steps", steps, _is_count(steps), "a whole number of at least 1")
     _check(
@@ -103,20 +108,42 @@ def image_stage(
         Phase(transition_step, NOISE, learning_rate),
         Phase(steps - transition_step, RECONSTRUCTION, reconstruction_learning_rate),
     )
-    return Stage("image", ROLES, tuple(phase for phase in phases if phase.steps), **settings)
+    return with_preset(Stage("image", ROLES, tuple(phase for phase in phases if phase.steps), **settings), preset)
 
 
 def style_stage(
-    steps: int = 1000, reconstruction_learning_rate: float = 1e-4, noise_offset: float = 0.03, **settings
+    steps: int = 1000,
+    reconstruction_learning_rate: float = 1e-4,
+    noise_offset: float = 0.03,
+    preset: str = PAPER,
+    **settings,
 ) -> Stage:
-    """Stage 2: a fresh style LoRA beside the frozen content LoRA of stage 1 (section 4.2)."""
-    return Stage(
-        "style",
-        ("style",),
-        (Phase(steps, RECONSTRUCTION, reconstruction_learning_rate),),
-        noise_offset=noise_offset,
-        **settings,
+    """Stage 2: a fresh style LoRA beside the frozen content LoRA of stage 1 (section 4.2).
+
+    preset: see `with_preset`.
+    """
+    phase = Phase(steps, RECONSTRUCTION, reconstruction_learning_rate)
+    return with_preset(Stage("style", ("style",), (phase,), noise_offset=noise_offset, **settings), preset)
+
+
+def with_preset(stage: Stage, name: str) -> Stage:
+    """A stage as one of `PRESETS` has it; what each is worth: benchmarks/results/fidelity.md.
+
+    paper: as it is. quality: the last learning rate fades. fast: it does, and a third of the steps see three noises
+    each, at three times the learning rates.
+    """
+    _check("preset", name, name in PRESETS, " or ".join(PRESETS))
+    if name == PAPER:
+        return stage
+    *earlier, last = stage.phases
+    phases = (*earlier, last._replace(fades=True))
+    if name == QUALITY:
+        return replace(stage, phases=phases)
+    phases = tuple(
+        phase._replace(steps=math.ceil(phase.steps / 3), learning_rate=min(1.0, 3 * phase.learning_rate))
+        for phase in phases
     )
+    return replace(stage, phases=phases, noises=3 * stage.noises)
 
 
 def _check(field: str, value, allowed: bool, what: str) -> None:

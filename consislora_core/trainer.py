@@ -32,7 +32,7 @@ class StepEvent(NamedTuple):
     phase: str  # the loss in use: "noise" or "reconstruction"
     losses: tuple[float, ...]  # of each LoRA that is trained
     learning_rate: float
-    sigma: float
+    sigma: float  # the mean of its noises
     z_0_hat: (
         Tensor  # the restored images (b c h w), one a LoRA, in the model's latent space: a preview for who wants one
     )
@@ -55,7 +55,7 @@ class Trainer:
     cond: whatever `denoise` takes as its third argument, for one row, or for each.
     frozen: parts that act but do not learn (stage 2: the content part of stage 1).
     apart: each latent gets a LoRA of its own, as if trained alone with the same seed; a step takes all of them, in
-    rows of one batch. frozen is then a sequence, of as many.
+    runs of rows of one batch. frozen is then a sequence, of as many.
     loss_scale: above 1 for fp16 activations, whose small gradients would vanish; halved where they overflow.
     """
 
@@ -105,11 +105,14 @@ class Trainer:
             if len(z_0) > self.rows:
                 z_0 = z_0[torch.randint(len(z_0), (1,), generator=self.generator)]
             # The LoRAs see the same noise, as each would alone.
-            random = draw(z_0[:1], self.model.sigmas, self.stage.noise_offset, self.generator)
-            yield self.train_step(z_0, Draw(*(part.expand(len(z_0), -1, -1, -1) for part in random)))
+            noises = self.stage.noises
+            one = z_0[:1].expand(noises, -1, -1, -1)
+            random = draw(one, self.model.sigmas, self.stage.noise_offset, self.generator)
+            rows = Draw(*(part.repeat(len(z_0), 1, 1, 1) for part in random))
+            yield self.train_step(z_0.repeat_interleave(noises, 0), rows)
 
     def train_step(self, z_0: Tensor, random: Draw) -> StepEvent:
-        """One step on given noise and sigma.
+        """One step on given noise and sigma, a row of the batch each; the rows of a LoRA lie side by side.
 
         Raises FloatingPointError before the weights move if the loss is not finite.
         """
@@ -135,8 +138,8 @@ class Trainer:
         while True:
             x = add_noise(z_0, random.noise, random.sigma)
             z_0_hat = self.model.denoise(x, random.sigma.flatten(), self.cond)
-            rows = zip(*(tensor.split(1) for tensor in (z_0, z_0_hat, *random)), strict=True)
-            losses = torch.stack([LOSSES[loss_name](*row) for row in rows])
+            runs = zip(*(tensor.chunk(self.rows) for tensor in (z_0, z_0_hat, *random)), strict=True)
+            losses = torch.stack([LOSSES[loss_name](*run) for run in runs])
             self.optimizer.zero_grad()
             (losses.sum() * self.loss_scale).backward()
             grads = [parameter.grad for parameter in self.inserted.parameters]
@@ -145,7 +148,7 @@ class Trainer:
             # Told to the CPU together: each number by itself would make a GPU wait.
             *values, size = torch.stack([*losses.detach(), torch.stack(torch._foreach_norm(grads)).sum()]).tolist()
             if math.isfinite(sum(values) + size):
-                return z_0_hat.detach(), tuple(values)
+                return z_0_hat.detach()[:: len(z_0_hat) // self.rows], tuple(values)
             if self.loss_scale <= 1 or not math.isfinite(sum(values)):
                 raise FloatingPointError(
                     f"The loss became {sum(values)} in step {self.step + 1} of {self.stage.steps} "

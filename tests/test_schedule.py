@@ -32,6 +32,25 @@ def test_loss_and_learning_rate_change_at_the_transition_step():
     assert [stage.at(step)[0] for step in range(5)] == [NOISE] * 2 + [RECONSTRUCTION] * 3
 
 
+@pytest.mark.parametrize("make", [image_stage, style_stage])
+def test_unless_told_otherwise_the_schedule_stays_as_set(make):
+    assert make(preset="paper") == make() and make().noises == 1
+
+
+def test_quality_lets_the_last_rate_fade_and_changes_nothing_else():
+    *earlier, last = image_stage(preset="quality").phases
+    assert (*earlier, last._replace(fades=False)) == image_stage().phases and last.fades
+
+
+@pytest.mark.parametrize("make", [image_stage, style_stage])
+def test_fast_takes_as_many_noises_in_a_third_of_the_steps_at_three_times_the_rates(make):
+    quality, fast = make(preset="quality"), make(preset="fast")
+    for ours, theirs in zip(fast.phases, quality.phases, strict=True):
+        assert theirs.steps <= ours.steps * fast.noises < theirs.steps + fast.noises
+        assert ours.learning_rate == 3 * theirs.learning_rate
+        assert (ours.loss, ours.fades) == (theirs.loss, theirs.fades)
+
+
 def test_a_rate_that_fades_falls_in_a_line_in_its_own_phase_alone():
     stage = Stage("image", ("style",), (Phase(2, NOISE, 0.2), Phase(4, RECONSTRUCTION, 0.4, fades=True)))
     assert [stage.at(step)[1] for step in range(6)] == pytest.approx([0.2, 0.2, 0.4, 0.3, 0.2, 0.1])
@@ -52,6 +71,8 @@ def test_a_transition_at_either_end_leaves_one_loss(transition_step, loss):
         ),
         ({"learning_rate": 0.0}, "learning_rate is 0.0; it must be a number above 0"),
         ({"reconstruction_learning_rate": math.nan}, "learning_rate is nan"),
+        ({"preset": "best"}, "preset is 'best'; it must be paper or quality or fast"),
+        ({"noises": 0}, "noises is 0; it must be a whole number of at least 1"),
         ({"rank": 0}, "rank is 0; it must be a whole number from 1 to 1024"),
         ({"seed": -1}, "seed is -1"),
         ({"noise_offset": -0.1}, "noise_offset is -0.1"),

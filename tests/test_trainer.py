@@ -51,6 +51,30 @@ def test_the_noise_offset_moves_whole_channels():
     assert offset.flatten(2).std(-1).max() < 1e-6 < offset.mean((2, 3)).abs().min()
 
 
+def test_the_levels_of_several_noises_lie_evenly_and_each_is_as_likely_as_any():
+    sigmas, generator = torch.arange(9.0), torch.Generator().manual_seed(0)
+    draws = torch.stack([draw(torch.zeros(3, 4, 1, 1), sigmas, 0.0, generator).sigma.flatten() for _ in range(900)])
+    assert ((draws - draws.roll(1, 1)) % 9 == 3).all()
+    for column in draws.T:
+        assert column.long().bincount().sub(100).abs().max() < 40
+
+
+def test_several_noises_a_step_weigh_alike(host):
+    model, z_0, cond = host
+    generator = torch.Generator().manual_seed(0)
+    random = draw(z_0.expand(3, -1, -1, -1), model.sigmas, 0.0, generator)
+    rows = [Draw(*row) for row in zip(*(part.split(1) for part in random), strict=True)]
+    grads = []
+    for batch in ([random], rows):
+        one_step = []
+        for some in batch:
+            with Trainer(model, z_0, cond, image_stage(**SHORT)) as trainer:
+                trainer.train_step(z_0.expand(len(some.noise), -1, -1, -1), some)
+                one_step.append(torch.cat([p.grad.flatten() for p in trainer.inserted.parameters]))
+        grads.append(torch.stack(one_step).mean(0))
+    assert relative_error(*grads) < 1e-4
+
+
 def test_the_same_seed_trains_the_same_lora_and_another_seed_another(host):
     first, again, other = (flat(train(host, image_stage(**SHORT, seed=seed))[1]) for seed in (1, 1, 2))
     assert torch.equal(first, again)
@@ -77,12 +101,14 @@ def test_stage_two_learns_style_anew_and_leaves_the_content_part_alone(host):
     assert any(layer.up.any() for layer in second["style"].values())
 
 
-def test_images_trained_apart_get_the_loras_that_each_would_get_alone(host):
+@pytest.mark.parametrize("noises", [1, 2])
+def test_images_trained_apart_get_the_loras_that_each_would_get_alone(host, noises):
     model, z_0, cond = host
     images = torch.cat([z_0, z_0.flip(-1), z_0.roll(3, -1)])
     content = None
     # At the paper's learning rates: AdamW's first steps blow up the rounding of gradients near 0.
-    for stage in (image_stage(steps=6, transition_step=3, rank=2), style_stage(steps=3, rank=2)):
+    settings = dict(rank=2, noises=noises)
+    for stage in (image_stage(steps=6, transition_step=3, **settings), style_stage(steps=3, **settings)):
         alone = [
             train((model, image, cond), stage, frozen=content and {"content": content[row]})
             for row, image in enumerate(images.split(1))
