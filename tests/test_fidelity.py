@@ -159,11 +159,12 @@ def test_an_interval_is_over_the_images_that_pairs_share():
     assert found.high - found.low == pytest.approx(2 * 1.96 * alone, rel=0.05)
 
 
-def test_the_main_contender_trains_as_the_paper_says():
+@pytest.mark.parametrize(("name", "preset"), [("c", "paper"), ("quality", "quality"), ("fast", "fast")])
+def test_these_contenders_train_as_the_nodes_do(name, preset):
     bench = Bench(None, PAIRS["report"], scale=1.0, seeds=1)
-    image, style = bench.stages(CONTENDERS["c"].recipe)
-    assert image == image_stage(learning_rate=EARLY, reconstruction_learning_rate=LATE)
-    assert style == style_stage(reconstruction_learning_rate=LATE)
+    image, style = bench.stages(CONTENDERS[name].recipe)
+    assert image == image_stage(learning_rate=EARLY, reconstruction_learning_rate=LATE, preset=preset)
+    assert style == style_stage(reconstruction_learning_rate=LATE, preset=preset)
 
 
 def test_a_score_that_only_some_pairs_have_is_the_mean_over_those():

@@ -5,7 +5,7 @@ have learned from real drawings only judge the pictures (judges.py), beside the 
 
 A stopped run goes on where it was: LoRAs and pictures are in `--work`, under all that determines them. `--few` takes
 six pairs, a tenth of the paper's steps and one seed, and leaves its results there. `--tune` takes the half that
-settings are chosen on, and all that was tried there. On a GPU take `--scale 1`, the paper's number of steps.
+settings are chosen on, and what was tried there. On a GPU take `--scale 1`, the paper's number of steps.
 """
 
 import argparse
@@ -63,12 +63,13 @@ Runs = tuple[Phase, ...]  # steps are those in the paper's schedule
 class Recipe(NamedTuple):
     """How an image comes by its LoRA: stage 1 and, for a style image, stage 2; without it the style part is stage 1's.
 
-    everywhere: on all attention layers, in place of two blocks.
+    everywhere: on all attention layers, in place of two blocks. noises: a step.
     """
 
     image: Runs
     style: Runs = ()
     everywhere: bool = False
+    noises: int = 1
 
 
 # In runs of 500 steps where another recipe begins alike, so that both share them.
@@ -82,17 +83,21 @@ ONE_STAGE = PAPER._replace(style=())
 NO_TRANSITION = PAPER._replace(image=(Phase(1500, RECONSTRUCTION, LATE),))
 
 
-def fading(runs: Runs) -> Runs:
-    """The last one's learning rate falls to 0."""
-    return *runs[:-1], runs[-1]._replace(fades=True)
+def fading(recipe: Recipe) -> Recipe:
+    """The last learning rate of each stage falls to 0."""
+    image, style = ((*runs[:-1], runs[-1]._replace(fades=True)) for runs in (recipe.image, recipe.style))
+    return recipe._replace(image=image, style=style)
 
 
-def in_a_third(runs: Runs) -> Runs:
-    return tuple(run._replace(steps=math.ceil(run.steps / 3), learning_rate=2 * run.learning_rate) for run in runs)
+def in_a_third(recipe: Recipe, rates: float, noises: int) -> Recipe:
+    image, style = (
+        tuple(run._replace(steps=math.ceil(run.steps / 3), learning_rate=rates * run.learning_rate) for run in runs)
+        for runs in (recipe.image, recipe.style)
+    )
+    return recipe._replace(image=image, style=style, noises=noises)
 
 
-FADING = Recipe(fading(PAPER.image), fading(PAPER.style))
-QUICK = Recipe(in_a_third(FADING.image), in_a_third(FADING.style))
+QUALITY, FAST = fading(PAPER), in_a_third(fading(PAPER), 3, noises=3)  # the presets of the training nodes
 
 
 class Contender(NamedTuple):
@@ -108,6 +113,7 @@ class Contender(NamedTuple):
 
 
 HALF = guided(0.5, 0.5)
+TOLD = guided(0.5, 0.0) | {"style_strength": 1.25}  # what the nodes advise beside these presets
 CONTENDERS = {
     "a": Contender("plain LoRA", PLAIN),
     "b": Contender("B-LoRA", B_LORA),
@@ -118,8 +124,8 @@ CONTENDERS = {
     "g": Contender("c, guidance 1", PAPER, given=guided(1.0, 1.0)),
     "h": Contender("img2img, style LoRA", PAPER, denoise=0.6),
     "i": Contender("c, guidance 0.5", PAPER, given=HALF),
-    "quality": Contender("c, rates fade, guidance 0.5", FADING, given=HALF),
-    "fast": Contender("quality, a third of the steps, rates x 2", QUICK, given=HALF),
+    "quality": Contender("c, rates fade, content guidance 0.5, style strength 1.25", QUALITY, given=TOLD),
+    "fast": Contender("quality, a third of the steps, rates x 3, 3 noises a step", FAST, given=TOLD),
 }
 DIFFERENCES = ("c-b", "b-a", "c-a", "c-d", "c-e", "c-f", "g-c", "h-c", "i-c", "quality-c", "quality-i", "fast-c")
 TRADED, COLOURS = ("content", "style"), ("#3f789e", "#c0562b")
@@ -138,10 +144,22 @@ TRIED = {
     "g4": Contender("c, style guidance 1", PAPER, given=guided(0.0, 1.0)),
     "g5": Contender("c, style strength 1.5", PAPER, given={"style_strength": 1.5}),
     **{f"h{i}": Contender(f"img2img, denoise {d}", PAPER, d) for i, d in enumerate((0.5, 0.6, 0.7, 0.8))},
-    "q": Contender("c, rates fade", FADING),
-    "q1": CONTENDERS["quality"],
-    "t": Contender("q, a third of the steps, rates x 2", QUICK),
-    "t1": CONTENDERS["fast"],
+    "q": Contender("c, rates fade", QUALITY),
+    "q1": Contender("q, guidance 0.5", QUALITY, given=HALF),
+    "q2": Contender("q, content guidance 0.5", QUALITY, given=guided(0.5, 0.0)),
+    "q3": Contender("q, content guidance 0.5, style guidance 0.25", QUALITY, given=guided(0.5, 0.25)),
+    "q4": Contender("q, content guidance 0.25", QUALITY, given=guided(0.25, 0.0)),
+    "q5": Contender("q, content guidance 0.25, style strength 1.25", QUALITY, given=TOLD | guided(0.25, 0.0)),
+    "quality": CONTENDERS["quality"],
+    "t": Contender("q, a third of the steps, rates x 2", in_a_third(QUALITY, 2, noises=1)),
+    "t1": Contender("t, guidance 0.5", in_a_third(QUALITY, 2, noises=1), given=HALF),
+    "t2": Contender("c, 3 noises a step, a third of the steps", in_a_third(PAPER, 1, noises=3)),
+    "t3": Contender("t2, rates x 2", in_a_third(PAPER, 2, noises=3)),
+    "t4": Contender("t2, rates x 2 and fade", in_a_third(QUALITY, 2, noises=3)),
+    "t5": Contender("t2, rates x 3 and fade", FAST),
+    "t6": Contender("t5, content guidance 0.5", FAST, given=guided(0.5, 0.0)),
+    "t7": Contender("t5, content guidance 0.5, style guidance 0.25", FAST, given=guided(0.5, 0.25)),
+    "fast": CONTENDERS["fast"],
 }
 
 
@@ -160,8 +178,10 @@ class Bench:
         def phases(runs: Runs) -> Runs:
             return tuple(run._replace(steps=round(self.scale * run.steps)) for run in runs)
 
-        style = recipe.style and Stage("style", ROLES[1:], phases(recipe.style), noise_offset=0.03)
-        return Stage("image", ROLES, phases(recipe.image)), style or None
+        image = Stage("image", ROLES, phases(recipe.image), noises=recipe.noises)
+        if not recipe.style:
+            return image, None
+        return image, Stage("style", ROLES[1:], phases(recipe.style), noise_offset=0.03, noises=recipe.noises)
 
     def loras(self, contender: Contender) -> dict[Drawing, Own]:
         """Of all content and style images; from several drawings of those in `SAME_LOOK`."""
@@ -327,6 +347,12 @@ DIFFERENCES_TEXT = """\
 Pair by pair. In bold, those whose interval excludes 0.
 
 {}"""
+
+CHOICE_TEXT = """\
+quality and fast are those of what was tried on other pairs (fidelity_tuning.md) that had the largest sum, or next to it
+with the same inputs for both, among those of which no mean was worse than that of c. Others had been scored on these
+pairs before, and did not hold: for quality, guidance 0.5; for fast, that with one noise a step, and without guidance.
+"""
 
 CURVE_TEXT = """\
 ## Guidance
@@ -520,7 +546,7 @@ def main() -> None:
         differences_section(bench, measured, against_c if options.tune else DIFFERENCES),
     ]
     if not options.tune:
-        sections += [curve_section(bench, results), sheet_section(bench, contenders, results)]
+        sections += [CHOICE_TEXT, curve_section(bench, results), sheet_section(bench, contenders, results)]
         if not options.few:
             sections.insert(-1, several_section(bench))
     text = "\n".join(sections)
