@@ -23,7 +23,7 @@ def draw(z_0: Tensor, sigmas: Tensor, noise_offset: float, generator: torch.Gene
     """Normal noise and a noise level chosen evenly from `sigmas`, the model's training levels.
 
     Drawn on the CPU, so that every device trains alike. The levels of several rows lie evenly apart, from one random
-    number (arXiv 2107.00630, appendix I.1): their losses vary less than those of levels drawn one by one.
+    number (the low-discrepancy sampler of arXiv 2107.00630): their losses vary less than those of levels drawn alone.
 
     Noise offset: one more normal number a channel, times `noise_offset`, moves the whole channel.
     """
