@@ -50,7 +50,7 @@ class LoraLinear(nn.Module):
 
 
 class Inserted:
-    """The LoRA layers now in a UNet, fp32, by role and path: one set, or one a batch row."""
+    """The LoRA layers now in a UNet, fp32, by role and path: one set, or several side by side."""
 
     def __init__(self, layers: dict[Target, LoraLinear], learns: tuple[str, ...]):
         self.layers = layers
@@ -76,7 +76,8 @@ def inserted(
 ) -> Iterator[Inserted]:
     """Within the context the parts act on the UNet and those of the roles in `learns` ask for gradients.
 
-    rows: the parts by role; one mapping for all that goes through the UNet, or one for each row of the batch.
+    rows: the parts by role; one mapping for all that goes through the UNet, or several, each for an equal run of the
+    batch's rows.
     Afterwards, also after an error, the UNet's modules and `requires_grad` flags are what they were.
     Raises ValueError for a part that does not fit the UNet, and for rows of unlike rank or alpha.
     """

@@ -117,7 +117,7 @@ class Trainer:
         Raises FloatingPointError before the weights move if the loss is not finite.
         """
         loss, learning_rate = self.stage.at(self.step)
-        z_0_hat, losses = self._backward(z_0, random, loss)
+        z_0_hat, losses, sigma = self._backward(z_0, random, loss)
         if self.stage.max_grad_norm is not None:
             self._clip(self.stage.max_grad_norm)
         for group in self.optimizer.param_groups:
@@ -125,7 +125,7 @@ class Trainer:
         self.optimizer.step()
         self.step += 1
         self.random_state = self.generator.get_state()
-        return StepEvent(self.step, self.stage.name, loss, losses, learning_rate, random.sigma.mean().item(), z_0_hat)
+        return StepEvent(self.step, self.stage.name, loss, losses, learning_rate, sigma, z_0_hat)
 
     def _clip(self, max_grad_norm: float) -> None:
         """To a norm over all layers, of each LoRA by itself."""
@@ -134,7 +134,8 @@ class Trainer:
         for grad in grads:
             grad.mul_((max_grad_norm / (norms + 1e-6)).clamp(max=1).view(-1, 1, 1))
 
-    def _backward(self, z_0: Tensor, random: Draw, loss_name: str) -> tuple[Tensor, tuple[float, ...]]:
+    def _backward(self, z_0: Tensor, random: Draw, loss_name: str) -> tuple[Tensor, tuple[float, ...], float]:
+        """Leaves gradients; z_0_hat, the loss of each LoRA, the mean sigma."""
         while True:
             x = add_noise(z_0, random.noise, random.sigma)
             z_0_hat = self.model.denoise(x, random.sigma.flatten(), self.cond)
@@ -146,9 +147,10 @@ class Trainer:
             if self.loss_scale != 1:
                 torch._foreach_div_(grads, self.loss_scale)
             # Told to the CPU together: each number by itself would make a GPU wait.
-            *values, size = torch.stack([*losses.detach(), torch.stack(torch._foreach_norm(grads)).sum()]).tolist()
+            size = torch.stack(torch._foreach_norm(grads)).sum()
+            *values, size, sigma = torch.stack([*losses.detach(), size, random.sigma.mean()]).tolist()
             if math.isfinite(sum(values) + size):
-                return z_0_hat.detach()[:: len(z_0_hat) // self.rows], tuple(values)
+                return z_0_hat.detach()[:: len(z_0_hat) // self.rows], tuple(values), sigma
             if self.loss_scale <= 1 or not math.isfinite(sum(values)):
                 raise FloatingPointError(
                     f"The loss became {sum(values)} in step {self.step + 1} of {self.stage.steps} "
