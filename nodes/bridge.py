@@ -77,7 +77,7 @@ def open_for_training(
         stack.enter_context(torch.enable_grad())
         stack.enter_context(_in_training())
         stack.enter_context(_ordinary_parameters(base.diffusion_model))
-        stack.enter_context(_computing_in(base, dtype))
+        stack.enter_context(_computing_in(base, dtype, model.load_device))
         stack.enter_context(_keeping_no_casts(base.diffusion_model))
         stack.enter_context(_reading_text_once(base.diffusion_model))
         if lean and not _is_wrapped(options):
@@ -160,15 +160,15 @@ def _ordinary_parameters(unet: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _computing_in(base: Any, dtype: torch.dtype) -> Iterator[None]:
+def _computing_in(base: Any, dtype: torch.dtype, device: torch.device) -> Iterator[None]:
     """ComfyUI's manual cast to `dtype`, for weights stored in another one and for what `_FrozenLayer` is to take on."""
+    taken_on = (nn.Conv2d, nn.Linear) if _onednn_has_linear(device, dtype) else nn.Conv2d
     layers = [
         module
         for module in base.diffusion_model.modules()
         if hasattr(module, "comfy_cast_weights")
         and (
-            isinstance(module, nn.Conv2d)
-            or any(p is not None and p.dtype != dtype for p in module._parameters.values())
+            isinstance(module, taken_on) or any(p is not None and p.dtype != dtype for p in module._parameters.values())
         )
     ]
     own_flags = [vars(layer).get("comfy_cast_weights") for layer in layers]
@@ -187,6 +187,27 @@ def _computing_in(base: Any, dtype: torch.dtype) -> Iterator[None]:
                 layer.comfy_cast_weights = own
 
 
+def _onednn_has_linear(device: torch.device, dtype: torch.dtype) -> bool:
+    return device.type == "cpu" and dtype == torch.float32 and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """In fp32 on a CPU by oneDNN, where torch takes MKL and copies the bias first: that is slower on an AMD EPYC."""
+    if _onednn_has_linear(x.device, x.dtype):
+        return torch.ops.mkldnn._linear_pointwise(x.contiguous(), weight, bias, "none", [], "")
+    return nn.functional.linear(x, weight, bias)
+
+
+@contextmanager
+def _cast(layer: nn.Module, x: Tensor) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """Weight and bias where and as x is."""
+    weight, bias, stream = comfy.ops.cast_bias_weight(layer, x, offloadable=True)
+    try:
+        yield weight, bias
+    finally:
+        comfy.ops.uncast_bias_weight(layer, weight, bias, stream)
+
+
 class _FrozenLayer(torch.autograd.Function):
     """A frozen linear or convolution that keeps nothing for the way back: the cast weight is made once more there.
 
@@ -198,19 +219,19 @@ class _FrozenLayer(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, layer):
         ctx.layer, ctx.shape = layer, x.shape
-        return type(layer).forward_comfy_cast_weights(layer, x)
+        if not isinstance(layer, nn.Linear):
+            return type(layer).forward_comfy_cast_weights(layer, x)
+        with _cast(layer, x) as (weight, bias):
+            return _linear(x, weight, bias)
 
     @staticmethod
     def backward(ctx, grad):
         layer = ctx.layer
-        weight, bias, stream = comfy.ops.cast_bias_weight(layer, grad, offloadable=True)
-        if isinstance(layer, nn.Linear):
-            grad_x = grad @ weight
-        else:
+        with _cast(layer, grad) as (weight, _):
+            if isinstance(layer, nn.Linear):
+                return _linear(grad, weight.T), None
             geometry = layer.stride, layer.padding, layer.dilation, layer.groups
-            grad_x = nn.grad.conv2d_input(ctx.shape, weight, grad, *geometry)
-        comfy.ops.uncast_bias_weight(layer, weight, bias, stream)
-        return grad_x, None
+            return nn.grad.conv2d_input(ctx.shape, weight, grad, *geometry), None
 
 
 @contextmanager

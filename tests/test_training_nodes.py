@@ -176,6 +176,13 @@ def test_every_precision_trains_nearly_alike(nodes, comfy, precision):
     assert train_image(nodes, comfy_model(), precision=precision)[1]["loss"] == pytest.approx(expected, rel=0.1)
 
 
+def test_a_torch_without_onednn_trains_alike(nodes, pack, store, monkeypatch):
+    expected = train_image(nodes, comfy_model(), precision="fp32")[1]["loss"]
+    shutil.rmtree(store.folder)
+    monkeypatch.setattr(pack.nodes.bridge, "_onednn_has_linear", lambda *_: False)
+    assert train_image(nodes, comfy_model(), precision="fp32")[1]["loss"] == pytest.approx(expected, rel=1e-5)
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 def test_lean_trains_the_same_bits_as_fast_and_keeps_less_for_the_way_back(nodes, comfy, store, precision):
     model, trained, kept = comfy_model(), {}, {}
