@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from benchmarks.effects import WEIGHTS
@@ -31,6 +31,7 @@ from consislora_core.trainer import Trainer
 
 SAMPLER, SCHEDULER, STEPS, CFG = "dpmpp_2m", "karras", 20, 2.0  # the demo's
 CHANNELS, SIDE = 4, 16  # of a latent
+DECODER = ("first_stage_model.decoder.", "first_stage_model.post_quant_conv.")
 ENDS = ("down", "up")
 ATTENTION = re.compile(r".*transformer_blocks\.\d+\.attn[12]\.to_(q|k|v|out\.0)")
 GIVEN = dict(
@@ -67,7 +68,9 @@ class Studio:
         self.model, self.clip, self.vae = self.pack.nodes.demo.LoadDemoModel.execute().args
         self.drawings = render_everything(work)
         self.place = {drawing: i for i, drawing in enumerate(self.drawings.labels)}
-        self.base = fingerprint([CODE, WEIGHTS.read_bytes()])
+        weights = {name: weight for name, weight in load_file(WEIGHTS).items() if not name.startswith(DECODER)}
+        self.base = fingerprint([CODE, save(weights)])  # what a training sees
+        self.whole = fingerprint([CODE, WEIGHTS.read_bytes()])  # and a picture
         self.loras, self.pictures = work / "fidelity" / "loras", work / "fidelity" / "pictures"
         for folder in (self.loras, self.pictures):
             folder.mkdir(parents=True, exist_ok=True)
@@ -186,7 +189,7 @@ class Studio:
         """1 3 h w, 0 to 1. start: what is noised instead of nothing. given: inputs of Dual Guidance, unlike GIVEN."""
         given = GIVEN | given
         names = [own and own.name for own in (content, style)]
-        name = fingerprint([self.base, *names, seed, prompt, start, denoise, given])
+        name = fingerprint([self.whole, *names, seed, prompt, start, denoise, given])
         if not (file := self.pictures / f"{name}.png").exists():
             latent = self.latents(start) if start else {"samples": torch.zeros(1, CHANNELS, SIDE, SIDE)}
             bridge = self.pack.nodes.bridge
