@@ -352,6 +352,7 @@ CHOICE_TEXT = """\
 quality and fast are those of what was tried on other pairs (fidelity_tuning.md) that had the largest sum, or next to it
 with the same inputs for both, among those of which no mean was worse than that of c. Others had been scored on these
 pairs before, and did not hold: for quality, guidance 0.5; for fast, that with one noise a step, and without guidance.
+The choice was made while the demo model had a decoder that blurred more; it stood before these pictures were drawn.
 """
 
 CURVE_TEXT = """\
