@@ -192,7 +192,7 @@ def _onednn_has_linear(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """In fp32 on a CPU by oneDNN, where torch takes MKL and copies the bias first: that is slower on an AMD EPYC."""
+    """In fp32 on a CPU by oneDNN; torch would take MKL, and copy the bias into the output before each product."""
     if _onednn_has_linear(x.device, x.dtype):
         return torch.ops.mkldnn._linear_pointwise(x.contiguous(), weight, bias, "none", [], "")
     return nn.functional.linear(x, weight, bias)
