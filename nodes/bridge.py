@@ -16,7 +16,7 @@ import comfy.samplers
 import comfy.utils
 import latent_preview
 import torch
-from comfy.ldm.modules.attention import BasicTransformerBlock
+from comfy.ldm.modules.attention import GEGLU, BasicTransformerBlock
 from comfy.ldm.modules.diffusionmodules.openaimodel import ResBlock
 from comfy.model_patcher import ModelPatcher
 from PIL import Image
@@ -33,8 +33,8 @@ OutOfMemory = comfy.model_management.OOM_EXCEPTION  # on which ComfyUI unloads i
 MEMORY = ("auto", "fast", "lean")
 # About what a step holds beside weights and LoRA, in values per latent pixel and model channel; it grows with both,
 # since attention keeps no scores. From UNets of 64 to 128 channels (the activations that benchmarks/memory.py counts
-# are 280 for fast), with room for what comes and goes.
-KEPT = {"fast": 400, "lean": 100}
+# are 236 for fast), with room for what comes and goes.
+KEPT = {"fast": 340, "lean": 100}
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -79,6 +79,7 @@ def open_for_training(
         stack.enter_context(_ordinary_parameters(base.diffusion_model))
         stack.enter_context(_computing_in(base, dtype, model.load_device))
         stack.enter_context(_keeping_no_casts(base.diffusion_model))
+        stack.enter_context(_gating_in_place(base.diffusion_model))
         stack.enter_context(_reading_text_once(base.diffusion_model))
         if lean and not _is_wrapped(options):
             stack.enter_context(_recomputing(base.diffusion_model))
@@ -246,6 +247,33 @@ def _keeping_no_casts(unet: nn.Module) -> Iterator[None]:
     finally:
         for layer in layers:
             del layer.forward_comfy_cast_weights
+
+
+class _Gate(torch.autograd.Function):
+    """GEGLU's product (b n 2d to b n d) that keeps its input alone, and makes no copy of a half or of its gradient."""
+
+    @staticmethod
+    def forward(ctx, halves):
+        ctx.save_for_backward(halves)
+        x, gate = halves.chunk(2, dim=-1)
+        return nn.functional.gelu(gate).mul_(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        (halves,) = ctx.saved_tensors
+        x, gate = halves.chunk(2, dim=-1)
+        back = torch.empty_like(halves)
+        x_back, gate_back = back.chunk(2, dim=-1)
+        torch.mul(grad, nn.functional.gelu(gate), out=x_back)
+        torch.ops.aten.gelu_backward.grad_input(grad * x, gate, grad_input=gate_back)
+        return back
+
+
+@contextmanager
+def _gating_in_place(unet: nn.Module) -> Iterator[None]:
+    gates = [module for module in unet.modules() if type(module) is GEGLU]
+    with _forwards(gates, lambda forward: lambda x, gate=forward.__self__: _Gate.apply(gate.proj(x))):
+        yield
 
 
 class _Rows:
