@@ -57,14 +57,14 @@ def test_every_content_image_meets_every_style_image():
         assert set(pairs) == set(itertools.product(contents, styles))
 
 
-def test_halves_are_balanced_over_styles_as_is_every_beginning_of_one():
+def test_splits_are_balanced_over_styles_as_is_every_beginning_of_one():
     for pairs in PAIRS.values():
         for n in range(1, len(pairs) + 1):
             counts = Counter(pair.style[0] for pair in pairs[:n])
             assert max(counts.values()) - min(counts[name] for name in STYLE_SETS) <= 1
 
 
-def test_the_halves_share_no_thing_and_the_demo_s_own_are_for_tuning():
+def test_the_splits_share_no_thing_and_no_reported_one_is_the_demo_s_own():
     tuned, reported = things(PAIRS["tune"]), things(PAIRS["report"])
     assert not tuned & reported
     assert not reported & {thing for _, thing in DEMO}
@@ -139,7 +139,7 @@ def test_judges_are_small_and_say_how_often_they_are_right(judge):
     with safe_open(file, "pt") as opened:
         accuracy = json.loads(opened.metadata()["accuracy"])
     least = {
-        "content": {"kept": 0.7, "truths nearest to their content image": 0.9},  # of 739 things
+        "content": {"kept": 0.65, "truths nearest to their content image": 0.9},  # of 739 things
         "style": {"kept": 0.8, "among the benchmark's sets": 0.9},  # of 11 sets, of 5
     }
     assert all(accuracy[group] > share for group, share in least[name].items())

@@ -37,16 +37,18 @@ def test_unless_told_otherwise_the_schedule_stays_as_set(make):
     assert make(preset="paper") == make() and make().noises == 1
 
 
-def test_quality_lets_the_last_rate_fade_and_changes_nothing_else():
-    *earlier, last = image_stage(preset="quality").phases
-    assert (*earlier, last._replace(fades=False)) == image_stage().phases and last.fades
+def test_quality_takes_three_noises_and_lets_the_last_rate_fade_and_changes_nothing_else():
+    quality = image_stage(preset="quality")
+    *earlier, last = quality.phases
+    assert (*earlier, last._replace(fades=False)) == image_stage().phases and last.fades and quality.noises == 3
 
 
 @pytest.mark.parametrize("make", [image_stage, style_stage])
-def test_fast_takes_as_many_noises_in_a_third_of_the_steps_at_three_times_the_rates(make):
+def test_fast_is_quality_in_a_third_of_the_steps_at_three_times_the_rates(make):
     quality, fast = make(preset="quality"), make(preset="fast")
+    assert fast.noises == quality.noises
     for ours, theirs in zip(fast.phases, quality.phases, strict=True):
-        assert theirs.steps <= ours.steps * fast.noises < theirs.steps + fast.noises
+        assert theirs.steps <= 3 * ours.steps < theirs.steps + 3
         assert ours.learning_rate == 3 * theirs.learning_rate
         assert (ours.loss, ours.fades) == (theirs.loss, theirs.fades)
 

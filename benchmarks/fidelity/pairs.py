@@ -2,9 +2,9 @@
 
 All things are among those that the demo model has not learned (`demo/recipe/held_out.txt`), all style sets too. In each
 split every content image meets every style image, so that each image is trained on once. Content things are those
-that all sets draw alike: in the aligned sets with silhouettes that overlap by 0.85 or more, in the others, by eye, as
+that all sets draw alike: in the aligned sets with silhouettes that overlap by 0.75 or more, in the others, by eye, as
 much the same object. No pair has two faces. `tune` and `report` share no thing, and any beginning of either is balanced
-over the styles.
+over the styles. Nothing was ever chosen by pictures of `report`; `tune` has been looked at often.
 """
 
 from itertools import product
@@ -35,17 +35,18 @@ def crossed(contents: str, styles: str) -> list[Pair]:
 
 PAIRS = {
     "tune": crossed(
-        "umbrella crown balloon door club-suit fuel-pump pound-banknote neutral-face",
-        "owl birthday-cake cherry-blossom beer-mug",
-    ),
-    "report": crossed(
         "airplane cocktail-glass ox hourglass-done office-building kimono growing-heart face-with-rolling-eyes",
         "hatching-chick popcorn hot-pepper spouting-whale meat-on-bone violin microscope water-wave",
+    ),
+    "report": crossed(
+        "minibus nut-and-bolt hear-no-evil-monkey green-book chestnut factory "
+        "necktie delivery-truck nerd-face computer-disk confetti-ball zzz",
+        "penguin taco kick-scooter herb volcano squid green-salad love-hotel drum motor-scooter lollipop electric-plug",
     ),
 }
 
 # For style parts from several drawings: of each set its first style image in `report`, its second, and two others.
 SAME_LOOK = {}
 for emoji in STYLE_SETS:
-    first, second = dict.fromkeys(style for _, style in PAIRS["report"] if style[0] == emoji)
+    first, second, *_ = dict.fromkeys(style for _, style in PAIRS["report"] if style[0] == emoji)
     SAME_LOOK[first] = [first, second, (emoji, "crocodile"), (emoji, "taxi")]
