@@ -79,9 +79,8 @@ def test_a_dropped_workflow_is_queued_and_ends_with_pictures_on_its_nodes(name, 
 def test_the_pad_turns_two_widgets_which_are_queued_and_saved(frontend, renderer, server):
     node = opened(frontend, "dual_guidance_demo", {}, "ConsisLoRASampler")
     field = frontend.locator(".consislora-pad .field")
-    field.wait_for()
+    field.hover()  # at its middle, once the canvas has come to rest
     box = field.bounding_box()
-    frontend.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
     frontend.mouse.down()
     frontend.mouse.move(box["x"] + 0.75 * box["width"], box["y"] + 0.75 * box["height"], steps=3)
     frontend.mouse.up()
