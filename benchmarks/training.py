@@ -364,14 +364,14 @@ def measure_flat(device: str) -> dict:
     resident = []
     with host(device) as pack, torch.inference_mode():
         model, positive, ends = demo_model(pack), demo_positive(), step_ends()
-        show = pack.nodes.bridge.Progress.show
+        show = pack.nodes.progress.Progress.show
 
         def watch(progress, event):
             show(progress, event)
             if event.step in (500, FLAT_STEPS):
                 resident.append(psutil.Process().memory_info().rss)
 
-        pack.nodes.bridge.Progress.show = watch
+        pack.nodes.progress.Progress.show = watch
         fast(pack, model, {"samples": torch.randn(1, 4, 16, 16)}, positive, FLAT_STEPS, 16, "fp32")
     first, last = (seconds_a_step(part) for part in (ends[:500], ends[-500:]))
     return {"first": first, "last": last, "resident": resident}

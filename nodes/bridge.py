@@ -1,31 +1,24 @@
-"""The one room that knows the insides of ComfyUI's models: MODEL to `Denoiser`, gradients on, progress, stop."""
+"""The room that knows the insides of ComfyUI's models: MODEL to `Denoiser`, gradients on, sampling, stop."""
 
 import logging
-import math
 import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import comfy.model_management
-import comfy.ops
 import comfy.patcher_extension
 import comfy.sample
 import comfy.samplers
 import comfy.utils
 import latent_preview
 import torch
-from comfy.ldm.modules.attention import GEGLU, BasicTransformerBlock
-from comfy.ldm.modules.diffusionmodules.openaimodel import ResBlock
 from comfy.model_patcher import ModelPatcher
-from PIL import Image
-from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch import Tensor
 
 from ..consislora_core.roles import targets
-from ..consislora_core.schedule import Stage
-from ..consislora_core.trainer import Denoiser, StepEvent
+from ..consislora_core.trainer import Denoiser
+from .frozen import frozen
 
 NEARLY_CLEAN = 1e-4  # a sigma to rise from: at 0 there is no direction to rise in
 Cancelled = comfy.model_management.InterruptProcessingException
@@ -76,13 +69,7 @@ def open_for_training(
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
         stack.enter_context(_in_training())
-        stack.enter_context(_ordinary_parameters(base.diffusion_model))
-        stack.enter_context(_computing_in(base, dtype, model.load_device))
-        stack.enter_context(_keeping_no_casts(base.diffusion_model))
-        stack.enter_context(_gating_in_place(base.diffusion_model))
-        stack.enter_context(_reading_text_once(base.diffusion_model))
-        if lean and not _is_wrapped(options):
-            stack.enter_context(_recomputing(base.diffusion_model))
+        stack.enter_context(frozen(base, dtype, model.load_device, lean and not _is_wrapped(options)))
         yield Denoiser(base.diffusion_model, denoise, base.model_sampling.sigmas.detach().clone().float())
 
 
@@ -140,142 +127,6 @@ def _in_training() -> Iterator[None]:
         comfy.model_management.in_training = before
 
 
-@contextmanager
-def _ordinary_parameters(unet: nn.Module) -> Iterator[None]:
-    """Frozen parameters that share their bytes with the UNet's inference tensors, which autograd refuses."""
-    originals = [
-        (module, name, parameter)
-        for module in unet.modules()
-        for name, parameter in module._parameters.items()
-        if parameter is not None
-    ]
-    try:
-        for module, name, parameter in originals:
-            shared = torch.empty(0, dtype=parameter.dtype, device=parameter.device)
-            shared.set_(parameter.untyped_storage(), parameter.storage_offset(), parameter.shape, parameter.stride())
-            module._parameters[name] = nn.Parameter(shared, requires_grad=False)
-        yield
-    finally:
-        for module, name, parameter in originals:
-            module._parameters[name] = parameter
-
-
-@contextmanager
-def _computing_in(base: Any, dtype: torch.dtype, device: torch.device) -> Iterator[None]:
-    """ComfyUI's manual cast to `dtype`, for weights stored in another one and for what `_FrozenLayer` is to take on."""
-    taken_on = (nn.Conv2d, nn.Linear) if _onednn_has_linear(device, dtype) else nn.Conv2d
-    layers = [
-        module
-        for module in base.diffusion_model.modules()
-        if hasattr(module, "comfy_cast_weights")
-        and (
-            isinstance(module, taken_on) or any(p is not None and p.dtype != dtype for p in module._parameters.values())
-        )
-    ]
-    own_flags = [vars(layer).get("comfy_cast_weights") for layer in layers]
-    manual_cast_dtype = base.manual_cast_dtype
-    try:
-        base.manual_cast_dtype = dtype
-        for layer in layers:
-            layer.comfy_cast_weights = True
-        yield
-    finally:
-        base.manual_cast_dtype = manual_cast_dtype
-        for layer, own in zip(layers, own_flags, strict=True):
-            if own is None:
-                del layer.comfy_cast_weights
-            else:
-                layer.comfy_cast_weights = own
-
-
-def _onednn_has_linear(device: torch.device, dtype: torch.dtype) -> bool:
-    return device.type == "cpu" and dtype == torch.float32 and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-
-
-def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """In fp32 on a CPU by oneDNN; torch would take MKL, and copy the bias into the output before each product."""
-    if _onednn_has_linear(x.device, x.dtype):
-        return torch.ops.mkldnn._linear_pointwise(x.contiguous(), weight, bias, "none", [], "")
-    return nn.functional.linear(x, weight, bias)
-
-
-@contextmanager
-def _cast(layer: nn.Module, x: Tensor) -> Iterator[tuple[Tensor, Tensor | None]]:
-    """Weight and bias where and as x is."""
-    weight, bias, stream = comfy.ops.cast_bias_weight(layer, x, offloadable=True)
-    try:
-        yield weight, bias
-    finally:
-        comfy.ops.uncast_bias_weight(layer, weight, bias, stream)
-
-
-class _FrozenLayer(torch.autograd.Function):
-    """A frozen linear or convolution that keeps nothing for the way back: the cast weight is made once more there.
-
-    Autograd would keep every cast copy until then, which adds up to a second UNet, and the input of a convolution,
-    which only a weight that learns would need. And newer ComfyUI casts into buffers that it uses again for the next
-    layer.
-    """
-
-    @staticmethod
-    def forward(ctx, x, layer):
-        ctx.layer, ctx.shape = layer, x.shape
-        if not isinstance(layer, nn.Linear):
-            return type(layer).forward_comfy_cast_weights(layer, x)
-        with _cast(layer, x) as (weight, bias):
-            return _linear(x, weight, bias)
-
-    @staticmethod
-    def backward(ctx, grad):
-        layer = ctx.layer
-        with _cast(layer, grad) as (weight, _):
-            if isinstance(layer, nn.Linear):
-                return _linear(grad, weight.T), None
-            geometry = layer.stride, layer.padding, layer.dilation, layer.groups
-            return nn.grad.conv2d_input(ctx.shape, weight, grad, *geometry), None
-
-
-@contextmanager
-def _keeping_no_casts(unet: nn.Module) -> Iterator[None]:
-    plain = comfy.ops.disable_weight_init
-    forwards = plain.Linear.forward_comfy_cast_weights, plain.Conv2d.forward_comfy_cast_weights
-    layers = [layer for layer in unet.modules() if getattr(type(layer), "forward_comfy_cast_weights", None) in forwards]
-    try:
-        for layer in layers:
-            layer.forward_comfy_cast_weights = lambda x, layer=layer: _FrozenLayer.apply(x, layer)
-        yield
-    finally:
-        for layer in layers:
-            del layer.forward_comfy_cast_weights
-
-
-class _Gate(torch.autograd.Function):
-    """GEGLU's product (b n 2d to b n d) that keeps its input alone, and makes no copy of a half or of its gradient."""
-
-    @staticmethod
-    def forward(ctx, halves):
-        ctx.save_for_backward(halves)
-        x, gate = halves.chunk(2, dim=-1)
-        return nn.functional.gelu(gate).mul_(x)
-
-    @staticmethod
-    def backward(ctx, grad):
-        (halves,) = ctx.saved_tensors
-        x, gate = halves.chunk(2, dim=-1)
-        back = torch.empty_like(halves)
-        x_back, gate_back = back.chunk(2, dim=-1)
-        torch.mul(grad, nn.functional.gelu(gate), out=x_back)
-        torch.ops.aten.gelu_backward.grad_input(grad * x, gate, grad_input=gate_back)
-        return back
-
-
-@contextmanager
-def _gating_in_place(unet: nn.Module) -> Iterator[None]:
-    gates = [module for module in unet.modules() if type(module) is GEGLU]
-    with _forwards(gates, lambda forward: lambda x, gate=forward.__self__: _Gate.apply(gate.proj(x))):
-        yield
-
-
 class _Rows:
     """Conditioning for the rows of a batch: the very same tensors in every step, so that layers know them again."""
 
@@ -287,56 +138,6 @@ class _Rows:
             self.cond, self.count = cond, count
             self.rows = {name: value.to(self.dtype).expand(count, *value.shape[1:]) for name, value in cond.items()}
         return self.rows
-
-
-class _Once:
-    """A frozen layer that answers without work when it is asked with the very tensor it was asked with before."""
-
-    def __init__(self, forward: Callable[[Tensor], Tensor]):
-        self.forward, self.x = forward, None
-
-    def __call__(self, x: Tensor) -> Tensor:
-        if x is not self.x or self.answer._version != self.version:  # other code may have written into the answer
-            self.x, self.answer = x, self.forward(x)
-            self.version = self.answer._version
-        return self.answer
-
-
-@contextmanager
-def _reading_text_once(unet: nn.Module) -> Iterator[None]:
-    """The text's keys and values stay as they are from step to step, but for what a LoRA adds."""
-    layers = [layer for name, layer in unet.named_modules() if name.endswith(("attn2.to_k", "attn2.to_v"))]
-    with _forwards(layers, _Once):
-        yield
-
-
-@contextmanager
-def _recomputing(unet: nn.Module) -> Iterator[None]:
-    """Gradient checkpointing: parts of the output blocks keep their input and are computed again on the way back."""
-
-    def recomputed(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        def run(x: Tensor, *args, transformer_options: dict | None = None, **kwargs) -> Tensor:
-            if transformer_options is not None:  # which goes on to tell of later blocks
-                kwargs["transformer_options"] = transformer_options.copy()
-            return checkpoint(forward, x, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
-
-        return run
-
-    parts = [part for part in unet.output_blocks.modules() if isinstance(part, (ResBlock, BasicTransformerBlock))]
-    with _forwards(parts, recomputed):
-        yield
-
-
-@contextmanager
-def _forwards(modules: Sequence[nn.Module], around: Callable[[Callable], Callable]) -> Iterator[None]:
-    """Within the context each module's forward is what `around` makes of it."""
-    try:
-        for module in modules:
-            module.forward = around(module.forward)
-        yield
-    finally:
-        for module in modules:
-            vars(module).pop("forward", None)
 
 
 def check_latent(model: ModelPatcher, latent: dict) -> None:
@@ -457,90 +258,3 @@ def server() -> Any:
     """ComfyUI's PromptServer; None where nodes run without one, as in a test."""
     module = sys.modules.get("server")
     return getattr(module and module.PromptServer, "instance", None)
-
-
-def loss_curve(stage: Stage, losses: list[float], first: int = 0, told: str | None = None) -> dict:
-    """What web/js/loss_curve.js draws: the losses of the steps from `first` on, counted from 0.
-
-    told: words to stand beside them; without any the last ones stay.
-    """
-    phases = [[phase.loss, phase.steps] for phase in stage.phases]
-    return {"first": first, "losses": losses[first:], "phases": phases, "told": told}
-
-
-class Progress:
-    """Shows training on the node: a bar, every few steps the restored image, the losses, the time left and the free
-    memory, and the loss in the log.
-
-    node: the running node's id, for the browser. run: which of how many trainings of the node this is.
-    losses: of all steps so far; training adds to the list.
-    """
-
-    def __init__(
-        self,
-        model: ModelPatcher,
-        stage: Stage,
-        node: str | None,
-        run: tuple[int, int] = (0, 1),
-        preview_every: int = 20,
-        log_every: int = 50,
-    ):
-        number, runs = run
-        self.bar = comfy.utils.ProgressBar(runs * stage.steps)
-        self.before = number * stage.steps
-        self.stage, self.node = stage, node
-        self.losses: list[float] = []
-        self.told = 0  # how many of them the browser knows
-        self.began: tuple[float, int] | None = None  # when the first step of this run had ended, and which that was
-        self.device, self.least_free = model.load_device, math.inf
-        self.preview_every, self.log_every = preview_every, log_every
-        factors = model.model.latent_format
-        self.previewer = factors.latent_rgb_factors and latent_preview.Latent2RGBPreviewer(
-            factors.latent_rgb_factors, getattr(factors, "latent_rgb_factors_bias", None)
-        )
-
-    def show(self, event: StepEvent) -> None:
-        """Raises Cancelled when the user pressed cancel."""
-        stop_if_cancelled()
-        self.began = self.began or (time.monotonic(), event.step)
-        if (event.step % self.preview_every == 1 or event.step == self.stage.steps) and (browser := server()):
-            curve = loss_curve(self.stage, self.losses, self.told, self.time_and_memory(event.step))
-            browser.send_sync("consislora.loss", {"node": self.node, **curve})
-            self.told = len(self.losses)
-        preview = None
-        if self.previewer and event.step % self.preview_every == 1:
-            picture = self.previewer.decode_latent_to_preview(event.z_0_hat.float().cpu())
-            preview = (
-                "JPEG",
-                picture.resize(
-                    (256 * picture.width // max(picture.size), 256 * picture.height // max(picture.size)), Image.NEAREST
-                ),
-                256,
-            )
-        self.bar.update_absolute(self.before + event.step, preview=preview)
-        if event.step % self.log_every == 0 or event.step == self.stage.steps:
-            logging.info(
-                "ConsisLoRA %s stage, step %d of %d: %s loss %.4f, learning rate %g",
-                event.stage,
-                event.step,
-                self.stage.steps,
-                event.phase,
-                event.loss,
-                event.learning_rate,
-            )
-
-    def time_and_memory(self, step: int) -> str:
-        """How long it will take yet and how much memory is free; after the last step how it was."""
-        free = comfy.model_management.get_free_memory(self.device)
-        self.least_free = min(self.least_free, free)
-        began, first = self.began
-        spent = time.monotonic() - began
-        if step == self.stage.steps:
-            return f"took {_minutes(spent)}, at least {self.least_free / 1e9:.1f} GB free"
-        to_go = self.bar.total - self.before - step
-        left = f"{_minutes(spent / (step - first) * to_go)} left, " if step > first else ""
-        return f"{left}{free / 1e9:.1f} GB free"
-
-
-def _minutes(seconds: float) -> str:
-    return f"{round(seconds) // 60}:{round(seconds) % 60:02}"

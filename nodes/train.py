@@ -16,6 +16,7 @@ from ..consislora_core.schedule import PRESETS, Stage, image_stage, style_stage
 from ..consislora_core.store import fingerprint
 from ..consislora_core.trainer import Trainer
 from . import bridge, graph, identity
+from .progress import Progress, loss_curve
 from .sockets import CATEGORY, ConsisLora, LoraModel, LossMap, aliases
 
 CHECKPOINT_EVERY = 50  # steps: the most that a crash costs
@@ -245,11 +246,9 @@ def train(
     bridge.find_roles(model)
     base = identity.base_fingerprint(model)
     job = Job(model, base, latent, positive, stage, frozen or {}, bridge.training_dtype(model, precision))
-    ((lora, losses, before),) = remembered(
-        [job], hidden, bridge.Progress(model, stage, hidden and hidden.unique_id), memory
-    )
+    ((lora, losses, before),) = remembered([job], hidden, Progress(model, stage, hidden and hidden.unique_id), memory)
     told = "trained before" if before else None
-    curve = {"consislora_loss": [bridge.loss_curve(stage, losses, told=told)]}
+    curve = {"consislora_loss": [loss_curve(stage, losses, told=told)]}
     return io.NodeOutput(lora, {"loss": losses}, lora_file.to_state_dict(lora), ui=curve)
 
 
@@ -275,14 +274,12 @@ def train_each(
     groups += [missing[start : start + at_once] for start in range(0, len(missing), at_once)]
     found = {}
     for number, group in enumerate(groups):
-        progress = bridge.Progress(model, stage, hidden and hidden.unique_id, run=(number, len(groups)))
+        progress = Progress(model, stage, hidden and hidden.unique_id, run=(number, len(groups)))
         found |= zip(group, remembered([wanted[key] for key in group], hidden, progress, memory), strict=True)
     return [found[key].lora for key in keys]
 
 
-def remembered(
-    jobs: list[Job], hidden: io.HiddenHolder | None, progress: bridge.Progress, memory: str
-) -> list[Trained]:
+def remembered(jobs: list[Job], hidden: io.HiddenHolder | None, progress: Progress, memory: str) -> list[Trained]:
     """What the jobs give: from the store, or trained now, side by side."""
     keys = [identity.training_key(*job) for job in jobs]
     if None in keys:
@@ -310,7 +307,7 @@ def remembered(
 def run(
     jobs: list[Job],
     hidden: io.HiddenHolder | None,
-    progress: bridge.Progress,
+    progress: Progress,
     memory: str,
     resume: Callable[[Trainer], list] = lambda trainer: [],
     save: Callable[[Trainer, list], None] = lambda trainer, losses: None,
@@ -338,7 +335,7 @@ def run(
 def _run(
     jobs: list[Job],
     hidden: io.HiddenHolder | None,
-    progress: bridge.Progress,
+    progress: Progress,
     memory: str,
     resume: Callable[[Trainer], list],
     save: Callable[[Trainer, list], None],

@@ -10,7 +10,7 @@ ROOT = Path(__file__).resolve().parent.parent
 CORE = {path.stem: path for path in (ROOT / "consislora_core").glob("*.py") if path.stem != "__init__"}
 NODES = {path.stem: path for path in (ROOT / "nodes").glob("*.py") if path.stem != "__init__"}
 BATCH = {path.stem: path for path in (ROOT / "batch").glob("*.py") if path.stem != "__main__"}
-NODE_FILES = NODES.keys() - {"bridge", "drawing", "folders", "graph", "identity", "passes", "provenance", "sockets"}
+NODE_FILES = {name for name, path in NODES.items() if "(io.ComfyNode)" in path.read_text(encoding="utf-8")}
 
 
 def imports(path: Path) -> set[str]:

@@ -57,9 +57,7 @@ def everything_about(model):
     for name, module in base.named_modules():
         hooks = {key: dict(value) for key, value in vars(module).items() if key.endswith("_hooks")}
         plain = {
-            key: value
-            for key, value in vars(module).items()
-            if not key.startswith("_") and not torch.is_tensor(value) and not callable(value)
+            key: value for key, value in vars(module).items() if not key.startswith("_") and not torch.is_tensor(value)
         }
         layers[name] = (type(module), list(module._modules), hooks, plain, module.training)
     tensors = {
@@ -179,7 +177,7 @@ def test_every_precision_trains_nearly_alike(nodes, comfy, precision):
 def test_a_torch_without_onednn_trains_alike(nodes, pack, store, monkeypatch):
     expected = train_image(nodes, comfy_model(), precision="fp32")[1]["loss"]
     shutil.rmtree(store.folder)
-    monkeypatch.setattr(pack.nodes.bridge, "_onednn_has_linear", lambda *_: False)
+    monkeypatch.setattr(pack.nodes.frozen, "_onednn_has_linear", lambda *_: False)
     assert train_image(nodes, comfy_model(), precision="fp32")[1]["loss"] == pytest.approx(expected, rel=1e-5)
 
 
@@ -266,7 +264,7 @@ def test_the_users_model_is_exactly_as_it_was(nodes, pack, ending, stored, memor
         if len(steps_seen) == 2 and ending == "failure":
             raise RuntimeError("injected")
 
-    monkeypatch.setattr(pack.nodes.bridge.Progress, "show", end_early)
+    monkeypatch.setattr(pack.nodes.progress.Progress, "show", end_early)
     if ending == "success":
         train_image(nodes, model, memory=memory)
     else:
@@ -292,6 +290,25 @@ def test_cancel_in_the_middle_of_a_forward_pass_leaves_the_model_as_it_was(nodes
         train_image(nodes, model)
     handle.remove()
     assert everything_about(model) == before
+
+
+@pytest.mark.parametrize("memory", ["fast", "lean"])
+def test_code_that_other_nodes_put_into_layers_acts_in_training_and_stays(nodes, comfy, memory):
+    model, called = loaded_model(), set()
+    for name, layer in model.model.diffusion_model.output_blocks.named_modules():
+        if type(layer).__name__ in ("Linear", "Conv2d", "GEGLU", "BasicTransformerBlock", "ResBlock"):
+
+            def forward(*args, own=layer.forward, name=name, **kwargs):
+                called.add(name)
+                return own(*args, **kwargs)
+
+            layer.forward = forward
+    before = everything_about(model)
+    train_image(nodes, model, memory=memory)
+    assert everything_about(model) == before
+    assert called == {
+        name for name, layer in model.model.diffusion_model.output_blocks.named_modules() if "forward" in vars(layer)
+    }
 
 
 def sd15_model():
@@ -408,7 +425,7 @@ def steps(pack, monkeypatch):
     class Steps(list):
         cancel_at = None
 
-    steps, show = Steps(), pack.nodes.bridge.Progress.show
+    steps, show = Steps(), pack.nodes.progress.Progress.show
 
     def spy(progress, event):
         steps.append(event.step)
@@ -416,7 +433,7 @@ def steps(pack, monkeypatch):
             comfy.model_management.interrupt_current_processing()
         show(progress, event)
 
-    monkeypatch.setattr(pack.nodes.bridge.Progress, "show", spy)
+    monkeypatch.setattr(pack.nodes.progress.Progress, "show", spy)
     return steps
 
 
