@@ -31,22 +31,46 @@ def fresh_part(unet: nn.Module, role: str, rank: int, generator: torch.Generator
 class LoraLinear(nn.Module):
     """A frozen linear layer W with a LoRA beside it: y = W x + (alpha / rank) up (down x).
 
-    down (maps rank in) and up (maps out rank) are fp32 and compute in what x is in. Each of the maps takes an equal run
-    of x's batch rows.
+    down (maps rank in) and up (maps out rank) are fp32 and compute in what x is in; `cast` may hold them in it. Each of
+    the maps takes an equal run of x's batch rows.
     """
 
     def __init__(self, base: nn.Module, down: Tensor, up: Tensor, alpha: float):
         super().__init__()
         self.base, self.down, self.up, self.alpha = base, nn.Parameter(down), nn.Parameter(up), alpha
+        self.cast: tuple[Tensor, Tensor] | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         y, scale = self.base(x), self.alpha / self.down.shape[1]
-        down, up = self.down.to(x.dtype), self.up.to(x.dtype)
+        down, up = (weight.to(x.dtype) for weight in self.cast or (self.down, self.up))
         if len(down) == 1:  # the same, and gradients come laid out as the weights are
-            hidden = F.linear(x, down[0]).flatten(0, -2)
-            return torch.addmm(y.flatten(0, -2), hidden, up[0].T, alpha=scale).view_as(y)
+            down, up = down.squeeze(0), up.squeeze(0)  # an index would have its gradient copied into zeros
+            hidden = F.linear(x, down).flatten(0, -2)
+            return torch.addmm(y.flatten(0, -2), hidden, up.T, alpha=scale).view_as(y)
         runs, ys = (rows.unflatten(0, (len(down), -1)).flatten(1, -2) for rows in (x, y))
         return torch.baddbmm(ys, runs @ down.mT, up.mT, alpha=scale).view_as(y)
+
+
+class _Cast(torch.autograd.Function):
+    """Tensors to a precision, and their gradients to fp32, all at once: on a GPU each by itself would be a launch."""
+
+    @staticmethod
+    def forward(ctx, dtype, *tensors):
+        return tuple(_cast(tensors, dtype))
+
+    @staticmethod
+    def backward(ctx, *grads):
+        known = [grad for grad in grads if grad is not None]
+        cast = iter(_cast(known, torch.float32))
+        return None, *(None if grad is None else next(cast) for grad in grads)
+
+
+@torch.no_grad()
+def _cast(tensors: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    cast = [torch.empty_like(tensor, dtype=dtype) for tensor in tensors]
+    if cast:
+        torch._foreach_copy_(cast, tensors)
+    return cast
 
 
 class Inserted:
@@ -60,6 +84,24 @@ class Inserted:
                 parameter.requires_grad_(target.role in learns)
                 if parameter.requires_grad:
                     self.parameters.append(parameter)
+
+    @contextmanager
+    def cast(self, dtype: torch.dtype) -> Iterator[None]:
+        """Within the context the layers compute with their weights of now, in `dtype`."""
+        if dtype == torch.float32:
+            yield
+            return
+        layers = self.layers.values()
+        weights = [weight for layer in layers for weight in (layer.down, layer.up)]
+        learn = iter(_Cast.apply(dtype, *self.parameters))
+        stay = iter(_cast([weight for weight in weights if not weight.requires_grad], dtype))
+        for layer in layers:
+            layer.cast = tuple(next(learn if weight.requires_grad else stay) for weight in (layer.down, layer.up))
+        try:
+            yield
+        finally:
+            for layer in layers:
+                layer.cast = None
 
     def parts(self, row: int = 0) -> dict[str, Part]:
         """Copies of the weights of a row as they are now, on the CPU."""

@@ -29,7 +29,7 @@ from .trainer import Trainer
 LORA, CHECKPOINT = ".lora", ".checkpoint"
 OURS = re.compile(r"[0-9a-f]{64}\..+")  # nothing else in the folder is ever touched
 RECORD = "store"  # the metadata entry of both that holds ours, as JSON
-METHOD = ("__init__", "adapters", "losses", "roles", "schedule", "trainer")  # the version, and what trains
+METHOD = ("__init__", "adapters", "losses", "recording", "roles", "schedule", "trainer")  # the version, and what trains
 
 
 class Nameless(TypeError):

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from .adapters import fresh_part, inserted
 from .lora_file import Part
 from .losses import LOSSES, Draw, add_noise, draw
+from .recording import RecordedStep, Step
 from .schedule import Stage
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # what AdamW keeps of each parameter, beside its count of steps
@@ -21,7 +23,9 @@ class Denoiser(NamedTuple):
 
     unet: nn.Module  # LoRA goes in here
     denoise: Callable[[Tensor, Tensor, Any], Tensor]  # (x b c h w, sigma b, cond) -> z_0_hat, through `unet`
-    sigmas: Tensor  # the noise levels it was trained on, ascending
+    sigmas: Tensor  # the noise levels it was trained on, ascending, on the CPU
+    dtype: torch.dtype = torch.float32  # that it computes in
+    recordable: bool = False  # on a CUDA device, where `denoise` gives it the same work in every step
 
 
 class StepEvent(NamedTuple):
@@ -33,14 +37,20 @@ class StepEvent(NamedTuple):
     losses: tuple[float, ...]  # of each LoRA that is trained
     learning_rate: float
     sigma: float  # the mean of its noises
-    z_0_hat: (
-        Tensor  # the restored images (b c h w), one a LoRA, in the model's latent space: a preview for who wants one
-    )
+    z_0_hat: Tensor  # the restored images (b c h w), one a LoRA, in latent space; the next step may overwrite it
 
     @property
     def loss(self) -> float:
         """Their mean."""
         return sum(self.losses) / len(self.losses)
+
+
+class Drawn(NamedTuple):
+    """What chance has for a step, on the CPU."""
+
+    image: Tensor | None  # which of several
+    random: Draw  # of one row a noise
+    before: Tensor  # the generator's state
 
 
 class Trainer:
@@ -78,6 +88,8 @@ class Trainer:
         self.rows = len(self.start)
         self.loss_scale = loss_scale
         self.step = 0
+        self.drawn: Drawn | None = None
+        self.kind: tuple[str, float] | None = None  # loss and scale of the last step's work
         self.random_state = self.generator.get_state()  # between steps: one that is cut short has drawn already
 
     def __enter__(self) -> "Trainer":
@@ -85,12 +97,15 @@ class Trainer:
             self.inserted = stack.enter_context(
                 inserted(self.model.unet, self.start, self.stage.learns, self.z_0.device)
             )
+            recordable = self.model.recordable
             self.optimizer = torch.optim.AdamW(
                 self.inserted.parameters,
+                lr=torch.zeros((), device=self.z_0.device) if recordable else 0.0,
                 betas=self.stage.betas,
                 eps=self.stage.eps,
                 weight_decay=self.stage.weight_decay,
                 fused=self.z_0.device.type in ("cpu", "cuda"),  # other devices may have none
+                capturable=recordable,
             )
             self._stack = stack.pop_all()
         del self.start  # the UNet has its own copies now
@@ -101,15 +116,18 @@ class Trainer:
 
     def __iter__(self) -> Iterator[StepEvent]:
         while self.step < self.stage.steps:
-            z_0 = self.z_0
-            if len(z_0) > self.rows:
-                z_0 = z_0[torch.randint(len(z_0), (1,), generator=self.generator)]
+            image, random, _ = self.drawn or self._draw()
+            self.drawn = None
+            z_0 = self.z_0 if image is None else self.z_0[image]
             # The LoRAs see the same noise, as each would alone.
-            noises = self.stage.noises
-            one = z_0[:1].expand(noises, -1, -1, -1)
-            random = draw(one, self.model.sigmas, self.stage.noise_offset, self.generator)
-            rows = Draw(*(part.repeat(len(z_0), 1, 1, 1) for part in random))
-            yield self.train_step(z_0.repeat_interleave(noises, 0), rows)
+            rows = Draw(*(part.to(z_0).repeat(len(z_0), 1, 1, 1) for part in random))
+            yield self.train_step(z_0.repeat_interleave(self.stage.noises, 0), rows)
+
+    def _draw(self) -> Drawn:
+        before = self.generator.get_state()
+        image = torch.randint(len(self.z_0), (1,), generator=self.generator) if len(self.z_0) > self.rows else None
+        like = torch.empty(self.stage.noises, *self.z_0.shape[1:])
+        return Drawn(image, draw(like, self.model.sigmas, self.stage.noise_offset, self.generator), before)
 
     def train_step(self, z_0: Tensor, random: Draw) -> StepEvent:
         """One step on given noise and sigma, a row of the batch each; the rows of a LoRA lie side by side.
@@ -117,15 +135,24 @@ class Trainer:
         Raises FloatingPointError before the weights move if the loss is not finite.
         """
         loss, learning_rate = self.stage.at(self.step)
+        self._set_learning_rate(learning_rate)
         z_0_hat, losses, sigma = self._backward(z_0, random, loss)
+        self.work.update()
+        self.step += 1
+        self.random_state = self.drawn.before
+        return StepEvent(self.step, self.stage.name, loss, losses, learning_rate, sigma, z_0_hat)
+
+    def _set_learning_rate(self, value: float) -> None:
+        for group in self.optimizer.param_groups:
+            if self.model.recordable:
+                group["lr"].fill_(value)
+            else:
+                group["lr"] = value
+
+    def _update(self) -> None:
         if self.stage.max_grad_norm is not None:
             self._clip(self.stage.max_grad_norm)
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
         self.optimizer.step()
-        self.step += 1
-        self.random_state = self.generator.get_state()
-        return StepEvent(self.step, self.stage.name, loss, losses, learning_rate, sigma, z_0_hat)
 
     def _clip(self, max_grad_norm: float) -> None:
         """To a norm over all layers, of each LoRA by itself."""
@@ -137,20 +164,11 @@ class Trainer:
     def _backward(self, z_0: Tensor, random: Draw, loss_name: str) -> tuple[Tensor, tuple[float, ...], float]:
         """Leaves gradients; z_0_hat, the loss of each LoRA, the mean sigma."""
         while True:
-            x = add_noise(z_0, random.noise, random.sigma)
-            z_0_hat = self.model.denoise(x, random.sigma.flatten(), self.cond)
-            runs = zip(*(tensor.chunk(self.rows) for tensor in (z_0, z_0_hat, *random)), strict=True)
-            losses = torch.stack([LOSSES[loss_name](*run) for run in runs])
-            self.optimizer.zero_grad()
-            (losses.sum() * self.loss_scale).backward()
-            grads = [parameter.grad for parameter in self.inserted.parameters]
-            if self.loss_scale != 1:
-                torch._foreach_div_(grads, self.loss_scale)
-            # Told to the CPU together: each number by itself would make a GPU wait.
-            size = torch.stack(torch._foreach_norm(grads)).sum()
-            *values, size, sigma = torch.stack([*losses.detach(), size, random.sigma.mean()]).tolist()
+            z_0_hat, told = self._work(loss_name).compute(z_0, *random)
+            self.drawn = self.drawn or self._draw()  # while a GPU computes
+            *values, size, sigma = told.tolist()
             if math.isfinite(sum(values) + size):
-                return z_0_hat.detach()[:: len(z_0_hat) // self.rows], tuple(values), sigma
+                return z_0_hat, tuple(values), sigma
             if self.loss_scale <= 1 or not math.isfinite(sum(values)):
                 raise FloatingPointError(
                     f"The loss became {sum(values)} in step {self.step + 1} of {self.stage.steps} "
@@ -158,6 +176,34 @@ class Trainer:
                     "Lower the learning rate, or choose precision bf16 or fp32."
                 )
             self.loss_scale /= 2
+
+    def _work(self, loss_name: str) -> Step | RecordedStep:
+        """What each step with this loss does."""
+        kind = loss_name, self.loss_scale
+        if kind != self.kind:
+            self.kind, self.work = kind, None  # an earlier recording holds memory
+            step = Step(partial(self._compute_gradients, *kind), self._update)
+            self.work = RecordedStep(step) if self.model.recordable else step
+        return self.work
+
+    def _compute_gradients(
+        self, loss_name: str, loss_scale: float, z_0: Tensor, noise: Tensor, sigma: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Leaves gradients; z_0_hat, and in one tensor the loss of each LoRA, the gradients' size, the mean sigma."""
+        x = add_noise(z_0, noise, sigma)
+        self.optimizer.zero_grad()
+        with self.inserted.cast(self.model.dtype):
+            z_0_hat = self.model.denoise(x, sigma.flatten(), self.cond)
+            runs = zip(*(tensor.chunk(self.rows) for tensor in (z_0, z_0_hat, noise, sigma)), strict=True)
+            losses = torch.stack([LOSSES[loss_name](*run) for run in runs])
+            (losses.sum() * loss_scale).backward()
+        grads = [parameter.grad for parameter in self.inserted.parameters]
+        if loss_scale != 1:
+            torch._foreach_div_(grads, loss_scale)
+        size = torch.stack(torch._foreach_norm(grads)).sum()
+        # Told to the CPU together: each number by itself would make a GPU wait.
+        told = torch.stack([*losses.detach(), size, sigma.mean()])
+        return z_0_hat.detach()[:: len(z_0_hat) // self.rows], told
 
     def parts(self, row: int = 0) -> dict[str, Part]:
         """The parts as trained so far, frozen ones included, on the CPU in fp32; with `apart`, of a row's LoRA."""
@@ -199,7 +245,7 @@ class Trainer:
                 moments[number] = {name: state[f"optimizer.{number}.{name}"].clone() for name in ("step", *MOMENTS)}
         self.optimizer.load_state_dict({"state": moments, "param_groups": self.optimizer.state_dict()["param_groups"]})
         self.generator.set_state(state["generator"])
-        self.random_state = self.generator.get_state()
+        self.random_state, self.drawn = self.generator.get_state(), None
         self.step, self.loss_scale = int(state["step"]), float(state["loss_scale"])
 
 

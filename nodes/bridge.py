@@ -60,7 +60,7 @@ def open_for_training(
         model.model_options.get("transformer_options", {}), {"wrappers": model.wrappers, "cond_or_uncond": [0]}
     )
 
-    rows = _Rows(dtype)
+    rows, recordable = _Rows(dtype), _does_the_same_each_step(model)
 
     def denoise(x: Tensor, sigma: Tensor, cond: dict[str, Tensor]) -> Tensor:
         return base.apply_model(x, sigma, transformer_options={**options, "sigmas": sigma}, **rows.of(cond, len(x)))
@@ -70,7 +70,8 @@ def open_for_training(
         stack.enter_context(torch.enable_grad())
         stack.enter_context(_in_training())
         stack.enter_context(frozen(base, dtype, model.load_device, lean and not _is_wrapped(options)))
-        yield Denoiser(base.diffusion_model, denoise, base.model_sampling.sigmas.detach().clone().float())
+        sigmas = base.model_sampling.sigmas.detach().to("cpu", torch.float32, copy=True)
+        yield Denoiser(base.diffusion_model, denoise, sigmas, dtype, recordable)
 
 
 def _is_wrapped(options: dict) -> bool:
@@ -80,6 +81,18 @@ def _is_wrapped(options: dict) -> bool:
     if wrapped:
         logging.info("ConsisLoRA: other nodes act on this model, so it cannot train lean and trains fast.")
     return wrapped
+
+
+def _does_the_same_each_step(model: ModelPatcher) -> bool:
+    """Whether an NVIDIA GPU has the whole model and no other node has a say in what it computes."""
+    unet = model.model.diffusion_model
+    return (
+        torch.version.cuda is not None
+        and all(parameter.is_cuda for parameter in unet.parameters())
+        and not any("forward" in vars(module) for module in unet.modules())
+        and not model.wrappers
+        and not model.model_options.get("transformer_options")
+    )
 
 
 def loss_scale(dtype: torch.dtype) -> float:
@@ -96,7 +109,10 @@ def _make_room(model: ModelPatcher, latent_shape: tuple[int, ...], dtype: torch.
     rows, _, height, width = latent_shape
     unit = rows * height * width * model.model.model_config.unet_config["model_channels"] * dtype.itemsize
     needed = {kind: count * unit for kind, count in KEPT.items()}
-    comfy.model_management.unload_all_models()  # text encoders and VAE have minutes until they are needed
+    # Text encoders and VAE have minutes until they are needed.
+    loaded = comfy.model_management.current_loaded_models
+    ours = [one for one in loaded if one.model is not None and one.model.is_clone(model)]
+    comfy.model_management.free_memory(1e30, model.load_device, keep_loaded=ours)
     comfy.model_management.load_models_gpu([model], memory_required=needed.get(memory, needed["lean"]))
     if memory != "auto":
         return memory == "lean"

@@ -1,5 +1,6 @@
 """A UNet whose own weights never learn, while LoRA does: what that saves of a training step's time and memory."""
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -11,6 +12,11 @@ from comfy.ldm.modules.diffusionmodules.openaimodel import ResBlock
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from .gating import gated, gated_back
+
+WIDE = 1280 * 1280  # channels in times channels out of a convolution: with less it is the image that weighs
+LARGE = 2**22  # values in a group norm's image, from which on it pays to share its groups out
+
 
 @contextmanager
 def frozen(base: Any, dtype: torch.dtype, device: torch.device, lean: bool) -> Iterator[None]:
@@ -21,10 +27,11 @@ def frozen(base: Any, dtype: torch.dtype, device: torch.device, lean: bool) -> I
     """
     unet = base.diffusion_model
     with ExitStack() as stack:
-        stack.enter_context(_ordinary_parameters(unet))
+        stack.enter_context(_ordinary_parameters(unet, laid_out=not lean))
         stack.enter_context(_computing_in(base, dtype, device))
         stack.enter_context(_keeping_no_casts(unet))
-        stack.enter_context(_gating_in_place(unet))
+        stack.enter_context(_gating_by_halves(unet))
+        stack.enter_context(_dividing_large_groups(unet))
         stack.enter_context(_reading_text_once(unet))
         if lean:
             stack.enter_context(_recomputing(unet))
@@ -32,8 +39,11 @@ def frozen(base: Any, dtype: torch.dtype, device: torch.device, lean: bool) -> I
 
 
 @contextmanager
-def _ordinary_parameters(unet: nn.Module) -> Iterator[None]:
-    """Frozen parameters that share their bytes with the UNet's inference tensors, which autograd refuses."""
+def _ordinary_parameters(unet: nn.Module, laid_out: bool) -> Iterator[None]:
+    """Frozen parameters that share their bytes with the UNet's inference tensors, which autograd refuses.
+
+    laid_out: of wide convolutions on a GPU copies with channels last, which it would make anew in each step.
+    """
     originals = [
         (module, name, parameter)
         for module in unet.modules()
@@ -44,6 +54,9 @@ def _ordinary_parameters(unet: nn.Module) -> Iterator[None]:
         for module, name, parameter in originals:
             shared = torch.empty(0, dtype=parameter.dtype, device=parameter.device)
             shared.set_(parameter.untyped_storage(), parameter.storage_offset(), parameter.shape, parameter.stride())
+            wide = shared.ndim == 4 and shared.shape[-1] > 1 and len(shared) * shared.shape[1] >= WIDE
+            if laid_out and wide and shared.is_cuda:
+                shared = shared.contiguous(memory_format=torch.channels_last)
             module._parameters[name] = nn.Parameter(shared, requires_grad=False)
         yield
     finally:
@@ -99,11 +112,22 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return nn.functional.linear(x, weight, bias)
 
 
+def _is_product(layer: nn.Module, x: Tensor) -> bool:
+    """Whether it is a convolution of single pixels on a GPU, which would be given a copy with channels last."""
+    return isinstance(layer, nn.Conv2d) and layer.kernel_size == (1, 1) and layer.stride == (1, 1) and x.is_cuda
+
+
+def _by_pixel(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    weights, pixels = weight.expand(len(x), -1, -1), x.flatten(2)
+    y = weights @ pixels if bias is None else torch.baddbmm(bias.view(1, -1, 1), weights, pixels)
+    return y.unflatten(2, x.shape[2:])
+
+
 def _forward(layer: nn.Module, x: Tensor) -> Tensor:
-    if not isinstance(layer, nn.Linear):
-        return type(layer).forward_comfy_cast_weights(layer, x)
+    if not isinstance(layer, nn.Linear) and not _is_product(layer, x):
+        return type(layer).forward_comfy_cast_weights(layer, x).contiguous()
     weight, bias, stream = comfy.ops.cast_bias_weight(layer, x, offloadable=True)
-    y = _linear(x, weight, bias)
+    y = _linear(x, weight, bias) if isinstance(layer, nn.Linear) else _by_pixel(x, weight.flatten(1), bias)
     comfy.ops.uncast_bias_weight(layer, weight, bias, stream)
     return y
 
@@ -127,11 +151,20 @@ class _FrozenLayer(torch.autograd.Function):
         weight, bias, stream = comfy.ops.cast_bias_weight(layer, grad, offloadable=True)
         if isinstance(layer, nn.Linear):
             back = _linear(grad, weight.T)
+        elif _is_product(layer, grad):
+            back = _by_pixel(grad, weight.flatten(1).T)
         else:
             geometry = layer.stride, layer.padding, layer.dilation, layer.groups
-            back = nn.grad.conv2d_input(ctx.shape, weight, grad, *geometry)
+            back = nn.grad.conv2d_input(ctx.shape, weight, grad, *geometry).contiguous()
         comfy.ops.uncast_bias_weight(layer, weight, bias, stream)
         return back, None
+
+
+def _is_plain(layer: nn.Module) -> bool:
+    """Whether it is a linear or convolution as ComfyUI has them, and of no other kind such as fp8's."""
+    plain = comfy.ops.disable_weight_init
+    forwards = plain.Linear.forward_comfy_cast_weights, plain.Conv2d.forward_comfy_cast_weights
+    return getattr(type(layer), "forward_comfy_cast_weights", None) in forwards
 
 
 @contextmanager
@@ -139,37 +172,97 @@ def _keeping_no_casts(unet: nn.Module) -> Iterator[None]:
     def frozen_forward(layer: nn.Module) -> Callable[[Tensor], Tensor]:
         return lambda x: _FrozenLayer.apply(x, layer) if x.requires_grad else _forward(layer, x)
 
-    plain = comfy.ops.disable_weight_init
-    forwards = plain.Linear.forward_comfy_cast_weights, plain.Conv2d.forward_comfy_cast_weights
-    layers = [layer for layer in unet.modules() if getattr(type(layer), "forward_comfy_cast_weights", None) in forwards]
+    layers = [layer for layer in unet.modules() if _is_plain(layer)]
     with _set(layers, "forward_comfy_cast_weights", frozen_forward):
         yield
 
 
 class _Gate(torch.autograd.Function):
-    """GEGLU's product (b n 2d to b n d) that keeps its input alone, and makes no copy of a half or of its gradient."""
+    """GEGLU (b n c to b n d), which keeps no cast weight: x W_1 gelu(x W_2), of the two halves of one frozen layer.
+
+    Each half is a product of its own: the halves of one product lie apart, and GPUs are slow at what lies apart.
+    """
 
     @staticmethod
-    def forward(ctx, halves):
-        ctx.save_for_backward(halves)
-        x, gate = halves.chunk(2, dim=-1)
-        return nn.functional.gelu(gate).mul_(x)
+    def forward(ctx, x, layer):
+        weight, bias, stream = comfy.ops.cast_bias_weight(layer, x, offloadable=True)
+        biases = (None, None) if bias is None else bias.chunk(2)
+        value, gate = (_linear(x, *half) for half in zip(weight.chunk(2), biases, strict=True))
+        comfy.ops.uncast_bias_weight(layer, weight, bias, stream)
+        ctx.layer = layer
+        ctx.save_for_backward(value, gate)
+        return gated(value, gate)
 
     @staticmethod
     def backward(ctx, grad):
-        (halves,) = ctx.saved_tensors
-        x, gate = halves.chunk(2, dim=-1)
-        back = torch.empty_like(halves)
-        x_back, gate_back = back.chunk(2, dim=-1)
-        torch.mul(grad, nn.functional.gelu(gate), out=x_back)
-        torch.ops.aten.gelu_backward.grad_input(grad * x, gate, grad_input=gate_back)
-        return back
+        value, gate = ctx.saved_tensors
+        weight, bias, stream = comfy.ops.cast_bias_weight(ctx.layer, grad, offloadable=True)
+        value_weight, gate_weight = weight.chunk(2)
+        value_back, gate_back = gated_back(grad, value, gate)
+        back = _linear(value_back, value_weight.T).add_(_linear(gate_back, gate_weight.T))
+        comfy.ops.uncast_bias_weight(ctx.layer, weight, bias, stream)
+        return back, None
 
 
 @contextmanager
-def _gating_in_place(unet: nn.Module) -> Iterator[None]:
-    gates = [module for module in unet.modules() if type(module) is GEGLU and "forward" not in vars(module)]
-    with _set(gates, "forward", lambda gate: lambda x: _Gate.apply(gate.proj(x))):
+def _gating_by_halves(unet: nn.Module) -> Iterator[None]:
+    gates = [
+        gate
+        for gate in unet.modules()
+        if type(gate) is GEGLU and _is_plain(gate.proj) and "forward" not in vars(gate).keys() | vars(gate.proj).keys()
+    ]
+    with _set(gates, "forward", lambda gate: lambda x: _Gate.apply(x, gate.proj)):
+        yield
+
+
+class _GroupNorm(torch.autograd.Function):
+    """torch's, with the mean and variance of each group from many blocks of the GPU in place of one."""
+
+    @staticmethod
+    def forward(ctx, x, layer):
+        weight, bias, stream = comfy.ops.cast_bias_weight(layer, x, offloadable=True)
+        rows, channels = x.shape[:2]
+        var, mean = torch.var_mean(x.view(rows, layer.num_groups, -1), dim=-1, correction=0)
+        each = rows, layer.num_groups, channels // layer.num_groups
+        of_channels = (moment.unsqueeze(-1).expand(each).flatten() for moment in (mean, var))
+        y = nn.functional.batch_norm(
+            x.view(1, rows * channels, *x.shape[2:]),
+            *of_channels,
+            weight.repeat(rows),
+            bias.repeat(rows),
+            eps=layer.eps,
+        )
+        comfy.ops.uncast_bias_weight(layer, weight, bias, stream)
+        ctx.layer = layer
+        ctx.save_for_backward(x, mean, torch.rsqrt(var + layer.eps))
+        return y.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, mean, rstd = ctx.saved_tensors
+        weight, bias, stream = comfy.ops.cast_bias_weight(ctx.layer, grad, offloadable=True)
+        rows, channels, *side = x.shape
+        shape = rows, channels, math.prod(side), ctx.layer.num_groups
+        back, *_ = torch.ops.aten.native_group_norm_backward(
+            grad.contiguous(), x, mean, rstd, weight, *shape, [True, False, False]
+        )
+        comfy.ops.uncast_bias_weight(ctx.layer, weight, bias, stream)
+        return back, None
+
+
+@contextmanager
+def _dividing_large_groups(unet: nn.Module) -> Iterator[None]:
+    def norm(layer: nn.GroupNorm) -> Callable[[Tensor], Tensor]:
+        def run(x: Tensor) -> Tensor:
+            large = x.is_cuda and x.is_contiguous() and x[0].numel() >= LARGE
+            large = large and x.dtype != torch.float16  # in which a variance may be too large to be told
+            return _GroupNorm.apply(x, layer) if large else type(layer).forward(layer, x)
+
+        return run
+
+    plain = comfy.ops.disable_weight_init.GroupNorm
+    layers = [one for one in unet.modules() if isinstance(one, plain) and "forward" not in vars(one)]
+    with _set(layers, "forward", norm):
         yield
 
 

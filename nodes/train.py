@@ -1,6 +1,7 @@
 """Train ConsisLoRA: one image to a content part and a style part, then the style part anew."""
 
 import logging
+import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
@@ -19,7 +20,8 @@ from . import bridge, graph, identity
 from .progress import Progress, loss_curve
 from .sockets import CATEGORY, ConsisLora, LoraModel, LossMap, aliases
 
-CHECKPOINT_EVERY = 50  # steps: the most that a crash costs
+CHECKPOINT_EVERY = 50  # steps; where these are quick, seldom enough to take no more of the time than
+CHECKPOINT_SHARE = 1 / 100
 
 RANK = io.Int.Input(
     "rank",
@@ -315,8 +317,8 @@ def run(
     """Trains jobs that differ in nothing but their latents, side by side.
 
     resume: sets a new trainer to where an earlier one was left, and gives the losses until there, for each step those
-    of all jobs. save: keeps a trainer for it, every `CHECKPOINT_EVERY` steps and on a cancel. Raises OutOfMemory with
-    advice.
+    of all jobs. save: keeps a trainer for it, every `CHECKPOINT_EVERY` steps or more seldom, and on a cancel. Raises
+    OutOfMemory with advice.
     """
     try:
         return _run(jobs, hidden, progress, memory, resume, save)
@@ -354,12 +356,15 @@ def _run(
             progress.losses = [sum(step) / len(step) for step in losses]
             if losses:
                 logging.info("ConsisLoRA %s stage: goes on from step %d.", stage.name, trainer.step)
+            began, saving = time.monotonic(), 0.0
             try:
                 for event in trainer:
                     losses.append(event.losses)
                     progress.losses.append(event.loss)
-                    if event.step % CHECKPOINT_EVERY == 0:
+                    now = time.monotonic()
+                    if event.step % CHECKPOINT_EVERY == 0 and saving <= CHECKPOINT_SHARE * (now - began):
                         save(trainer, losses)
+                        saving += time.monotonic() - now
                     progress.show(event)
             except bridge.Cancelled:
                 save(trainer, losses)

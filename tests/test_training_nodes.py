@@ -4,6 +4,7 @@ import hashlib
 import itertools
 import logging
 import shutil
+import time
 import weakref
 from dataclasses import replace
 
@@ -683,6 +684,19 @@ def test_out_of_memory_is_told_with_advice_and_frees_all_and_the_next_training_w
     lora, *_ = train_image(nodes, model, steps=6)
     assert steps == [1, 2, 3, 3, 4, 5, 6]
     assert bits(lora) == bits(whole)
+
+
+def test_where_saving_takes_long_it_is_done_seldom(nodes, comfy, store, monkeypatch):
+    monkeypatch.setattr(nodes, "CHECKPOINT_EVERY", 1)
+    saved = []
+
+    def slow(self, *_):
+        saved.append(1)
+        time.sleep(0.2)
+
+    monkeypatch.setattr(type(store), "save_checkpoint", slow)
+    train_image(nodes, comfy_model(), steps=6)
+    assert saved == [1]
 
 
 def test_a_folder_that_cannot_be_written_is_told_once_and_the_lora_still_comes_out(

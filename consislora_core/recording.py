@@ -1,0 +1,83 @@
+"""A training step that a GPU is told once and then repeats: thousands of kernels for the price of one launch."""
+
+import gc
+import logging
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+WARM_UP = 1  # steps as usual before the recording, in which libraries make their plans and AdamW its moments
+
+
+class Step(NamedTuple):
+    """compute: from tensors to tensors, and gradients. update: moves the weights along them."""
+
+    compute: Callable[..., Sequence[Tensor]]
+    update: Callable[[], None]
+
+
+class RecordedStep:
+    """A `Step` of the same work each time on inputs of the same shapes, as two CUDA graphs.
+
+    What `compute` gives, the next call overwrites. A step that cannot be recorded goes on as usual.
+    """
+
+    def __init__(self, step: Step):
+        self.step, self.warm, self.recordable = step, 0, True
+        self.graphs: tuple[torch.cuda.CUDAGraph, torch.cuda.CUDAGraph] | None = None
+        self.stream = torch.cuda.Stream()  # the default one cannot be recorded, and gradients stay with theirs
+
+    def compute(self, *inputs: Tensor) -> Sequence[Tensor]:
+        if self.graphs is None and self.recordable and self.warm >= WARM_UP:
+            self._record(inputs)
+        if self.graphs is None:
+            self.warm += 1
+            return self._beside(self.step.compute, *inputs)
+        for own, given in zip(self.inputs, inputs, strict=True):
+            own.copy_(given)
+        self.graphs[0].replay()
+        return self.outputs
+
+    def update(self) -> None:
+        if self.graphs is None:
+            self._beside(self.step.update)
+        else:
+            self.graphs[1].replay()
+
+    def _beside(self, work: Callable, *inputs: Tensor):
+        if not self.recordable:
+            return work(*inputs)
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
+            result = work(*inputs)
+        torch.cuda.current_stream().wait_stream(self.stream)
+        return result
+
+    def _record(self, inputs: Sequence[Tensor]) -> None:
+        compute, update = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+        # Other threads may go on using the device.
+        settings = {"stream": self.stream, "capture_error_mode": "thread_local"}
+        before = torch.cuda.current_stream()
+        try:
+            self.inputs = [given.clone() for given in inputs]
+            with torch.cuda.graph(compute, **settings):
+                self.outputs = self.step.compute(*self.inputs)
+            with torch.cuda.graph(update, pool=compute.pool(), **settings):
+                self.step.update()
+            self.graphs = compute, update
+        except RuntimeError as error:
+            reason = str(error).partition("\n")[0]
+            logging.info("ConsisLoRA: steps cannot be recorded here, which makes training slower: %s", reason)
+            torch.cuda.set_stream(before)
+            self.recordable, self.inputs, self.outputs = False, None, None
+            del compute, update
+            _end_recording()
+
+
+def _end_recording() -> None:
+    """After a failed recording torch takes random numbers for still being recorded; one that succeeds ends that."""
+    gc.collect()
+    with torch.cuda.graph(torch.cuda.CUDAGraph(), capture_error_mode="thread_local"):
+        torch.zeros(1, device="cuda")

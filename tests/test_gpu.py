@@ -1,0 +1,53 @@
+"""A training step that a GPU records. Skipped where there is no NVIDIA GPU."""
+
+import logging
+
+import pytest
+import torch
+from reference import diffusers_denoiser, diffusers_unet, relative_error, run
+from test_trainer import SHORT, flat
+
+from consislora_core.recording import RecordedStep
+from consislora_core.schedule import image_stage
+from consislora_core.trainer import Denoiser, Trainer
+
+pytestmark = pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.version.cuda is None, reason="there is no NVIDIA GPU"
+)
+
+
+def trained(recordable: bool, look=lambda x: None):
+    """The LoRA of a short training on the tiny UNet, and the last step's work; `look` sees what is denoised."""
+    tensors = run("stage1_content")
+    sigmas = diffusers_denoiser(None).sigmas
+    levels, unet = sigmas.cuda(), diffusers_unet().cuda()
+    text, pooled = tensors["prompt_embeds"].cuda(), tensors["pooled_prompt_embeds"].cuda()
+    time_ids = tensors["time_ids"][None].cuda()
+
+    def denoise(x, sigma, cond):
+        look(x)
+        timestep, s = (levels - sigma.unsqueeze(-1)).abs().argmin(-1), sigma.view(-1, 1, 1, 1)
+        added = {"text_embeds": pooled, "time_ids": time_ids}
+        return x - s * unet(x / (s**2 + 1).sqrt(), timestep, text, added_cond_kwargs=added).sample
+
+    host = Denoiser(unet, denoise, sigmas, recordable=recordable)
+    with Trainer(host, tensors["z_0"].cuda(), None, image_stage(**{**SHORT, "steps": 12})) as trainer:
+        for _ in trainer:
+            pass
+        return flat(trainer.parts()), trainer.work
+
+
+def test_recorded_steps_train_the_same_lora():
+    lora, work = trained(recordable=True)
+    assert isinstance(work, RecordedStep) and work.graphs is not None
+    assert relative_error(lora, trained(recordable=False)[0]) < 1e-4
+
+
+def test_steps_that_cannot_be_recorded_go_on_and_leave_the_gpu_fit_for_use(caplog):
+    caplog.set_level(logging.INFO)
+    lora, work = trained(recordable=True, look=lambda x: float(x.sum()))  # which has the host wait
+    assert work.graphs is None
+    assert "steps cannot be recorded here" in caplog.text
+    assert relative_error(lora, trained(recordable=False)[0]) < 1e-4
+    assert torch.randn(3, device="cuda").isfinite().all()
+    assert torch.cuda.current_stream() == torch.cuda.default_stream()
