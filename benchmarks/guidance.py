@@ -23,8 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from datetime import date
 from pathlib import Path
 from types import ModuleType
@@ -167,7 +166,7 @@ def random_model(size: Size):
     import comfy.supported_models
     import torch
 
-    from benchmarks.memory import SDXL_UNET
+    from benchmarks.trainers import SDXL_UNET
 
     config = comfy.supported_models.SDXL(dict(SDXL_UNET, model_channels=size.channels))
     config.set_inference_dtype(getattr(torch, size.dtype), None)
@@ -277,21 +276,11 @@ def measure_times(bench: Bench) -> dict:
     return {"rounds": rounds, "encoder": encoder_share(bench), "guided": int((levels >= end).sum())}
 
 
-@contextmanager
-def growth_on_gpu() -> Iterator[list[int]]:
-    import torch
-
-    torch.cuda.reset_peak_memory_stats()
-    start, growth = torch.cuda.memory_allocated(), [0]
-    yield growth
-    growth[0] = torch.cuda.max_memory_allocated() - start
-
-
 def measure_memory(bench: Bench, name: str) -> dict:
     sample(bench, plain_cfg(bench), 1)  # code that is loaded on first use is not memory that a step takes
-    from benchmarks.memory import peak_growth
+    from benchmarks.trainers import peak_growth
 
-    with peak_growth() if bench.size.device == "cpu" else growth_on_gpu() as growth:
+    with peak_growth(bench.size.device) as growth:
         sample(bench, VARIANTS[name](bench), 2)
     return {"growth": growth[0]}
 

@@ -1,9 +1,10 @@
-"""`python benchmarks/training.py`: what a training step costs in time and memory, side by side with other ways.
+"""`python benchmarks/training.py [--sdxl]`: what a training step costs in time and memory beside other ways.
 
-Prints Markdown, for benchmarks/results/training.md, and draws training.png beside it.
-Ours, `fast` and `lean`; a plain recipe as published scripts have it (diffusers, PEFT, autocast, AdamW); ComfyUI's own
-TrainLoraNode. Same shape of UNet, image, rank and precision; each measurement is a process of its own. On a CUDA device
-the UNet is SDXL's own size, on a CPU a narrow one. Exits with 1 if a bound in `BOUNDS` or `BATCH_BOUND` is missed.
+Prints Markdown, for benchmarks/results/training.md, and draws a picture beside it. Ours, `fast` and `lean`; a plain
+recipe as published scripts have it (diffusers, PEFT, autocast, AdamW); ComfyUI's own TrainLoraNode. Same shape of UNet,
+image, rank and precision; each measurement is a process of its own. On a CUDA device the UNet is SDXL's own size, for
+training_gpu.md; on a CPU a narrow one, and with `--sdxl` the full size there too, in some 15 minutes and 16 GB, for
+training_sdxl.md. Exits with 1 if a bound is missed.
 """
 
 import json
@@ -12,157 +13,77 @@ import os
 import re
 import runpy
 import statistics
-import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from datetime import date
-from pathlib import Path
+from types import ModuleType
+from typing import NamedTuple
 
-from memory import CHANNELS, LATENT, RANK, ROOT, peak_growth, saved_for_backward
+from trainers import (
+    NOISES,
+    PRECISIONS,
+    ROOT,
+    SIZES,
+    TRAINERS,
+    fast,
+    given,
+    host,
+    in_a_process,
+    peak_growth,
+    plain_recipe,
+    plain_unet,
+    saved_for_backward,
+    sdxl_shaped,
+)
 
-SIZES = {  # channels of the UNet's first level, side of the latent, rank, computed in
-    "cpu": dict(channels=CHANNELS["float32"], side=LATENT[-1], rank=RANK, dtype="float32"),  # benchmarks/memory.py's
-    "cuda": dict(channels=320, side=128, rank=64, dtype="bfloat16"),
-}
-ROUNDS, STEPS = 3, 8
-NOISES = 3  # a step of the preset fast
 PRODUCT = re.compile(r"aten::((add)?mm|(badd)?bmm|mkldnn_convolution|convolution_backward|_scaled_dot_product_\w+)")
-BOUNDS = {  # ours, the other: at least so many times its speed, or at most so much of its memory
+OURS = ("fast", "preset fast", "lean")
+EVERYBODY = (*OURS, "plain", "TrainLoraNode")
+RATIOS = {  # ours, the other: at least so many times its speed, or at most so much of its memory
     ("fast", "plain", "speed"): 1.3,
     ("preset fast", "plain", "speed"): 1.3,
     ("lean", "plain", "memory"): 0.60,
     ("fast", "TrainLoraNode", "speed"): 3.0,
     ("lean", "TrainLoraNode", "memory"): 0.35,
 }
-BATCH, BATCH_BOUND, SAME = 8, 1.3, 1e-4
+
+
+class Plan(NamedTuple):
+    """What is measured side by side, and how often."""
+
+    names: tuple[str, ...]
+    rounds: int
+    steps: int
+    ratios: dict[tuple[str, str, str], float]
+
+
+PLANS = {
+    ("narrow", "cpu"): Plan(EVERYBODY, 3, 8, RATIOS),
+    ("sdxl", "cuda"): Plan(EVERYBODY, 1, 8, {**RATIOS, ("fast", "plain", "speed"): 3.0}),
+    ("sdxl", "cpu"): Plan(("fast", "lean", "plain"), 1, 4, {("lean", "plain", "memory"): 0.60}),
+}
+WHOLE = {"fast": 16e9, "lean": 8e9}  # bytes, UNet and all, at SDXL's size
+SHARE, PAIR = 0.45, 120  # on a GPU: of the rate of a large product, at least; seconds of a pair, at most
+PAIR_STEPS = 1500 + 1500 + 1000
+BATCH, BATCH_BOUND, SAME = 8, {"cpu": 1.3, "cuda": 2.0}, 1e-4
 FLAT_STEPS = 2000
-GROWTH = {  # on a UNet of 64 channels: side of the latent, rank, images in a batch
+GROWTH = {  # side of the latent, rank, images in a batch
     "resolution (latent side)": [(side, 16, 1) for side in (64, 96, 128, 192)],  # 512 to 1536 pixels
     "rank": [(16, rank, 1) for rank in (4, 16, 64, 256)],
     "images in a batch": [(16, 16, images) for images in (1, 2, 4, 8, 16)],
 }
-
-
-def fast(pack, model, latent, positive, steps, rank, precision, memory="fast", preset="paper"):
-    """ConsisLoRATrainImage."""
-    pack.nodes.train.TrainImage.execute(
-        model, latent, positive, steps=steps, transition_step=0, learning_rate=2e-4,
-        reconstruction_learning_rate=1e-4, rank=rank, seed=0, precision=precision, memory=memory, preset=preset,
-    )  # fmt: skip
-
-
-def lean(*given):
-    fast(*given, memory="lean")
-
-
-def several_noises(pack, model, latent, positive, steps, rank, precision):
-    """As many steps, of `NOISES` noises each."""
-    fast(pack, model, latent, positive, NOISES * steps, rank, precision, preset="fast")
-
-
-def train_lora_node(pack, model, latent, positive, steps, rank, precision):
-    """TrainLoraNode with the same rank and precision, else its defaults."""
-    from comfy_extras.nodes_train import TrainLoraNode
-
-    inputs = dict(
-        model=model, positive=positive, steps=steps, rank=rank, seed=0, training_dtype=precision, lora_dtype="fp32",
-        batch_size=1, grad_accumulation_steps=1, learning_rate=2e-4, optimizer="AdamW", loss_function="MSE",
-        algorithm="LoRA", gradient_checkpointing=True, existing_lora="[None]",
-    )  # fmt: skip
-    # Given one latent alone it fails in ComfyUI 0.3.75; with two it still trains on one of them a step.
-    TrainLoraNode.execute(latents=[latent, latent], **{name: [value] for name, value in inputs.items()})
-
-
-def diffusers_unet(channels: int, rank: int):
-    """A UNet of SDXL's shape with LoRA in the two role blocks."""
-    from diffusers import UNet2DConditionModel
-    from peft import LoraConfig
-
-    unet = UNet2DConditionModel(
-        block_out_channels=(channels, 2 * channels, 4 * channels),
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-        transformer_layers_per_block=(1, 2, 10), attention_head_dim=(channels // 64, channels // 32, channels // 16),
-        cross_attention_dim=2048, addition_embed_type="text_time", addition_time_embed_dim=256,
-        projection_class_embeddings_input_dim=2816, use_linear_projection=True,
-    ).requires_grad_(False)  # fmt: skip
-    layers = r"up_blocks\.0\.attentions\.[01]\..*\.(to_q|to_k|to_v|to_out\.0)"
-    unet.add_adapter(LoraConfig(r=rank, lora_alpha=rank, init_lora_weights="gaussian", target_modules=layers))
-    return unet
-
-
-def plain_unet(device: str, dtype):
-    """On the device in the precision, its LoRA in fp32."""
-    unet = diffusers_unet(SIZES[device]["channels"], SIZES[device]["rank"]).to(device, dtype)
-    for parameter in unet.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()
-    return unet
-
-
-def plain_recipe(unet, side: int, steps: int, device: str, dtype) -> None:
-    """The loop of the published scripts: frozen weights in the precision, LoRA in fp32, autocast, AdamW."""
-    import torch
-
-    learned = [parameter for parameter in unet.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(learned, lr=2e-4, weight_decay=1e-4)
-    z_0, text, pooled = (torch.randn(shape, device=device) for shape in ((1, 4, side, side), (1, 77, 2048), (1, 1280)))
-    conditions = {"text_embeds": pooled.to(dtype), "time_ids": torch.full((1, 6), 8.0 * side, device=device)}
-    alpha_bar = torch.linspace(0.999, 0.005, 1000, device=device)
-    for _ in range(steps):
-        noise, t = torch.randn_like(z_0), torch.randint(0, 1000, (1,), device=device)
-        z_t = alpha_bar[t].sqrt() * z_0 + (1 - alpha_bar[t]).sqrt() * noise
-        with torch.autocast(device, dtype) if dtype != torch.float32 else nullcontext():
-            n_hat = unet(z_t.to(dtype), t, text.to(dtype), added_cond_kwargs=conditions).sample
-        loss = torch.nn.functional.mse_loss(n_hat.float(), noise)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        loss.detach().item()  # for the log
-
-
-EXPLANATION = f"""\
-A UNet of SDXL's shape with {{channels}} channels (SDXL: 320) and random weights, a {{side}} x {{side}} image, rank
-{{rank}}, {{dtype}}. Steps per second: the median of {ROUNDS} processes, of the median step in each. Peak growth: over
-what was taken before training began. plain: diffusers' UNet, PEFT's LoRA on the same two blocks, AdamW; like ours it
-builds no graph before the first LoRA. TrainLoraNode adapts every layer, copies the model, and checkpoints gradients, as
-is its default. preset fast: {NOISES} noises a step, each counted as a step.
+EXPLANATION = """\
+A UNet of SDXL's shape with {size.channels} channels (SDXL: 320) and random weights, an image of {pixels} x {pixels}
+pixels, rank {size.rank}, {size.dtype}. Steps per second: {speed}. Peak growth: over
+what was taken before training began; in all: with the UNet, and of a GPU all that torch took. plain: diffusers' UNet,
+PEFT's LoRA on the same two blocks, AdamW; like ours it builds no graph before the first LoRA.
 """
-TRAINERS = {"fast": fast, "preset fast": several_noises, "lean": lean, "TrainLoraNode": train_lora_node}
-
-
-@contextmanager
-def host(device: str) -> Iterator:
-    """The pack in a ComfyUI of its own."""
-    sys.path.append(str(ROOT / "tests"))
-    import conftest
-
-    with tempfile.TemporaryDirectory() as base:
-        conftest.load_comfy(Path(base), cpu=device == "cpu")
-        yield conftest.load_pack()
-
-
-def sdxl_shaped(channels: int, device: str, dtype):
-    """A MODEL of random weights, made in inference mode as a loader node would."""
-    import memory
-    import torch
-
-    torch.manual_seed(0)
-    with torch.device(device):
-        model = memory.sdxl_shaped(dtype, channels)
-    model.load_device = torch.device(device)
-    return model
-
-
-def given(side: int, images: int = 1):
-    import torch
-
-    torch.manual_seed(0)
-    positive = [[torch.randn(1, 77, 2048), {"pooled_output": torch.randn(1, 1280)}]]
-    return {"samples": torch.randn(images, 4, side, side)}, positive
+OTHERS = f"""\
+TrainLoraNode adapts every layer and checkpoints gradients, as is its default. preset fast: {NOISES} noises a step, each
+counted as a step.
+"""
 
 
 def now() -> float:
@@ -173,12 +94,22 @@ def now() -> float:
     return time.perf_counter()
 
 
-def step_ends() -> list[float]:
-    """When each optimizer step from now on is over."""
+def step_ends(pack: ModuleType | None = None, clock: Callable[[], float] = now) -> list[float]:
+    """When each step from now on is over: of the pack's Trainer; without a pack, of any optimizer."""
     from torch.optim.optimizer import register_optimizer_step_post_hook
 
     ends = []
-    register_optimizer_step_post_hook(lambda *_: ends.append(now()))
+    if pack is None:
+        register_optimizer_step_post_hook(lambda *_: ends.append(clock()))
+        return ends
+    train_step = pack.nodes.train.Trainer.train_step
+
+    def timed(trainer, *given):
+        event = train_step(trainer, *given)
+        ends.append(clock())
+        return event
+
+    pack.nodes.train.Trainer.train_step = timed
     return ends
 
 
@@ -187,51 +118,34 @@ def seconds_a_step(ends: list[float]) -> float:
     return statistics.median(b - a for a, b in zip(ends[1:], ends[2:], strict=False))
 
 
-@contextmanager
-def growth_of(device: str) -> Iterator[list[int]]:
-    """The most memory taken beyond what is taken now, in bytes."""
+def measure_side(trainer: str, size_name: str, device: str, what: str) -> dict:
+    """Seconds a step, or a noise where a step has several; unless for "speed", growth at the peak and all memory."""
     import torch
 
-    if device == "cpu":
-        with peak_growth() as growth:
-            yield growth
-    else:
-        torch.cuda.reset_peak_memory_stats()
-        start, growth = torch.cuda.memory_allocated(), [0]
-        yield growth
-        growth[0] = torch.cuda.max_memory_allocated() - start
-
-
-def measure_side(trainer: str, device: str, what: str) -> dict:
-    """Seconds a step, or a noise where a step has several; or bytes at the peak."""
-    import torch
-
-    size = SIZES[device]
-    dtype = getattr(torch, size["dtype"])
-    side, steps = size["side"], STEPS if what == "speed" else 3
+    size = SIZES[size_name]
+    steps = 3 if what == "memory" else PLANS[size_name, device].steps
     with host(device) as pack:
         if trainer == "plain":
-            unet = plain_unet(device, dtype)
+            unet = plain_unet(size, device)
 
             def train():
-                plain_recipe(unet, side, steps, device, dtype)
+                plain_recipe(unet, size, steps, device)
         else:
-            precision = {"float32": "fp32", "bfloat16": "bf16"}[size["dtype"]]
             with torch.inference_mode():
-                model = sdxl_shaped(size["channels"], device, dtype)
-            latent, positive = given(side)
+                model = sdxl_shaped(size, device)
+            unet, (latent, positive) = model.model.diffusion_model, given(size.side)
 
             def train():
                 with torch.inference_mode():
-                    TRAINERS[trainer](pack, model, latent, positive, steps, size["rank"], precision)
+                    TRAINERS[trainer](pack, model, latent, positive, steps, size.rank, PRECISIONS[size.dtype])
 
-        ends = step_ends()
-        if what == "speed":
+        ends = step_ends(pack if trainer in OURS else None)
+        own = sum(weight.nbytes for weight in unet.parameters())
+        with nullcontext([0]) if what == "speed" else peak_growth(device) as growth:
             train()
-            return {"seconds": seconds_a_step(ends) / (NOISES if trainer == "preset fast" else 1)}
-        with growth_of(device) as growth:
-            train()
-        return {"bytes": growth[0]}
+        seconds = seconds_a_step(ends) / (NOISES if trainer == "preset fast" else 1)
+        whole = growth[0] + own if device == "cpu" else torch.cuda.max_memory_reserved()
+        return {"seconds": seconds, "growth": growth[0], "whole": whole}
 
 
 def onednn_linear() -> dict:
@@ -244,52 +158,97 @@ def onednn_linear() -> dict:
     return {torch.ops.mkldnn._linear_pointwise: flop} if hasattr(torch.ops.mkldnn, "_linear_pointwise") else {}
 
 
-def measure_split(device: str) -> dict:
+class Clock:
+    """Says when work is reached: on a GPU by events among the work, which a recorded step sets anew each time."""
+
+    def __init__(self, device: str):
+        self.device, self.marks = device, []
+
+    def mark(self, *_) -> None:
+        import torch
+
+        if self.device == "cpu":
+            self.marks.append(time.perf_counter())
+            return
+        self.marks.append(torch.cuda.Event(enable_timing=True, external=True))
+        self.marks[-1].record()
+
+    def last(self, count: int) -> list[float]:
+        """Seconds between the last marks, so many."""
+        pairs = list(zip(self.marks[-count:], self.marks[1 - count :], strict=False))
+        if self.device == "cpu":
+            return [end - start for start, end in pairs]
+        return [start.elapsed_time(end) / 1e3 for start, end in pairs]
+
+
+def measure_split(size_name: str, device: str) -> dict:
     """Where the seconds of a `fast` step go, its FLOP, and the FLOP/s that this device does in one large product."""
     import torch
-    from torch.optim.optimizer import register_optimizer_step_pre_hook
+    from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
     from torch.utils.flop_counter import FlopCounterMode
 
-    size = SIZES[device]
-    dtype = getattr(torch, size["dtype"])
-    precision = {"float32": "fp32", "bfloat16": "bf16"}[size["dtype"]]
+    size, all_steps = SIZES[size_name], PLANS[size_name, device].steps
+    precision, parts = PRECISIONS[size.dtype], []
     with host(device) as pack, torch.inference_mode():
-        model = sdxl_shaped(size["channels"], device, dtype)
-        unet, marks = model.model.diffusion_model, []
-        latent, positive = given(size["side"])
+        model = sdxl_shaped(size, device)
+        unet, clock = model.model.diffusion_model, Clock(device)
+        latent, positive = given(size.side)
         flops = []
         for steps in (1, 2):  # the first also reads the text
             with FlopCounterMode(display=False, custom_mapping=onednn_linear()) as counter:
-                fast(pack, model, latent, positive, steps, size["rank"], precision)
+                fast(pack, model, latent, positive, steps, size.rank, precision)
             flops.append(counter.get_total_flops())
-        unet.input_blocks[0][0].register_forward_pre_hook(lambda *_: marks.append(now()))
-        unet.output_blocks[0][0].register_forward_pre_hook(lambda *_: marks.append(now()))
-        unet.out.register_forward_hook(lambda *_: marks.append(now()))
-        register_optimizer_step_pre_hook(lambda *_: marks.append(now()))
-        ends = step_ends()
-        fast(pack, model, latent, positive, STEPS, size["rank"], precision)
-    parts = [[] for _ in range(5)]
-    for step in range(2, STEPS):
-        encoder, decoder, back, optimizer = marks[4 * step : 4 * step + 4]
-        times = [ends[step - 1], encoder, decoder, back, optimizer, ends[step]]
-        for part, start, end in zip(parts, times, times[1:], strict=False):
-            part.append(end - start)
-    names = ("other", "forward encoder", "forward decoder", "backward", "optimizer")
+        unet.input_blocks[0][0].register_forward_pre_hook(clock.mark)
+        unet.output_blocks[0][0].register_forward_pre_hook(clock.mark)
+        unet.out.register_forward_hook(clock.mark)
+        register_optimizer_step_pre_hook(clock.mark)
+        register_optimizer_step_post_hook(clock.mark)
+
+        def note() -> float:
+            end = now()
+            parts.append(clock.last(5))
+            return end
+
+        ends = step_ends(pack, note)
+        fast(pack, model, latent, positive, all_steps, size.rank, precision)
+    names = ("forward encoder", "forward decoder", "backward", "optimizer")
+    split = dict(zip(names, (statistics.median(part) for part in zip(*parts[2:], strict=True)), strict=True))
     return {
-        "split": dict(zip(names, map(statistics.median, parts), strict=True)),
+        "split": {"other": seconds_a_step(ends) - sum(split.values()), **split},
         "flops": flops[1] - flops[0],
-        "rate": matrix_rate(device, dtype),
+        "rate": matrix_rate(device, getattr(torch, size.dtype)),
     }
 
 
-def measure_products(device: str) -> dict:
-    """The share of a plain step's seconds that goes into matrix products, convolutions and attention."""
+def measure_pair(size_name: str, device: str) -> dict:
+    """Seconds of a whole pair with the preset fast and the default numbers of steps, from node to node."""
     import torch
 
-    dtype = getattr(torch, SIZES[device]["dtype"])
-    unet = plain_unet(device, dtype)
+    size = SIZES[size_name]
+    with host(device) as pack, torch.inference_mode():
+        model, (latent, positive), train = sdxl_shaped(size, device), given(size.side, 2), pack.nodes.train
+        settings = dict(rank=size.rank, seed=0, precision=PRECISIONS[size.dtype], memory="fast", preset="fast")
+        start = time.perf_counter()
+        for image in latent["samples"].split(1):
+            lora = train.TrainImage.execute(
+                model, {"samples": image}, positive, steps=1500, transition_step=500, learning_rate=2e-4,
+                reconstruction_learning_rate=1e-4, **settings,
+            ).result[0]  # fmt: skip
+        train.TrainStyle.execute(
+            model, {"samples": image}, positive, lora, steps=1000, reconstruction_learning_rate=1e-4, noise_offset=0.03,
+            **settings,
+        )  # fmt: skip
+        return {"seconds": time.perf_counter() - start}
+
+
+def measure_products(size_name: str) -> dict:
+    """The share of a plain step's seconds on a CPU that goes into matrix products, convolutions and attention."""
+    import torch
+
+    size = SIZES[size_name]
+    unet = plain_unet(size, "cpu")
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-        plain_recipe(unet, SIZES[device]["side"], 4, device, dtype)
+        plain_recipe(unet, size, PLANS[size_name, "cpu"].steps // 2, "cpu")
     seconds = {event.key: event.self_cpu_time_total for event in profile.key_averages()}
     return {"share": sum(seconds[name] for name in seconds if PRODUCT.fullmatch(name)) / sum(seconds.values())}
 
@@ -334,9 +293,10 @@ def measure_batch(device: str) -> dict:
         precision="fp32", memory="fast",
     )  # fmt: skip
     with host(device) as pack, torch.inference_mode():
+        torch.backends.cudnn.allow_tf32 = False  # which rounds more than the bound allows
         train = pack.nodes.train
         model, positive = demo_model(pack), demo_positive()
-        images, ends = torch.randn(BATCH, 4, 16, 16), step_ends()
+        images, ends = torch.randn(BATCH, 4, 16, 16), step_ends(pack)
         alone, seconds = [], []
         for image in images.split(1):
             ends.clear()
@@ -363,7 +323,7 @@ def measure_flat(device: str) -> dict:
 
     resident = []
     with host(device) as pack, torch.inference_mode():
-        model, positive, ends = demo_model(pack), demo_positive(), step_ends()
+        model, positive, ends = demo_model(pack), demo_positive(), step_ends(pack)
         show = pack.nodes.progress.Progress.show
 
         def watch(progress, event):
@@ -383,7 +343,7 @@ def measure_growth(device: str) -> dict:
 
     points = []
     with host(device) as pack, torch.inference_mode():
-        model, ends = sdxl_shaped(64, device, torch.float32), step_ends()
+        model, ends = sdxl_shaped(SIZES["growing"], device), step_ends(pack)
         unet = {parameter.untyped_storage().data_ptr() for parameter in model.model.parameters()}
         for side, rank, images in dict.fromkeys(point for row in GROWTH.values() for point in row):
             latent, positive = given(side, images)
@@ -405,6 +365,7 @@ def measure_growth(device: str) -> dict:
 MEASUREMENTS = {
     "side": measure_side,
     "split": measure_split,
+    "pair": measure_pair,
     "products": measure_products,
     "batch": measure_batch,
     "flat": measure_flat,
@@ -412,75 +373,101 @@ MEASUREMENTS = {
 }
 
 
-def in_a_process(*what: str, giving_back: bool = False) -> dict:
-    # For memory glibc is to give back at once what was freed, or it would count as resident; that costs time.
-    environment = {**os.environ, **({"MALLOC_MMAP_THRESHOLD_": "65536"} if giving_back else {})}
-    command = [sys.executable, __file__, *what]
-    run = subprocess.run(command, stdout=subprocess.PIPE, env=environment, text=True, check=True)
-    return json.loads(run.stdout.splitlines()[-1])
+def measured(*what: str, giving_back: bool = False) -> dict:
+    return in_a_process(__file__, *what, giving_back=giving_back)
 
 
-def side_by_side(device: str) -> bool:
-    names = ["fast", "preset fast", "lean", "plain", "TrainLoraNode"]
-    # In turns, so that a machine that slows down slows all of them.
-    rounds = [{name: in_a_process("side", name, device, "speed")["seconds"] for name in names} for _ in range(ROUNDS)]
-    seconds = {name: statistics.median(one[name] for one in rounds) for name in names}
-    sizes = {name: in_a_process("side", name, device, "memory", giving_back=True)["bytes"] for name in names}
-    print("| | steps per second | times plain | peak growth | of plain |\n|---|---|---|---|---|")
+def side_by_side(size_name: str, device: str) -> tuple[bool, dict[str, float]]:
+    """Whether all bounds hold; seconds a step or noise."""
+    names, rounds, _, ratios = PLANS[size_name, device]
+    # In turns, so that a machine that slows down slows all of them. A GPU counts its memory by itself.
+    what = "speed" if device == "cpu" else "both"
+    turns = [{name: measured("side", name, size_name, device, what) for name in names} for _ in range(rounds)]
+    seconds = {name: statistics.median(turn[name]["seconds"] for turn in turns) for name in names}
+    sizes = turns[-1]
+    if device == "cpu":
+        sizes = {name: measured("side", name, size_name, device, "memory", giving_back=True) for name in names}
+    growth = {name: sizes[name]["growth"] for name in names}
+    print("| | steps per second | times plain | peak growth | of plain | in all |\n|---|---|---|---|---|---|")
+    whole = {name: sizes[name]["whole"] for name in names}
     for name in names:
-        speed, memory = seconds["plain"] / seconds[name], sizes[name] / sizes["plain"]
-        print(f"| {name} | {1 / seconds[name]:.2f} | {speed:.2f} | {sizes[name] / 1e6:.0f} MB | {memory:.0%} |")
+        print(
+            f"| {name} | {1 / seconds[name]:.3g} | {seconds['plain'] / seconds[name]:.2f} | "
+            f"{growth[name] / 1e6:.0f} MB | {growth[name] / growth['plain']:.0%} | {whole[name] / 1e9:.1f} GB |"
+        )
     print()
     within = True
-    for (ours, theirs, what), bound in BOUNDS.items():
+    for (ours, theirs, what), bound in ratios.items():
         if what == "speed":
-            ratio = statistics.median(one[theirs] / one[ours] for one in rounds)
+            ratio = statistics.median(turn[theirs]["seconds"] / turn[ours]["seconds"] for turn in turns)
             met, text = ratio >= bound, f"{ratio:.2f} times the speed (at least {bound})"
         else:
-            ratio = sizes[ours] / sizes[theirs]
+            ratio = growth[ours] / growth[theirs]
             met, text = ratio <= bound, f"{ratio:.0%} of the memory (at most {bound:.0%})"
-        print(f"- {ours} against {theirs}: {text}{'' if met else ' **MISSED**'}")
+        print(f"- {ours} against {theirs}: {text}{missed(met)}")
         within = within and met
-    if device == "cpu":
-        share = in_a_process("products", device)["share"]
-        print(
-            f"\nOf a plain step {share:.0%} is spent in matrix products, convolutions and attention, which every "
-            f"trainer of this method needs (but for the text, which `fast` reads once): one that did all the rest in "
-            f"no time, with torch's own kernels, would be {1 / share:.2f} times as fast. Ours has oneDNN do the "
-            "products in fp32 on a CPU, and three noises at once keep it busier."
-        )
-    return within
+    if size_name == "sdxl":
+        for name, most in WHOLE.items():
+            met = whole[name] <= most
+            print(f"- {name}: {whole[name] / 1e9:.1f} GB in all (at most {most / 1e9:.0f} GB){missed(met)}")
+            within = within and met
+    return within, seconds
 
 
-def time_split(device: str) -> None:
-    split = in_a_process("split", device)
-    total = sum(split["split"].values())
-    print("\n| part of a `fast` step | ms | share |\n|---|---|---|")
-    for name, seconds in split["split"].items():
-        print(f"| {name} | {1e3 * seconds:.1f} | {seconds / total:.0%} |")
+def missed(met: bool) -> str:
+    return "" if met else " **MISSED**"
+
+
+def products_share(size_name: str) -> None:
+    share = measured("products", size_name)["share"]
     print(
-        f"\n{split['flops'] / 1e9:.1f} GFLOP a step, {split['flops'] / total / 1e9:.1f} GFLOP/s: "
-        f"{split['flops'] / total / split['rate']:.0%} of the {split['rate'] / 1e9:.0f} GFLOP/s "
-        "that one large matrix product reaches here."
+        f"\nOf a plain step {share:.0%} is spent in matrix products, convolutions and attention, which every "
+        f"trainer of this method needs (but for the text, which `fast` reads once): one that did all the rest in "
+        f"no time, with torch's own kernels, would be {1 / share:.2f} times as fast."
     )
+    if SIZES[size_name].dtype == "float32":
+        print("Ours has oneDNN do the products, and three noises at once keep it busier.")
+
+
+def time_split(size_name: str, device: str, seconds: dict[str, float]) -> bool:
+    split = measured("split", size_name, device)
+    total, flops, rate = sum(split["split"].values()), split["flops"], split["rate"]
+    print("\n| part of a `fast` step | ms | share |\n|---|---|---|")
+    for name, part in split["split"].items():
+        print(f"| {name} | {1e3 * part:.1f} | {part / total:.0%} |")
+    print(
+        f"\n{flops / 1e9:.1f} GFLOP a step, {flops / total / 1e9:.1f} GFLOP/s: {flops / total / rate:.0%} of the "
+        f"{rate / 1e9:.0f} GFLOP/s that one large matrix product reaches here."
+    )
+    if device == "cpu":
+        return True
+    share, pair = flops / seconds["preset fast"] / rate, measured("pair", size_name, device)["seconds"]
+    met = share >= SHARE and pair <= PAIR
+    print(
+        f"With the preset fast it is {share:.0%} (at least {SHARE:.0%}), and a whole pair, from node to node with "
+        f"everything, takes {pair:.0f} s (at most {PAIR}).{missed(met)} Its steps at one noise each take "
+        f"{PAIR_STEPS * seconds['fast']:.0f} s."
+    )
+    return met
 
 
 def batch(device: str) -> bool:
-    result = in_a_process("batch", device)
+    result = measured("batch", device)
     ratio = result["alone"] / result["together"]
-    met = ratio >= BATCH_BOUND and result["unlike"] < SAME
+    bound = BATCH_BOUND[device]
+    met = ratio >= bound and result["unlike"] < SAME
     print(
-        f"\n## Several images at once\n\n{BATCH} images on the demo model: {1e3 * result['alone']:.0f} ms a step and "
-        f"image alone, {1e3 * result['together']:.0f} ms side by side, {ratio:.2f} times faster (at least "
-        f"{BATCH_BOUND}). Largest difference of a LoRA from the one trained alone: {result['unlike']:.1e} "
+        f"\n## Several images at once\n\n{BATCH} images on the demo model: {1e3 * result['alone']:.3g} ms a step and "
+        f"image alone, {1e3 * result['together']:.3g} ms side by side, {ratio:.2f} times faster (at least "
+        f"{bound}). Largest difference of a LoRA from the one trained alone: {result['unlike']:.1e} "
         f"(at most {SAME:.0e})."
-        f"{'' if met else ' **MISSED**'}"
+        f"{missed(met)}"
     )
     return met
 
 
 def flat(device: str) -> None:
-    result = in_a_process("flat", device, giving_back=True)
+    result = measured("flat", device, giving_back=True)
     early, late = result["resident"]
     print(
         f"\n## A long training\n\n{FLAT_STEPS} steps on the demo model: the last 500 took "
@@ -490,9 +477,11 @@ def flat(device: str) -> None:
 
 
 def cost_of_growth(device: str) -> None:
-    points = {tuple(point): rest for point, *rest in in_a_process("growth", device)["points"]}
+    points = {tuple(point): rest for point, *rest in measured("growth", device)["points"]}
+    size = SIZES["growing"]
     print(
-        "\n## Cost of growth\n\nOn a UNet of 64 channels; where they do not grow: a 16 x 16 latent, rank 16, one image."
+        f"\n## Cost of growth\n\nOn a UNet of {size.channels} channels; where they do not "
+        f"grow: a {size.side} x {size.side} latent, rank {size.rank}, one image."
     )
     print("Memory: what a step keeps for its way back, LoRA, its gradient and the optimizer's moments.")
     print("Pixels grow with the square of the side, and attention's work among them with the square of the pixels.")
@@ -501,15 +490,16 @@ def cost_of_growth(device: str) -> None:
         for point in row:
             (seconds, size), (first, first_size) = points[point], points[row[0]]
             print(
-                f"| {point[index]} | {1e3 * seconds:.0f} | {size / 1e6:.1f} | {seconds / first:.1f} | "
+                f"| {point[index]} | {float(f'{1e3 * seconds:.3g}'):g} | {size / 1e6:.1f} | {seconds / first:.1f} | "
                 f"{size / first_size:.1f} |"
             )
-    plot(points)
-    print("\n![cost of growth](training.png)")
+    picture = "training.png" if device == "cpu" else "training_gpu.png"
+    plot(points, picture)
+    print(f"\n![cost of growth]({picture})")
 
 
-def plot(points: dict) -> None:
-    """benchmarks/results/training.png: each row of `GROWTH`, time and memory, relative to its first point, log-log."""
+def plot(points: dict, file: str) -> None:
+    """A picture in benchmarks/results: each row of `GROWTH`, time and memory, relative to its first point, log-log."""
     from PIL import Image, ImageDraw
 
     picture = Image.new("RGB", (1080, 360), "white")
@@ -534,63 +524,42 @@ def plot(points: dict) -> None:
             pen.text((left + 10, bottom - width + 10 + 16 * column), label, fill=colour)
         for one, point in zip(work, row, strict=True):
             pen.text((left + width * math.log(one / work[0]) / span - 6, bottom + 8), str(point[index]), fill="black")
-    picture.save(ROOT / "benchmarks" / "results" / "training.png")
+    picture.save(ROOT / "benchmarks" / "results" / file)
 
 
-def computed() -> None:
-    """What arithmetic says of SDXL's own size at 1024 x 1024 pixels, where no GPU has measured it."""
-    import torch
-    from torch.utils.flop_counter import FlopCounterMode
-
-    size = SIZES["cuda"]
-    with torch.device("meta"):
-        unet = diffusers_unet(size["channels"], size["rank"])
-        given = {"text_embeds": torch.randn(1, 1280), "time_ids": torch.zeros(1, 6)}
-        z = torch.randn(1, 4, size["side"], size["side"])
-        with FlopCounterMode(display=False) as forward:
-            n_hat = unet(z, torch.zeros(1), torch.randn(1, 77, 2048), added_cond_kwargs=given).sample
-        with FlopCounterMode(display=False) as backward:
-            n_hat.sum().backward()
-        text = [layer for name, layer in unet.named_modules() if name.endswith(("attn2.to_k", "attn2.to_v"))]
-        reading = sum(2 * 77 * layer.in_features * layer.out_features for layer in text)
-    flops = forward.get_total_flops() + backward.get_total_flops()
-    rate, steps = 790e12, 4000
-    print(
-        f"\n## Full size on a GPU: computed, not measured\n\n"
-        f"A step at 1024 x 1024 pixels, rank {size['rank']}, is {forward.get_total_flops() / 1e12:.2f} TFLOP "
-        f"forward and {backward.get_total_flops() / 1e12:.2f} TFLOP back: {flops / 1e12:.1f} TFLOP, "
-        f"{1e3 * flops / rate:.0f} ms at the {rate / 1e12:.0f} TFLOP/s of an H200's matrix products. "
-        f"A pair (1500 + 1500 + 1000 steps) is {steps * flops / rate:.0f} s at that rate "
-        f"and {steps * flops / rate / 0.45:.0f} s at 45 % of it. "
-        f"Reading the text in every step would be {reading / flops:.1%} of it. "
-        f"The same command on a machine with a GPU measures it."
-    )
-
-
-def report() -> bool:
+def report(full: bool) -> bool:
     """Print everything as Markdown; whether all bounds hold."""
     import torch
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    size = SIZES[device]
+    size_name = "sdxl" if full or device == "cuda" else "narrow"
+    size, plan = SIZES[size_name], PLANS[size_name, device]
     comfyui = runpy.run_path(os.environ["COMFYUI_PATH"] + "/comfyui_version.py")["__version__"]
     name = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     print(f"# What a training step costs\n\n{date.today()}, ComfyUI {comfyui}, torch {torch.__version__}, {name}.")
-    print(EXPLANATION.format(**{**size, "side": 8 * size["side"]}))
-    within = side_by_side(device)
-    time_split(device)
+    speed = (
+        "the median step" if plan.rounds == 1 else f"the median of {plan.rounds} processes, of the median step in each"
+    )
+    others = OTHERS if plan.names == EVERYBODY else ""
+    print(EXPLANATION.format(size=size, pixels=8 * size.side, speed=speed) + others)
+    within, seconds = side_by_side(size_name, device)
+    if device == "cpu":
+        products_share(size_name)
+    if size_name == "sdxl" and device == "cpu":
+        return within
+    within = time_split(size_name, device, seconds) and within
     within = batch(device) and within
     flat(device)
     cost_of_growth(device)
-    if device == "cpu":
-        computed()
     return within
 
 
 if __name__ == "__main__":
-    if len(sys.argv) > 1:
+    if len(sys.argv) > 1 and sys.argv[1] in MEASUREMENTS:
         kind, *rest = sys.argv[1:]
         print(json.dumps(MEASUREMENTS[kind](*rest)))
+    elif sys.argv[1:] not in ([], ["--sdxl"]):
+        sys.exit("Usage: python benchmarks/training.py [--sdxl]")
     else:
         runpy.run_path(str(ROOT / "bootstrap.py"))["enter"]("tests")
-        sys.exit(not report())
+        sys.exit(not report("--sdxl" in sys.argv))

@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from benchmarks.memory import SDXL_UNET
+from benchmarks.trainers import SDXL_UNET
 from consislora_core import lora_file
 
 pytestmark = pytest.mark.slow
