@@ -112,6 +112,7 @@ class Trainer:
         return self
 
     def __exit__(self, *error) -> None:
+        self.kind = self.work = None  # else it and the trainer would hold one another, and a recording's memory
         self._stack.__exit__(*error)
 
     def __iter__(self) -> Iterator[StepEvent]:

@@ -1,5 +1,8 @@
 """The trainer: what it learns, what it leaves alone, how it stops and goes on."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 from reference import diffusers_denoiser, diffusers_unet, relative_error, run
@@ -34,6 +37,19 @@ def flat(parts):
             for tensor in layer[:2]
         ]
     )
+
+
+def test_nothing_holds_a_trainer_when_it_is_done(host):
+    gc.disable()
+    try:
+        trainer = Trainer(*host, image_stage(**SHORT))
+        with trainer:
+            next(iter(trainer))
+        done = weakref.ref(trainer)
+        del trainer
+        assert done() is None
+    finally:
+        gc.enable()
 
 
 def test_the_reconstruction_loss_is_sigma_squared_times_the_noise_loss():
