@@ -1,10 +1,9 @@
-"""`python benchmarks/training.py [--sdxl]`: what a training step costs in time and memory beside other ways.
+"""`python benchmarks/training.py`: what a training step costs in time and memory beside other ways.
 
 Prints Markdown, for benchmarks/results/training.md, and draws a picture beside it. Ours, `fast` and `lean`; a plain
 recipe as published scripts have it (diffusers, PEFT, autocast, AdamW); ComfyUI's own TrainLoraNode. Same shape of UNet,
 image, rank and precision; each measurement is a process of its own. On a CUDA device the UNet is SDXL's own size, for
-training_gpu.md; on a CPU a narrow one, and with `--sdxl` the full size there too, in some 15 minutes and 16 GB, for
-training_sdxl.md. Exits with 1 if a bound is missed.
+training_gpu.md; on a CPU a narrow one. Exits with 1 if a bound is missed.
 """
 
 import json
@@ -27,6 +26,7 @@ from trainers import (
     ROOT,
     SIZES,
     TRAINERS,
+    Size,
     fast,
     given,
     host,
@@ -53,16 +53,15 @@ RATIOS = {  # ours, the other: at least so many times its speed, or at most so m
 class Plan(NamedTuple):
     """What is measured side by side, and how often."""
 
-    names: tuple[str, ...]
+    size: Size
     rounds: int
     steps: int
     ratios: dict[tuple[str, str, str], float]
 
 
 PLANS = {
-    ("narrow", "cpu"): Plan(EVERYBODY, 3, 8, RATIOS),
-    ("sdxl", "cuda"): Plan(EVERYBODY, 1, 8, {**RATIOS, ("fast", "plain", "speed"): 3.0}),
-    ("sdxl", "cpu"): Plan(("fast", "lean", "plain"), 1, 4, {("lean", "plain", "memory"): 0.60}),
+    "cpu": Plan(SIZES["narrow"], 3, 8, RATIOS),
+    "cuda": Plan(SIZES["sdxl"], 1, 8, {**RATIOS, ("fast", "plain", "speed"): 3.0}),
 }
 WHOLE = {"fast": 16e9, "lean": 8e9}  # bytes, UNet and all, at SDXL's size
 SHARE, PAIR = 0.45, 120  # on a GPU: of the rate of a large product, at least; seconds of a pair, at most
@@ -79,9 +78,7 @@ A UNet of SDXL's shape with {size.channels} channels (SDXL: 320) and random weig
 pixels, rank {size.rank}, {size.dtype}. Steps per second: {speed}. Peak growth: over
 what was taken before training began; in all: with the UNet, and of a GPU all that torch took. plain: diffusers' UNet,
 PEFT's LoRA on the same two blocks, AdamW; like ours it builds no graph before the first LoRA.
-"""
-OTHERS = f"""\
-TrainLoraNode adapts every layer and checkpoints gradients, as is its default. preset fast: {NOISES} noises a step, each
+TrainLoraNode adapts every layer and checkpoints gradients, as is its default. preset fast: {noises} noises a step, each
 counted as a step.
 """
 
@@ -118,12 +115,12 @@ def seconds_a_step(ends: list[float]) -> float:
     return statistics.median(b - a for a, b in zip(ends[1:], ends[2:], strict=False))
 
 
-def measure_side(trainer: str, size_name: str, device: str, what: str) -> dict:
+def measure_side(trainer: str, device: str, what: str) -> dict:
     """Seconds a step, or a noise where a step has several; unless for "speed", growth at the peak and all memory."""
     import torch
 
-    size = SIZES[size_name]
-    steps = 3 if what == "memory" else PLANS[size_name, device].steps
+    size = PLANS[device].size
+    steps = 3 if what == "memory" else PLANS[device].steps
     with host(device) as pack:
         if trainer == "plain":
             unet = plain_unet(size, device)
@@ -181,13 +178,13 @@ class Clock:
         return [start.elapsed_time(end) / 1e3 for start, end in pairs]
 
 
-def measure_split(size_name: str, device: str) -> dict:
+def measure_split(device: str) -> dict:
     """Where the seconds of a `fast` step go, its FLOP, and the FLOP/s that this device does in one large product."""
     import torch
     from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
     from torch.utils.flop_counter import FlopCounterMode
 
-    size, all_steps = SIZES[size_name], PLANS[size_name, device].steps
+    size, _, all_steps, _ = PLANS[device]
     precision, parts = PRECISIONS[size.dtype], []
     with host(device) as pack, torch.inference_mode():
         model = sdxl_shaped(size, device)
@@ -220,11 +217,11 @@ def measure_split(size_name: str, device: str) -> dict:
     }
 
 
-def measure_pair(size_name: str, device: str) -> dict:
+def measure_pair(device: str) -> dict:
     """Seconds of a whole pair with the preset fast and the default numbers of steps, from node to node."""
     import torch
 
-    size = SIZES[size_name]
+    size = PLANS[device].size
     with host(device) as pack, torch.inference_mode():
         model, (latent, positive), train = sdxl_shaped(size, device), given(size.side, 2), pack.nodes.train
         settings = dict(rank=size.rank, seed=0, precision=PRECISIONS[size.dtype], memory="fast", preset="fast")
@@ -241,14 +238,14 @@ def measure_pair(size_name: str, device: str) -> dict:
         return {"seconds": time.perf_counter() - start}
 
 
-def measure_products(size_name: str) -> dict:
+def measure_products() -> dict:
     """The share of a plain step's seconds on a CPU that goes into matrix products, convolutions and attention."""
     import torch
 
-    size = SIZES[size_name]
+    size, _, steps, _ = PLANS["cpu"]
     unet = plain_unet(size, "cpu")
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-        plain_recipe(unet, size, PLANS[size_name, "cpu"].steps // 2, "cpu")
+        plain_recipe(unet, size, steps // 2, "cpu")
     seconds = {event.key: event.self_cpu_time_total for event in profile.key_averages()}
     return {"share": sum(seconds[name] for name in seconds if PRODUCT.fullmatch(name)) / sum(seconds.values())}
 
@@ -377,20 +374,20 @@ def measured(*what: str, giving_back: bool = False) -> dict:
     return in_a_process(__file__, *what, giving_back=giving_back)
 
 
-def side_by_side(size_name: str, device: str) -> tuple[bool, dict[str, float]]:
+def side_by_side(device: str) -> tuple[bool, dict[str, float]]:
     """Whether all bounds hold; seconds a step or noise."""
-    names, rounds, _, ratios = PLANS[size_name, device]
+    _, rounds, _, ratios = PLANS[device]
     # In turns, so that a machine that slows down slows all of them. A GPU counts its memory by itself.
     what = "speed" if device == "cpu" else "both"
-    turns = [{name: measured("side", name, size_name, device, what) for name in names} for _ in range(rounds)]
-    seconds = {name: statistics.median(turn[name]["seconds"] for turn in turns) for name in names}
+    turns = [{name: measured("side", name, device, what) for name in EVERYBODY} for _ in range(rounds)]
+    seconds = {name: statistics.median(turn[name]["seconds"] for turn in turns) for name in EVERYBODY}
     sizes = turns[-1]
     if device == "cpu":
-        sizes = {name: measured("side", name, size_name, device, "memory", giving_back=True) for name in names}
-    growth = {name: sizes[name]["growth"] for name in names}
+        sizes = {name: measured("side", name, device, "memory", giving_back=True) for name in EVERYBODY}
+    growth = {name: sizes[name]["growth"] for name in EVERYBODY}
     print("| | steps per second | times plain | peak growth | of plain | in all |\n|---|---|---|---|---|---|")
-    whole = {name: sizes[name]["whole"] for name in names}
-    for name in names:
+    whole = {name: sizes[name]["whole"] for name in EVERYBODY}
+    for name in EVERYBODY:
         print(
             f"| {name} | {1 / seconds[name]:.3g} | {seconds['plain'] / seconds[name]:.2f} | "
             f"{growth[name] / 1e6:.0f} MB | {growth[name] / growth['plain']:.0%} | {whole[name] / 1e9:.1f} GB |"
@@ -406,7 +403,7 @@ def side_by_side(size_name: str, device: str) -> tuple[bool, dict[str, float]]:
             met, text = ratio <= bound, f"{ratio:.0%} of the memory (at most {bound:.0%})"
         print(f"- {ours} against {theirs}: {text}{missed(met)}")
         within = within and met
-    if size_name == "sdxl":
+    if device == "cuda":
         for name, most in WHOLE.items():
             met = whole[name] <= most
             print(f"- {name}: {whole[name] / 1e9:.1f} GB in all (at most {most / 1e9:.0f} GB){missed(met)}")
@@ -418,19 +415,18 @@ def missed(met: bool) -> str:
     return "" if met else " **MISSED**"
 
 
-def products_share(size_name: str) -> None:
-    share = measured("products", size_name)["share"]
+def products_share() -> None:
+    share = measured("products")["share"]
     print(
         f"\nOf a plain step {share:.0%} is spent in matrix products, convolutions and attention, which every "
         f"trainer of this method needs (but for the text, which `fast` reads once): one that did all the rest in "
-        f"no time, with torch's own kernels, would be {1 / share:.2f} times as fast."
+        f"no time, with torch's own kernels, would be {1 / share:.2f} times as fast.\n"
+        "Ours has oneDNN do the products, and three noises at once keep it busier."
     )
-    if SIZES[size_name].dtype == "float32":
-        print("Ours has oneDNN do the products, and three noises at once keep it busier.")
 
 
-def time_split(size_name: str, device: str, seconds: dict[str, float]) -> bool:
-    split = measured("split", size_name, device)
+def time_split(device: str, seconds: dict[str, float]) -> bool:
+    split = measured("split", device)
     total, flops, rate = sum(split["split"].values()), split["flops"], split["rate"]
     print("\n| part of a `fast` step | ms | share |\n|---|---|---|")
     for name, part in split["split"].items():
@@ -441,7 +437,7 @@ def time_split(size_name: str, device: str, seconds: dict[str, float]) -> bool:
     )
     if device == "cpu":
         return True
-    share, pair = flops / seconds["preset fast"] / rate, measured("pair", size_name, device)["seconds"]
+    share, pair = flops / seconds["preset fast"] / rate, measured("pair", device)["seconds"]
     met = share >= SHARE and pair <= PAIR
     print(
         f"With the preset fast it is {share:.0%} (at least {SHARE:.0%}), and a whole pair, from node to node with "
@@ -527,27 +523,21 @@ def plot(points: dict, file: str) -> None:
     picture.save(ROOT / "benchmarks" / "results" / file)
 
 
-def report(full: bool) -> bool:
+def report() -> bool:
     """Print everything as Markdown; whether all bounds hold."""
     import torch
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    size_name = "sdxl" if full or device == "cuda" else "narrow"
-    size, plan = SIZES[size_name], PLANS[size_name, device]
+    size, rounds, *_ = PLANS[device]
     comfyui = runpy.run_path(os.environ["COMFYUI_PATH"] + "/comfyui_version.py")["__version__"]
     name = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     print(f"# What a training step costs\n\n{date.today()}, ComfyUI {comfyui}, torch {torch.__version__}, {name}.")
-    speed = (
-        "the median step" if plan.rounds == 1 else f"the median of {plan.rounds} processes, of the median step in each"
-    )
-    others = OTHERS if plan.names == EVERYBODY else ""
-    print(EXPLANATION.format(size=size, pixels=8 * size.side, speed=speed) + others)
-    within, seconds = side_by_side(size_name, device)
+    speed = "the median step" if rounds == 1 else f"the median of {rounds} processes, of the median step in each"
+    print(EXPLANATION.format(size=size, pixels=8 * size.side, speed=speed, noises=NOISES))
+    within, seconds = side_by_side(device)
     if device == "cpu":
-        products_share(size_name)
-    if size_name == "sdxl" and device == "cpu":
-        return within
-    within = time_split(size_name, device, seconds) and within
+        products_share()
+    within = time_split(device, seconds) and within
     within = batch(device) and within
     flat(device)
     cost_of_growth(device)
@@ -558,8 +548,6 @@ if __name__ == "__main__":
     if len(sys.argv) > 1 and sys.argv[1] in MEASUREMENTS:
         kind, *rest = sys.argv[1:]
         print(json.dumps(MEASUREMENTS[kind](*rest)))
-    elif sys.argv[1:] not in ([], ["--sdxl"]):
-        sys.exit("Usage: python benchmarks/training.py [--sdxl]")
     else:
         runpy.run_path(str(ROOT / "bootstrap.py"))["enter"]("tests")
-        sys.exit(not report("--sdxl" in sys.argv))
+        sys.exit(not report())
