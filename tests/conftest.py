@@ -103,6 +103,14 @@ def pack(comfy):
     return load_pack()
 
 
+@pytest.fixture
+def in_full_fp32(monkeypatch):
+    """A GPU would round what convolutions take in to TF32."""
+    import torch
+
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+
+
 @pytest.fixture(scope="module")
 def chromium():
     """A real browser, for one module. Where there is none a person is told so; on CI it must be there."""

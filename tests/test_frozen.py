@@ -9,9 +9,7 @@ GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU"
 DEVICES = ["cpu", pytest.param("cuda", marks=GPU)]
 
 
-@pytest.fixture(autouse=True)
-def in_full_fp32(monkeypatch):
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+pytestmark = pytest.mark.usefixtures("in_full_fp32")
 
 
 @pytest.fixture
