@@ -59,8 +59,9 @@ PRESET = io.Combo.Input(
     default=PRESETS[0],
     optional=True,
     tooltip="paper: the schedule as set here. quality: three noises in each step, for about three times the work, and "
-    "a learning rate that falls to 0 towards the end. fast: quality in a third of the steps, at three times the "
-    "learning rates. Both take more memory, and content_guidance 0.25 and style_strength 1.4 in sampling.",
+    "a learning rate that falls to 0 towards the end. fast: quality in a third of the steps, stage 2 in a fifth, at "
+    "as many times the learning rates. Both take more memory, and content_guidance 0.25 and style_strength 1.4 in "
+    "sampling.",
 )
 OUTPUTS = [
     ConsisLora.Output(display_name="consislora", tooltip="The trained content and style parts."),
