@@ -8,7 +8,6 @@ from torch import nn
 GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 DEVICES = ["cpu", pytest.param("cuda", marks=GPU)]
 
-
 pytestmark = pytest.mark.usefixtures("in_full_fp32")
 
 
