@@ -42,7 +42,7 @@ from demo.sheet import sheet
 
 TRAIN = PACK / "workflows" / "api" / "train_and_stylise_demo.json"
 STYLISE = PACK / "workflows" / "api" / "dual_guidance_demo.json"
-WEIGHTS = PACK / "demo" / "weights" / "consislora_demo.safetensors"
+WEIGHTS = PACK / "demo_model" / "weights" / "consislora_demo.safetensors"
 SIDE, RESAMPLES = 128, 10_000
 
 SCALES = (0.0, 0.5, 1.0, 2.0, 4.0, 8.0)

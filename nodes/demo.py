@@ -25,6 +25,6 @@ class LoadDemoModel(io.ComfyNode):
 
     @classmethod
     def execute(cls) -> io.NodeOutput:
-        from ..demo import model
+        from ..demo_model import model
 
         return io.NodeOutput(*model.load())

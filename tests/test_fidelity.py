@@ -18,7 +18,7 @@ from consislora_core.metrics import content_similarity, perceptual_distance, sty
 from consislora_core.schedule import image_stage, style_stage
 
 ROOT = Path(__file__).resolve().parent.parent
-HELD_OUT = (ROOT / "demo" / "recipe" / "held_out.txt").read_text().split()
+HELD_OUT = (ROOT / "demo_model" / "recipe" / "held_out.txt").read_text().split()
 PICTURES = [
     "crown-flat",
     "owl-flat",

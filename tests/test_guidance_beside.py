@@ -489,7 +489,7 @@ def test_inpainting_keeps_what_the_mask_leaves_out(sampler, guide, pack, loras):
 
 def test_a_locked_picture_comes_back_when_the_same_model_restores_it(guide, pack):
     """Euler inversion is undone by as many Euler steps, the closer the finer they are."""
-    from demo import model as demo
+    from demo_model import model as demo
 
     model, clip, vae = demo.load()
     latent = {"samples": vae.encode(loaded("crown-flat").movedim(1, -1))}

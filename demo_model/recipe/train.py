@@ -1,12 +1,12 @@
 """The recipe of the demo base model, in resumable steps, each a command:
 
-    python demo/recipe/train.py tokenizer WORK
-    python demo/recipe/train.py vae WORK --images 60000
-    python demo/recipe/train.py decoder WORK --images 12000
-    python demo/recipe/train.py unet WORK --images 580000
-    python demo/recipe/train.py colour WORK
-    python demo/recipe/train.py unet WORK --images 640000
-    python demo/recipe/train.py export WORK
+    python demo_model/recipe/train.py tokenizer WORK
+    python demo_model/recipe/train.py vae WORK --images 60000
+    python demo_model/recipe/train.py decoder WORK --images 12000
+    python demo_model/recipe/train.py unet WORK --images 580000
+    python demo_model/recipe/train.py colour WORK
+    python demo_model/recipe/train.py unet WORK --images 640000
+    python demo_model/recipe/train.py export WORK
 
 WORK keeps emoji, caches, checkpoints and sample sheets. COMFYUI_PATH names the ComfyUI whose classes are used.
 
