@@ -1,7 +1,7 @@
 """The demo base model: SDXL's architecture made small, built from ComfyUI's own classes.
 
-128 x 128 pixels, 16 x 16 latents, v-prediction. The UNet has two levels, so that the role blocks
-(`output_blocks.0.1` and `output_blocks.1.1`, as in SDXL) still see an 8 x 8 grid of tokens.
+256 x 256 pixels, 32 x 32 latents, v-prediction. The UNet has two levels, so that the role blocks
+(`output_blocks.0.1` and `output_blocks.1.1`, as in SDXL) see a 16 x 16 grid of tokens.
 """
 
 from pathlib import Path
@@ -23,16 +23,17 @@ WEIGHTS = Path(__file__).parent / "weights" / "consislora_demo.safetensors"
 TOKENIZER = Path(__file__).parent / "tokenizer"
 PREFIXES = {"unet": "model.diffusion_model.", "vae": "first_stage_model.", "clip": "conditioner."}
 
+SIZE = 256  # pixels
 UNET = dict(
     image_size=32,
     in_channels=4,
     out_channels=4,
-    model_channels=64,
-    channel_mult=[1, 3],
-    num_res_blocks=[1, 1],
-    transformer_depth=[0, 1],
+    model_channels=96,
+    channel_mult=[1, 2],
+    num_res_blocks=[1, 2],
+    transformer_depth=[0, 0, 1],
     transformer_depth_middle=1,
-    transformer_depth_output=[0, 0, 1, 3],  # most of it where shape is decided: the last is the first block's
+    transformer_depth_output=[0, 0, 0, 1, 3],  # most of it where shape is decided: the last is the first block's
     context_dim=192,
     adm_in_channels=128 + 6 * 256,
     num_classes="sequential",
@@ -44,16 +45,16 @@ UNET = dict(
 VAE = dict(
     double_z=True,
     z_channels=4,
-    resolution=128,
+    resolution=SIZE,
     in_channels=3,
     out_ch=3,
     ch=32,
-    ch_mult=[1, 1, 2, 2],
+    ch_mult=[1, 1, 2, 3],
     num_res_blocks=1,
     attn_resolutions=[],
     dropout=0.0,
 )
-VOCABULARY, START, END = 2048, 2046, 2047
+VOCABULARY, START, END = 1536, 1534, 1535
 TOKENS = 32  # a prompt longer than this is read in several pieces, as ComfyUI does with CLIP's 77
 
 

@@ -160,7 +160,7 @@ def render_everything(work: Path) -> Drawings:
     """Every thing in every set, cached in WORK."""
     import numpy as np
 
-    from demo_model.recipe.pictures import TRAIN_SETS, EmojiSet, fetch_sets, things
+    from demo_model.recipe.drawings import TRAIN_SETS, EmojiSet, fetch_sets, things
 
     cache, labels = work / "drawings.npy", work / "drawings.json"
     if not labels.exists():
