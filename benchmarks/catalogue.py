@@ -41,27 +41,27 @@ def measure(count: int, folder: Path) -> bool:
     import psutil
     from prompts import two_steps
 
-    from batch.maker import Maker
+    from batch.comfy_client import ComfyClient
+    from batch.job_runner import JobRunner
     from batch.run import Batch
-    from batch.server import Server
-    from consislora_core import catalog
+    from catalogue.sheets import RESULTS, ResultsSheet, read_jobs
     from demo.server import ComfyServer
 
     sheet = lay_out(folder, count)
-    jobs, output = catalog.read_jobs(sheet), folder / "results"
+    jobs, output = read_jobs(sheet), folder / "results"
     with ComfyServer(folder / "comfyui", Path(os.environ["COMFYUI_PATH"])) as comfyui:
         (process,) = (child for child in psutil.Process().children() if "main.py" in " ".join(child.cmdline()))
 
-        async def make(some: list) -> int:
-            async with Server(comfyui.url, patience=60) as server:
+        async def run(half: list) -> int:
+            async with ComfyClient(comfyui.url, patience=60) as client:
                 batch = Batch(two_steps("catalogue_demo"), sheet, output)
-                assert batch.local_problems(some) == []
-                await batch.make_all(some, Maker(server))
+                assert batch.local_problems(half) == []
+                await batch.run_all(half, JobRunner(client))
             return process.memory_info().rss
 
-        sizes = [asyncio.run(make(part)) for part in (jobs[: count // 2], jobs[count // 2 :])]
-    results = catalog.ResultsSheet(output / catalog.RESULTS).read()
-    present = [job for job in jobs if results[job.name].done(results[job.name].key, output)]
+        sizes = [asyncio.run(run(part)) for part in (jobs[: count // 2], jobs[count // 2 :])]
+    results = ResultsSheet(output / RESULTS).read()
+    present = [job for job in jobs if results[job.name].is_done(results[job.name].key, output)]
     seconds = [results[job.name].seconds for job in jobs]
     fifth = max(1, count // 5)
     late, early = (statistics.median(part) for part in (seconds[-fifth:], seconds[1 : fifth + 1]))

@@ -35,7 +35,8 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from benchmarks.fidelity.judges import Judge, load_judge
-from consislora_core.metrics import content_score, style_distance
+from benchmarks.picture_scores import style_distance
+from consislora_core.metrics import content_score
 from demo.run import IMAGES, Clock, nodes
 from demo.server import PACK, ComfyServer
 from demo.sheet import sheet

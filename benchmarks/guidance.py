@@ -86,9 +86,9 @@ def dual(bench: Bench, **changes):
 
 
 def unshared(bench: Bench):
-    guider = dual(bench)
-    guider.model_patcher.wrappers["diffusion_model"]["consislora_guided"][0].share_encoder = False
-    return guider
+    host, prompts = bench.pack.host.guider, (bench.prompts["positive"], bench.prompts["negative"])
+    images = bench.images["content"], bench.images["style"]
+    return host.dual_guider(bench.model, *prompts, *images, host.GuidanceSettings(cfg=CFG), share_encoder=False)
 
 
 def own_prompts(bench: Bench):
@@ -107,7 +107,7 @@ def six_passes(bench: Bench):
     """The method as it is written down: CFG's batch of two, then one whole pass after another, each with its mix."""
     import comfy.samplers
 
-    core, passes = bench.pack.consislora_core.guidance, bench.pack.nodes.passes
+    core, passes = bench.pack.consislora_core.guidance, bench.pack.host.guided_unet
     parts = core.parts_of(**bench.images)
     singles = {row.prompt: passes.with_mix(bench.model, parts, row.mix) for row in core.guidance_rows(SCALES)}
 
@@ -122,7 +122,7 @@ def six_passes(bench: Bench):
             plain = super().predict_noise(x, timestep, model_options, seed)
             return plain + core.guidance({prompt: single(model) for prompt, model in singles.items()}, SCALES)
 
-    guider = SixPasses(passes.with_mix(bench.model, parts, core.wanted(1.0, 1.0)))
+    guider = SixPasses(passes.with_mix(bench.model, parts, core.wanted_mix(1.0, 1.0)))
     guider.set_conds(bench.prompts["positive"], bench.prompts["negative"])
     guider.set_cfg(CFG)
     return guider
@@ -146,17 +146,10 @@ BOUNDS = {"ours": 2.2, "ours, in a window": 1.5}
 def start_comfy(size: Size) -> ModuleType:
     """The pack, in a ComfyUI in this process."""
     sys.path.append(str(ROOT / "tests"))
-    from conftest import COMFYUI, load_comfy, load_pack
+    from in_process import load_comfy, load_pack
 
     with tempfile.TemporaryDirectory() as base:
-        if size.device == "cpu":
-            load_comfy(Path(base))
-        else:  # the tests' way keeps ComfyUI off the GPU
-            sys.path.insert(0, str(COMFYUI))
-            from comfy.cli_args import args
-
-            args.base_directory = base
-            import comfy.sd  # noqa: F401
+        load_comfy(Path(base), cpu=size.device == "cpu")
         return load_pack()
 
 
@@ -209,7 +202,7 @@ def steps_of(size: Size, variant: str) -> int:
 
 
 def sigmas(bench: Bench, steps: int):
-    return bench.pack.nodes.bridge.sigmas(bench.model, steps, "euler", "simple", 1.0)
+    return bench.pack.host.sampling.ksampler_sigmas(bench.model, steps, "euler", "simple", 1.0)
 
 
 def sample(bench: Bench, guider, steps: int):

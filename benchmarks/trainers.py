@@ -44,11 +44,11 @@ SIZES = {
 def host(device: str) -> Iterator[ModuleType]:
     """The pack in a ComfyUI of its own."""
     sys.path.append(str(ROOT / "tests"))
-    import conftest
+    from in_process import load_comfy, load_pack
 
     with tempfile.TemporaryDirectory() as base:
-        conftest.load_comfy(Path(base), cpu=device == "cpu")
-        yield conftest.load_pack()
+        load_comfy(Path(base), cpu=device == "cpu")
+        yield load_pack()
 
 
 def sdxl_shaped(size: Size, device: str):

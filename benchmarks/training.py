@@ -99,14 +99,14 @@ def step_ends(pack: ModuleType | None = None, clock: Callable[[], float] = now) 
     if pack is None:
         register_optimizer_step_post_hook(lambda *_: ends.append(clock()))
         return ends
-    train_step = pack.nodes.train.Trainer.train_step
+    train_step = pack.host.training_run.Trainer.train_step
 
     def timed(trainer, *given):
         event = train_step(trainer, *given)
         ends.append(clock())
         return event
 
-    pack.nodes.train.Trainer.train_step = timed
+    pack.host.training_run.Trainer.train_step = timed
     return ends
 
 
@@ -299,7 +299,7 @@ def measure_batch(device: str) -> dict:
             ends.clear()
             alone.append(train.TrainImage.execute(model, {"samples": image}, positive, **settings).result[0])
             seconds.append(seconds_a_step(ends))
-        shutil.rmtree(pack.nodes.identity.store().folder)
+        shutil.rmtree(pack.host.paths.training_store().folder)
         ends.clear()
         together = train.TrainImages.execute(model, {"samples": images}, positive, at_once=BATCH, **settings).result[0]
         unlike = [
@@ -321,14 +321,14 @@ def measure_flat(device: str) -> dict:
     resident = []
     with host(device) as pack, torch.inference_mode():
         model, positive, ends = demo_model(pack), demo_positive(), step_ends(pack)
-        show = pack.nodes.progress.Progress.show
+        show = pack.host.progress.Progress.show
 
         def watch(progress, event):
             show(progress, event)
             if event.step in (500, FLAT_STEPS):
                 resident.append(psutil.Process().memory_info().rss)
 
-        pack.nodes.progress.Progress.show = watch
+        pack.host.progress.Progress.show = watch
         fast(pack, model, {"samples": torch.randn(1, 4, 16, 16)}, positive, FLAT_STEPS, 16, "fp32")
     first, last = (seconds_a_step(part) for part in (ends[:500], ends[-500:]))
     return {"first": first, "last": last, "resident": resident}

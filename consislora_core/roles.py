@@ -48,7 +48,7 @@ def targets(module_names: Iterable[str], architecture: str = "sdxl") -> dict[str
 
 
 def parse_module(name: str, architecture: str = "sdxl") -> Target | None:
-    """The target a LoRA file's module name means, dotted or with underscores; None if it is not in a role block."""
+    """The target of a module name in a LoRA file, dotted or with underscores; None if it is not in a role block."""
     flat = name.replace(".", "_")
     for role, spellings in BLOCKS[architecture].items():
         for block in spellings.values():

@@ -3,10 +3,12 @@
 from comfy_api.latest import io
 
 from ..consislora_core import lora_file
-from ..consislora_core.guidance import parts_of, wanted
+from ..consislora_core.guidance import parts_of, wanted_mix
 from ..consislora_core.lora_file import ImageLora
-from . import bridge, folders, passes
-from .provenance import HIDDEN, note
+from ..host.guided_unet import with_mix
+from ..host.paths import lora_names, lora_path, save_lora
+from ..host.provenance import HIDDEN, note
+from ..host.training_model import PRECISIONS, check_roles
 from .sockets import CATEGORY, ConsisLora, aliases
 
 PERMISSION = ["not stated", "trained with permission", "trained without permission"]
@@ -59,13 +61,13 @@ class Save(io.ComfyNode):
     @classmethod
     def execute(cls, consislora, filename, precision, rights="", permission=PERMISSION[0]) -> io.NodeOutput:
         stated = {"rights": rights.strip(), "permission": permission if permission != PERMISSION[0] else ""}
-        return io.NodeOutput(folders.save_lora(signed(consislora, stated), filename, bridge.PRECISIONS[precision]))
+        return io.NodeOutput(save_lora(with_rights(consislora, stated), filename, PRECISIONS[precision]))
 
 
-def signed(lora: ImageLora, stated: dict[str, str]) -> ImageLora:
-    """The LoRA with its hash and with what is stated now; of what is not, it keeps what it came with."""
-    entries = {"weights": lora.weights_hash, **{name: words for name, words in stated.items() if words}}
-    named = {f"consislora.{name}": words for name, words in entries.items()}
+def with_rights(lora: ImageLora, stated: dict[str, str]) -> ImageLora:
+    """The LoRA with its hash and the stated rights in its metadata; an empty statement leaves what it has."""
+    entries = {"weights": lora.weights_hash, **{name: text for name, text in stated.items() if text}}
+    named = {f"consislora.{name}": text for name, text in entries.items()}
     return ImageLora(lora.parts, {**lora.metadata, **named})
 
 
@@ -78,17 +80,17 @@ class Load(io.ComfyNode):
             category=CATEGORY,
             **aliases("load lora", "b-lora"),
             description="Reads a ConsisLoRA or B-LoRA from models/loras, in any published key spelling.",
-            inputs=[io.Combo.Input("lora_name", options=folders.lora_files(), tooltip="A file in models/loras.")],
+            inputs=[io.Combo.Input("lora_name", options=lora_names(), tooltip="A file in models/loras.")],
             outputs=[ConsisLora.Output(display_name="consislora", tooltip="The content and style parts in the file.")],
         )
 
     @classmethod
     def fingerprint_inputs(cls, lora_name):
-        return folders.lora_path(lora_name).stat().st_mtime_ns
+        return lora_path(lora_name).stat().st_mtime_ns
 
     @classmethod
     def execute(cls, lora_name) -> io.NodeOutput:
-        return io.NodeOutput(lora_file.read(folders.lora_path(lora_name)))
+        return io.NodeOutput(lora_file.read(lora_path(lora_name)))
 
 
 class Apply(io.ComfyNode):
@@ -118,7 +120,7 @@ class Apply(io.ComfyNode):
     def execute(
         cls, model, content_strength, style_strength, content: ImageLora | None = None, style: ImageLora | None = None
     ) -> io.NodeOutput:
-        bridge.find_roles(model)
+        check_roles(model)
         strengths = {"content_strength": content_strength, "style_strength": style_strength}
         note(cls.hidden, {"content": content, "style": style}, strengths)
-        return io.NodeOutput(passes.with_mix(model, parts_of(content, style), wanted(content_strength, style_strength)))
+        return io.NodeOutput(with_mix(model, parts_of(content, style), wanted_mix(content_strength, style_strength)))

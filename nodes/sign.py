@@ -11,7 +11,9 @@ from PIL.PngImagePlugin import PngInfo
 
 from ..consislora_core import __version__
 from ..consislora_core.files import written_whole
-from . import drawing, folders, graph, provenance
+from ..host import drawing, provenance
+from ..host.paths import new_picture_path, output_folder
+from ..host.prompt_graph import workflow_texts
 from .sockets import CATEGORY, aliases
 
 # Named in the environment, because workflows travel, and a key must not.
@@ -50,15 +52,15 @@ class SaveSigned(io.ComfyNode):
 
     @classmethod
     def execute(cls, images, filename_prefix, algorithm) -> io.NodeOutput:
-        texts = graph.workflow_texts(cls.hidden)
+        texts = workflow_texts(cls.hidden)
         record = (cls.hidden and cls.hidden.extra_pnginfo or {}).get(provenance.CHUNK, {})
         saved = []
         for image in images:
-            path = folders.new_picture_path(filename_prefix, image.shape[1], image.shape[0])
+            path = new_picture_path(filename_prefix, image.shape[1], image.shape[0])
             file = signed(png(drawing.to_picture(image), texts), record, path.name, algorithm)
             with written_whole(path) as unfinished:
                 unfinished.write_bytes(file)
-            subfolder = path.parent.relative_to(folders.output_folder()).as_posix()
+            subfolder = path.parent.relative_to(output_folder()).as_posix()
             saved.append(ui.SavedResult(path.name, "" if subfolder == "." else subfolder, io.FolderType.output))
         return io.NodeOutput(ui=ui.SavedImages(saved))
 

@@ -8,7 +8,7 @@ import torch
 from images import IMAGES, loaded
 from PIL import Image
 
-from demo.server import WorkflowError
+from batch.comfy_client import WorkflowError
 
 VIT = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_hidden_layers": 3}
 CLIP = {**VIT, "image_size": 224, "patch_size": 32, "projection_dim": 16, "num_channels": 3, "hidden_act": "quick_gelu"}

@@ -14,7 +14,8 @@ from safetensors import safe_open
 from benchmarks.fidelity.judges import DEMO, KINDS, load_judge
 from benchmarks.fidelity.pairs import ALIGNED_SETS, CONTENT_SET, PAIRS, SAME_LOOK, STYLE_SETS
 from benchmarks.fidelity.report import CONTENDERS, EARLY, LATE, Bench
-from consislora_core.metrics import content_similarity, perceptual_distance, style_similarity
+from benchmarks.picture_scores import perceptual_distance
+from consislora_core.metrics import content_similarity, style_similarity
 from consislora_core.schedule import image_stage, style_stage
 
 ROOT = Path(__file__).resolve().parent.parent

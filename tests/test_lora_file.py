@@ -195,7 +195,7 @@ def comfy_answer(pack, model, question):
     x, sigma, _, tensors = question
     comfy.model_management.load_models_gpu([model])
     with torch.inference_mode():
-        cond = pack.nodes.bridge.encoded_conditioning(model, comfy_conditioning(tensors), x)
+        cond = pack.host.training_model.encoded_conditioning(model, comfy_conditioning(tensors), x)
         # ComfyUI's samplers hand a model's wrappers over in this way.
         return model.model.apply_model(x, sigma, transformer_options={"wrappers": model.wrappers}, **cond)
 

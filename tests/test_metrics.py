@@ -5,16 +5,8 @@ import torch
 import torch.nn.functional as F
 from images import IMAGES, loaded
 
-from consislora_core.metrics import (
-    content_score,
-    content_similarity,
-    leakage,
-    perceptual_distance,
-    silhouette_overlap,
-    ssim,
-    style_distance,
-    style_similarity,
-)
+from benchmarks.picture_scores import perceptual_distance, ssim, style_distance
+from consislora_core.metrics import content_score, content_similarity, leakage, silhouette_overlap, style_similarity
 
 
 @pytest.fixture(scope="module")

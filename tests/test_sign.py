@@ -69,7 +69,7 @@ def saved(pack, sign, monkeypatch, **changes):
     monkeypatch.setattr(sign.SaveSigned, "hidden", hidden, raising=False)
     given = {"filename_prefix": "a/signed", "algorithm": "es256", **changes}
     output = sign.SaveSigned.execute(torch.rand(2, 64, 64, 3), **given)
-    folder = pack.nodes.folders.output_folder()
+    folder = pack.host.paths.output_folder()
     return [folder / one["subfolder"] / one["filename"] for one in output.ui.as_dict()["images"]]
 
 

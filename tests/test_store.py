@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from consislora_core import lora_file
 from consislora_core.lora_file import ImageLora, LoraLayer
 from consislora_core.schedule import image_stage
-from consislora_core.store import Nameless, Store, fingerprint
+from consislora_core.store import Store, Unhashable, fingerprint
 from consislora_core.trainer import Trainer
 
 KEYS = [fingerprint(number) for number in range(5)]
@@ -96,7 +96,7 @@ def test_equal_values_have_equal_names():
 
 
 def test_a_function_has_no_name():
-    with pytest.raises(Nameless, match="lambda"):
+    with pytest.raises(Unhashable, match="lambda"):
         fingerprint({"wrappers": [lambda x: x]})
 
 

@@ -19,7 +19,7 @@ FEW_STEPS = dict(steps=3, transition_step=2, learning_rate=1e-3, reconstruction_
 @pytest.fixture(autouse=True)
 def store(pack):
     """Empty, or a test would get what another one has trained."""
-    store = pack.nodes.identity.store()
+    store = pack.host.paths.training_store()
     shutil.rmtree(store.folder, ignore_errors=True)
     return store
 
@@ -178,7 +178,7 @@ def test_every_precision_trains_nearly_alike(nodes, comfy, precision):
 def test_a_torch_without_onednn_trains_alike(nodes, pack, store, monkeypatch):
     expected = train_image(nodes, comfy_model(), precision="fp32")[1]["loss"]
     shutil.rmtree(store.folder)
-    monkeypatch.setattr(pack.nodes.frozen, "_onednn_has_linear", lambda *_: False)
+    monkeypatch.setattr(pack.host.frozen_unet, "_has_onednn_linear", lambda *_: False)
     assert train_image(nodes, comfy_model(), precision="fp32")[1]["loss"] == pytest.approx(expected, rel=1e-5)
 
 
@@ -234,7 +234,7 @@ def test_latents_of_any_size_and_aspect_train(nodes, comfy, shape):
 
 
 def test_size_conditioning_is_the_pictures_own_size_unless_the_conditioning_names_one(pack):
-    bridge, model = pack.nodes.bridge, comfy_model()
+    bridge, model = pack.host.training_model, comfy_model()
     z_0 = torch.zeros(1, 4, 16, 24)
     pooled = {"pooled_output": TENSORS["pooled_prompt_embeds"]}
     named = {**pooled, "width": 192, "height": 128, "crop_w": 0, "crop_h": 0, "target_width": 192, "target_height": 128}
@@ -265,7 +265,7 @@ def test_the_users_model_is_exactly_as_it_was(nodes, pack, ending, stored, memor
         if len(steps_seen) == 2 and ending == "failure":
             raise RuntimeError("injected")
 
-    monkeypatch.setattr(pack.nodes.progress.Progress, "show", end_early)
+    monkeypatch.setattr(pack.host.progress.Progress, "show", end_early)
     if ending == "success":
         train_image(nodes, model, memory=memory)
     else:
@@ -426,7 +426,7 @@ def steps(pack, monkeypatch):
     class Steps(list):
         cancel_at = None
 
-    steps, show = Steps(), pack.nodes.progress.Progress.show
+    steps, show = Steps(), pack.host.progress.Progress.show
 
     def spy(progress, event):
         steps.append(event.step)
@@ -434,7 +434,7 @@ def steps(pack, monkeypatch):
             comfy.model_management.interrupt_current_processing()
         show(progress, event)
 
-    monkeypatch.setattr(pack.nodes.progress.Progress, "show", spy)
+    monkeypatch.setattr(pack.host.progress.Progress, "show", spy)
     return steps
 
 
@@ -483,11 +483,10 @@ def test_another_content_part_trains_stage_two_anew(nodes, comfy, steps):
     assert steps == [1, 2, 3]
 
 
-def key(nodes, model, precision=torch.float32):
+def key(nodes, model, precision="fp32"):
     given = inputs()
     stage = nodes.image_stage(3, 2, 1e-3, 1e-3, rank=2)
-    base = nodes.identity.base_fingerprint(model)
-    return nodes.identity.training_key(model, base, given["latent"], given["positive"], stage, {}, precision)
+    return nodes.TrainingRequest.from_inputs(model, given["latent"], given["positive"], stage, precision).key
 
 
 def with_lora(lora_model, strength, model=None):
@@ -635,8 +634,8 @@ def test_images_of_no_latent_are_refused(nodes, comfy):
         train_each(nodes, comfy_model(), 0, latent={"samples": torch.zeros(0, 4, 16, 16)})
 
 
-def test_a_loss_that_is_not_finite_keeps_the_last_good_checkpoint(nodes, comfy, steps, store, monkeypatch):
-    monkeypatch.setattr(nodes, "CHECKPOINT_EVERY", 2)
+def test_a_loss_that_is_not_finite_keeps_the_last_good_checkpoint(nodes, pack, comfy, steps, store, monkeypatch):
+    monkeypatch.setattr(pack.host.training_run, "CHECKPOINT_EVERY", 2)
     whole, *_ = train_image(nodes, comfy_model(), steps=6)
     shutil.rmtree(store.folder)
     steps.clear()
@@ -656,9 +655,9 @@ def test_a_loss_that_is_not_finite_keeps_the_last_good_checkpoint(nodes, comfy, 
 
 
 def test_out_of_memory_is_told_with_advice_and_frees_all_and_the_next_training_works(
-    nodes, comfy, steps, store, monkeypatch
+    nodes, pack, comfy, steps, store, monkeypatch
 ):
-    monkeypatch.setattr(nodes, "CHECKPOINT_EVERY", 2)
+    monkeypatch.setattr(pack.host.training_run, "CHECKPOINT_EVERY", 2)
     whole, *_ = train_image(nodes, comfy_model(), steps=6)
     shutil.rmtree(store.folder)
     steps.clear()
@@ -686,8 +685,8 @@ def test_out_of_memory_is_told_with_advice_and_frees_all_and_the_next_training_w
     assert bits(lora) == bits(whole)
 
 
-def test_where_saving_takes_long_it_is_done_seldom(nodes, comfy, store, monkeypatch):
-    monkeypatch.setattr(nodes, "CHECKPOINT_EVERY", 1)
+def test_where_saving_takes_long_it_is_done_seldom(nodes, pack, comfy, store, monkeypatch):
+    monkeypatch.setattr(pack.host.training_run, "CHECKPOINT_EVERY", 1)
     saved = []
 
     def slow(self, *_):
@@ -700,9 +699,9 @@ def test_where_saving_takes_long_it_is_done_seldom(nodes, comfy, store, monkeypa
 
 
 def test_a_folder_that_cannot_be_written_is_told_once_and_the_lora_still_comes_out(
-    nodes, comfy, steps, store, monkeypatch, caplog
+    nodes, pack, comfy, steps, store, monkeypatch, caplog
 ):
-    monkeypatch.setattr(nodes, "CHECKPOINT_EVERY", 1)
+    monkeypatch.setattr(pack.host.training_run, "CHECKPOINT_EVERY", 1)
     store.folder.parent.mkdir(exist_ok=True)
     store.folder.write_bytes(b"")
     try:
@@ -714,7 +713,7 @@ def test_a_folder_that_cannot_be_written_is_told_once_and_the_lora_still_comes_o
     assert caplog.text.count("Free some space, or make the folder writable") == 2  # once a training
 
 
-def test_a_limit_that_is_no_number_is_refused_in_words(nodes, monkeypatch):
+def test_a_limit_that_is_no_number_is_refused_in_words(pack, monkeypatch):
     monkeypatch.setenv("CONSISLORA_STORE_GB", "20 GB")
     with pytest.raises(ValueError, match="CONSISLORA_STORE_GB is '20 GB'; it must be a number of gigabytes"):
-        nodes.identity.store()
+        pack.host.paths.training_store()

@@ -1,10 +1,10 @@
-"""The benchmark's pairs: what is drawn, in whose look, and where the right answer is.
+"""The benchmark's pairs: which subject is drawn in which style, and its ground truth.
 
-All things are among those that the demo model has not learned (`demo_model/recipe/held_out.txt`), all style sets too. In each
-split every content image meets every style image, so that each image is trained on once. Content things are those
-that all sets draw alike: in the aligned sets with silhouettes that overlap by 0.75 or more, in the others, by eye, as
-much the same object. No pair has two faces. `tune` and `report` share no thing, and any beginning of either is balanced
-over the styles. Nothing was ever chosen by pictures of `report`; `tune` has been looked at often.
+The demo model has learned none of the subjects (`demo_model/recipe/held_out.txt`) and none of the style sets. In each
+split every content image is paired with every style image, so that each image is trained on once. Content subjects are
+those that all sets draw alike: in the aligned sets with silhouettes that overlap by 0.75 or more, in the others, by
+eye, as much the same object. No pair has two faces. `tune` and `report` share no subject, and any first pairs of either
+are balanced over the styles. Nothing was ever chosen by pictures of `report`; those of `tune` were used often.
 """
 
 from itertools import product

@@ -38,7 +38,8 @@ from benchmarks.effects import RESAMPLES, Estimate, table
 from benchmarks.fidelity.judges import FOLDER, TRUTHS, load_judge
 from benchmarks.fidelity.pairs import ALIGNED_SETS, CONTENT_SET, PAIRS, SAME_LOOK, Drawing, Pair
 from benchmarks.fidelity.studio import CFG, SAMPLER, SCHEDULER, STEPS, Own, Studio
-from consislora_core.metrics import leakage, perceptual_distance, ssim, structure_scores
+from benchmarks.picture_scores import perceptual_distance, ssim
+from consislora_core.metrics import leakage, structure_scores
 from consislora_core.roles import ROLES
 from consislora_core.schedule import NOISE, RECONSTRUCTION, Phase, Stage
 from demo.server import PACK

@@ -26,7 +26,7 @@ from consislora_core.files import written_whole
 from consislora_core.lora_file import ImageLora, from_state_dict, to_state_dict, write_tensors
 from consislora_core.losses import add_noise, draw, noise_loss
 from consislora_core.schedule import Stage
-from consislora_core.store import CODE, fingerprint
+from consislora_core.store import METHOD, fingerprint
 from consislora_core.trainer import Trainer
 
 SAMPLER, SCHEDULER, STEPS, CFG = "dpmpp_2m", "karras", 20, 2.0  # the demo's
@@ -69,8 +69,8 @@ class Studio:
         self.drawings = render_everything(work)
         self.place = {drawing: i for i, drawing in enumerate(self.drawings.labels)}
         weights = {name: weight for name, weight in load_file(WEIGHTS).items() if not name.startswith(DECODER)}
-        self.base = fingerprint([CODE, save(weights)])  # what a training sees
-        self.whole = fingerprint([CODE, WEIGHTS.read_bytes()])  # and a picture
+        self.base = fingerprint([METHOD, save(weights)])  # what a training sees
+        self.whole = fingerprint([METHOD, WEIGHTS.read_bytes()])  # and a picture
         self.loras, self.pictures = work / "fidelity" / "loras", work / "fidelity" / "pictures"
         for folder in (self.loras, self.pictures):
             folder.mkdir(parents=True, exist_ok=True)
@@ -123,7 +123,7 @@ class Studio:
                 trainer.load_state_dict(before)
             for _ in trainer:
                 pass
-            loras = [to_state_dict(ImageLora(trainer.parts(row), {})) for row in range(trainer.rows)]
+            loras = [to_state_dict(ImageLora(trainer.parts(i), {})) for i in range(trainer.loras)]
             self._keep(name, loras, trainer.state_dict())
         return self._kept(name, drawings, from_state_dict)
 
@@ -153,10 +153,10 @@ class Studio:
     @contextmanager
     def _training(self, what: str, prompt: str, drawings: list[Drawing]) -> Iterator[tuple]:
         print(f"Training {len(drawings)} LoRAs, {what} ...", file=sys.stderr, flush=True)
-        bridge, latents = self.pack.nodes.bridge, self.latents(*drawings)
-        with bridge.open_for_training(self.model, latents["samples"].shape, torch.float32) as denoiser:
-            z_0 = bridge.clean_latents(self.model, latents)
-            yield denoiser, z_0, bridge.encoded_conditioning(self.model, self.text(prompt), z_0)
+        host, latents = self.pack.host.training_model, self.latents(*drawings)
+        with host.open_for_training(self.model, latents["samples"].shape, torch.float32) as denoiser:
+            z_0 = host.clean_latents(self.model, latents)
+            yield denoiser, z_0, host.encoded_conditioning(self.model, self.text(prompt), z_0)
 
     def _keep(self, name: str, loras: list[dict[str, Tensor]], state: dict[str, Tensor]) -> None:
         parts = {**{str(row): lora for row, lora in enumerate(loras)}, "state": state}
@@ -192,10 +192,10 @@ class Studio:
         name = fingerprint([self.whole, *names, seed, prompt, start, denoise, given])
         if not (file := self.pictures / f"{name}.png").exists():
             latent = self.latents(start) if start else {"samples": torch.zeros(1, CHANNELS, SIDE, SIDE)}
-            bridge = self.pack.nodes.bridge
-            sigmas = bridge.sigmas(self.model, STEPS, SAMPLER, SCHEDULER, denoise)
+            sampling = self.pack.host.sampling
+            sigmas = sampling.ksampler_sigmas(self.model, STEPS, SAMPLER, SCHEDULER, denoise)
             with torch.inference_mode(), self._guider(content, style, self.text(prompt), given) as guider:
-                (picture,) = self.decoded(bridge.sample(guider, latent, seed, SAMPLER, sigmas))
+                (picture,) = self.decoded(sampling.sample(guider, latent, seed, SAMPLER, sigmas))
             with written_whole(file) as unfinished:
                 pixels = (255 * picture.movedim(0, -1)).round().byte().cpu().numpy()
                 Image.fromarray(pixels).save(unfinished, "png")

@@ -8,7 +8,8 @@ import torch
 from conftest import ROOT
 from PIL import Image
 
-from consislora_core.catalog import Result, ResultsSheet, open_picture
+from catalogue.pictures import open_picture
+from catalogue.sheets import SETTINGS, Result, ResultsSheet
 from consislora_core.lora_file import ImageLora
 from demo.run import IMAGES
 
@@ -17,13 +18,13 @@ LORA = ImageLora({}, {"consislora.stage": "image", "consislora.image_hash": "1a2
 
 @pytest.fixture
 def nodes(pack):
-    return pack.nodes.catalog
+    return pack.nodes.catalogue
 
 
 @pytest.fixture
 def folders(pack):
     """ComfyUI's input and output folders, with two things and two looks of different sizes, and no results."""
-    root, output = pack.nodes.folders.input_folder() / "catalogue", pack.nodes.folders.output_folder()
+    root, output = pack.host.paths.input_folder() / "catalogue", pack.host.paths.output_folder()
     for folder in (root, output):
         shutil.rmtree(folder, ignore_errors=True)
     for name, size in {
@@ -144,7 +145,7 @@ def test_a_batch_is_saved_whole(nodes, folders):
     nodes.CatalogSave.execute(images=torch.rand(3, 8, 8, 3), job=job)
     result = ResultsSheet(output / "cat" / "results.csv").read()["cup__ink"]
     assert result.files == "cup__ink.png;cup__ink_2.png;cup__ink_3.png"
-    assert result.done(job.key, output / "cat")
+    assert result.is_done(job.key, output / "cat")
 
 
 def test_settings_are_those_of_the_nearest_node_before(pack):
@@ -156,9 +157,9 @@ def test_settings_are_those_of_the_nearest_node_before(pack):
         "5": {"inputs": {"images": ["3", 0], "seed": 9}},
     }
     hidden = type("Hidden", (), {"prompt": graph, "unique_id": "5"})
-    found = pack.nodes.graph.numbers_behind(hidden, "images", pack.nodes.catalog.catalog.SETTINGS)
+    found = pack.host.prompt_graph.numbers_behind(hidden, "images", SETTINGS)
     assert found == {"seed": 2, "steps": 20, "cfg": 7.5}
-    assert pack.nodes.graph.numbers_behind(None, "images", {"seed"}) == {}
+    assert pack.host.prompt_graph.numbers_behind(None, "images", {"seed"}) == {}
 
 
 def test_a_picture_of_no_numbers_is_refused_and_not_done(nodes, folders):

@@ -1,5 +1,6 @@
-"""Where ComfyUI keeps pictures and LoRA files."""
+"""Where ComfyUI keeps pictures and LoRA files, and where the store of trained LoRAs is."""
 
+import os
 from pathlib import Path
 
 import folder_paths
@@ -7,6 +8,7 @@ import torch
 
 from ..consislora_core import lora_file
 from ..consislora_core.lora_file import ImageLora
+from ..consislora_core.store import Store
 
 
 def input_folder() -> Path:
@@ -17,21 +19,35 @@ def output_folder() -> Path:
     return Path(folder_paths.get_output_directory())
 
 
+def loras_folder() -> Path:
+    """The first models/loras folder, where new files go."""
+    return Path(folder_paths.get_folder_paths("loras")[0])
+
+
+def training_store() -> Store:
+    """The store of trained LoRAs. Raises ValueError if its limit in the environment is not a number."""
+    limit = os.environ.get("CONSISLORA_STORE_GB", "20")
+    try:
+        return Store(loras_folder() / "consislora" / "store", int(float(limit) * 1e9))
+    except (ValueError, OverflowError):
+        raise ValueError(f"CONSISLORA_STORE_GB is {limit!r}; it must be a number of gigabytes, such as 20.") from None
+
+
 def new_picture_path(prefix: str, width: int, height: int) -> Path:
     """Where Save Image would write the next picture."""
     folder, name, number, *_ = folder_paths.get_save_image_path(prefix, str(output_folder()), width, height)
     return Path(folder, f"{name}_{number:05}_.png")
 
 
-def lora_files() -> list[str]:
-    """Names with forward slashes on every system, so that a workflow made on one opens on another."""
+def lora_names() -> list[str]:
+    """The files in models/loras, with forward slashes on every system: a workflow made on one opens on another."""
     names = folder_paths.get_filename_list("loras")
     return [name.replace("\\", "/") for name in names if name.endswith(".safetensors")]
 
 
 def lora_path(name: str) -> Path:
-    """The file of a name in models/loras; `get_full_path` keeps names inside. Raises ValueError if there is none."""
-    found = folder_paths.get_full_path("loras", name)
+    """The file of a name in models/loras. Raises ValueError if there is none, or if the name leads outside."""
+    found = folder_paths.get_full_path("loras", name)  # which keeps names inside
     if found is None:
         raise ValueError(
             f"There is no LoRA file {name!r} in models/loras. Choose one from the list, or press R to refresh it."
@@ -40,8 +56,11 @@ def lora_path(name: str) -> Path:
 
 
 def new_lora_path(name: str) -> Path:
-    """Where a LoRA of this name is saved: the first models/loras folder, numbered so that nothing is overwritten."""
-    folder = Path(folder_paths.get_folder_paths("loras")[0])
+    """Where a new LoRA of this name goes: in the first models/loras folder, numbered so that nothing is overwritten.
+
+    Raises ValueError for a name that leads outside.
+    """
+    folder = loras_folder()
     wanted = (folder / f"{name.removesuffix('.safetensors')}.safetensors").resolve()
     if not name.strip() or not wanted.is_relative_to(folder.resolve()) or wanted.stem.startswith("."):
         raise ValueError(
@@ -62,4 +81,4 @@ def save_lora(lora: ImageLora, name: str, dtype: torch.dtype) -> str:
             f"The LoRA could not be saved to {path.parent}: {error.strerror or error}. Free some space or "
             "choose a folder that can be written, then queue again: the training itself is still cached."
         ) from error
-    return path.relative_to(Path(folder_paths.get_folder_paths("loras")[0]).resolve()).as_posix()
+    return path.relative_to(loras_folder().resolve()).as_posix()

@@ -1,8 +1,10 @@
-"""Shows a training on its node while it runs: bar, restored image, losses, time left, free memory."""
+"""Shows on a node how its training goes: bar, preview, losses, time left, free memory; and stops it on cancel."""
 
 import logging
 import math
+import sys
 import time
+from typing import Any
 
 import comfy.model_management
 import comfy.utils
@@ -12,24 +14,40 @@ from PIL import Image
 
 from ..consislora_core.schedule import Stage
 from ..consislora_core.trainer import StepEvent
-from .bridge import server, stop_if_cancelled
 
 
-def loss_curve(stage: Stage, losses: list[float], first: int = 0, told: str | None = None) -> dict:
+def running_server() -> Any:
+    """ComfyUI's PromptServer; None where nodes run without one, as in a test."""
+    module = sys.modules.get("server")
+    return getattr(module and module.PromptServer, "instance", None)
+
+
+def stop_if_cancelled() -> None:
+    """Raises ComfyUI's InterruptProcessingException when the user pressed cancel."""
+    comfy.model_management.throw_exception_if_processing_interrupted()
+
+
+def show_text(hidden: Any, text: str) -> None:
+    """Shows a text on the running node."""
+    if hidden and hidden.unique_id and (server := running_server()):
+        server.send_progress_text(text, hidden.unique_id)
+
+
+def loss_curve(stage: Stage, losses: list[float], first: int = 0, caption: str | None = None) -> dict:
     """What web/js/loss_curve.js draws: the losses of the steps from `first` on, counted from 0.
 
-    told: words to stand beside them; without any the last ones stay.
+    caption: text beside the curve; with None the last one stays.
     """
     phases = [[phase.loss, phase.steps] for phase in stage.phases]
-    return {"first": first, "losses": losses[first:], "phases": phases, "told": told}
+    return {"first": first, "losses": losses[first:], "phases": phases, "caption": caption}
 
 
 class Progress:
-    """Shows training on the node: a bar, every few steps the restored image, the losses, the time left and the free
-    memory, and the loss in the log.
+    """Shows a training on its node: a bar, every `preview_every` steps the predicted image, the losses, the time left
+    and the free memory; and every `log_every` steps the loss in the log.
 
-    node: the running node's id, for the browser. run: which of how many trainings of the node this is.
-    losses: of all steps so far; training adds to the list.
+    node: the running node's id, for the browser. run: number of this training, from 0, and how many the node makes.
+    losses: of all steps so far; the training appends to the list.
     """
 
     def __init__(
@@ -46,7 +64,7 @@ class Progress:
         self.before = number * stage.steps
         self.stage, self.node = stage, node
         self.losses: list[float] = []
-        self.told = 0  # how many of them the browser knows
+        self.sent = 0  # how many of them the browser has
         self.began: tuple[float, int] | None = None  # when the first step of this run had ended, and which that was
         self.device, self.least_free = model.load_device, math.inf
         self.preview_every, self.log_every = preview_every, log_every
@@ -56,13 +74,13 @@ class Progress:
         )
 
     def show(self, event: StepEvent) -> None:
-        """Raises Cancelled when the user pressed cancel."""
+        """Shows one step. Raises ComfyUI's InterruptProcessingException when the user pressed cancel."""
         stop_if_cancelled()
         self.began = self.began or (time.monotonic(), event.step)
-        if (event.step % self.preview_every == 1 or event.step == self.stage.steps) and (browser := server()):
-            curve = loss_curve(self.stage, self.losses, self.told, self.time_and_memory(event.step))
-            browser.send_sync("consislora.loss", {"node": self.node, **curve})
-            self.told = len(self.losses)
+        if (event.step % self.preview_every == 1 or event.step == self.stage.steps) and (server := running_server()):
+            curve = loss_curve(self.stage, self.losses, self.sent, self.time_and_memory(event.step))
+            server.send_sync("consislora.loss", {"node": self.node, **curve})
+            self.sent = len(self.losses)
         preview = None
         if self.previewer and event.step % self.preview_every == 1:
             picture = self.previewer.decode_latent_to_preview(event.z_0_hat.float().cpu())
@@ -86,7 +104,7 @@ class Progress:
             )
 
     def time_and_memory(self, step: int) -> str:
-        """How long it will take yet and how much memory is free; after the last step how it was."""
+        """The time left and the free memory, as text; after the last step the time taken and the least free memory."""
         free = comfy.model_management.get_free_memory(self.device)
         self.least_free = min(self.least_free, free)
         began, first = self.began

@@ -1,4 +1,4 @@
-"""What a running node can learn of the workflow it runs in, and tell on its face."""
+"""What a running node reads of the workflow it runs in."""
 
 import json
 from collections.abc import Collection
@@ -8,7 +8,7 @@ from comfy.cli_args import args
 
 
 def text_behind(hidden: Any, input_name: str) -> str:
-    """The words of the CLIP Text Encode that feeds an input of the running node; empty if something else feeds it."""
+    """The text of the CLIP Text Encode that feeds an input of the running node; empty if another node feeds it."""
     graph = (hidden and hidden.prompt) or {}
     origin = graph.get(hidden and hidden.unique_id, {"inputs": {}})["inputs"].get(input_name, [None])[0]
     text = graph[origin]["inputs"].get("text") if origin in graph else None
@@ -16,7 +16,7 @@ def text_behind(hidden: Any, input_name: str) -> str:
 
 
 def numbers_behind(hidden: Any, input_name: str, names: Collection[str]) -> dict[str, float]:
-    """Values of widgets by name, each from the nearest node that has it on the way to an input of the running node."""
+    """Values of widgets by name, each from the nearest node that has it upstream of an input of the running node."""
     graph = (hidden and hidden.prompt) or {}
     found, seen = {}, set()
     links = [graph.get(hidden and hidden.unique_id, {"inputs": {}})["inputs"].get(input_name)]
@@ -34,16 +34,8 @@ def _is_number(value: Any) -> bool:
 
 
 def workflow_texts(hidden: Any) -> dict[str, str]:
-    """What ComfyUI's Save Image writes into a PNG, from which the frontend opens the workflow again."""
+    """The text chunks that ComfyUI's Save Image writes into a PNG, from which the frontend opens the workflow again."""
     if args.disable_metadata or not hidden:
         return {}
     texts = {"prompt": hidden.prompt, **(hidden.extra_pnginfo or {})}
     return {name: json.dumps(value) for name, value in texts.items() if value is not None}
-
-
-def show_text(hidden: Any, text: str) -> None:
-    """Shows a text on the running node."""
-    if hidden and hidden.unique_id:
-        from server import PromptServer  # there is none where ComfyUI's parts run without a server
-
-        PromptServer.instance.send_progress_text(text, hidden.unique_id)

@@ -8,27 +8,26 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 INK, FAINT, PAPER, BAR = "#1d1d1f", "#d9d9de", "white", "#3f789e"
-CARD, GAP = 256, 16  # pixels: a picture on a card, and what is left free around things
-LINE = 28
+CARD, GAP, LINE = 256, 16, 28  # pixels: a picture on a card, the space between, a line of text
 
 
 def to_picture(image: Tensor) -> Image.Image:
-    """A picture from a tensor (h w 3, or 4 with alpha; 0 to 1)."""
+    """A Pillow image from one of ComfyUI's IMAGE batch (h w 3, or h w 4 with alpha; 0 to 1)."""
     return Image.fromarray((image.float().clamp(0, 1) * 255).round().byte().cpu().numpy())
 
 
 def to_image(picture: Image.Image) -> Tensor:
-    """1 h w 3, 0 to 1"""
+    """ComfyUI's IMAGE (1 h w 3, fp32, 0 to 1) from a Pillow image."""
     return torch.from_numpy(np.array(picture.convert("RGB")))[None].float() / 255
 
 
 def stacked(pictures: Sequence[Image.Image]) -> Tensor:
-    """Pictures of one size as a batch: b h w 3"""
+    """ComfyUI's IMAGE (b h w 3, 0 to 1) from pictures of one size."""
     return torch.cat([to_image(picture) for picture in pictures])
 
 
 def card(pictures: Mapping[str, Image.Image], scores: Mapping[str, float]) -> Image.Image:
-    """The pictures side by side, each over its caption, and a bar for every score, 0 to 1."""
+    """The pictures side by side, each with its caption below, and a bar from 0 to 1 for every score."""
     width = len(pictures) * (CARD + GAP) + GAP
     page = Image.new("RGB", (width, CARD + 3 * GAP + LINE * (1 + len(scores))), PAPER)
     draw, font = ImageDraw.Draw(page), ImageFont.load_default(18)
@@ -48,23 +47,23 @@ def card(pictures: Mapping[str, Image.Image], scores: Mapping[str, float]) -> Im
     return page
 
 
-def grid(images: Tensor, what: str, content: Sequence[float], style: Sequence[float], cell: int) -> Tensor:
-    """Pictures (b h w 3, in rows) as one (1 h w 3), with labelled axes: content across, style up.
+def grid(images: Tensor, quantity: str, content: Sequence[float], style: Sequence[float], cell: int) -> Tensor:
+    """Pictures (b h w 3, row by row from the top left) as one (1 h w 3), with labelled axes: content right, style up.
 
-    what: that the values on the axes are. cell: width of a picture in it.
+    quantity: what the values on the axes are, such as "strength". cell: width of a picture, in pixels.
     """
     height = max(1, round(cell * images.shape[1] / images.shape[2]))
     size = max(14, cell // 14)
-    font, margin = ImageFont.load_default(size), 4 * size  # for an axis: its name and its values
+    font, margin = ImageFont.load_default(size), 4 * size  # an axis has a line of values and one for its name
     page = Image.new("RGB", (margin + len(content) * cell, len(style) * height + margin), PAPER)
     for i, image in enumerate(images):
         row, column = divmod(i, len(content))
         picture = to_picture(image).resize((cell, height), Image.Resampling.LANCZOS)
         page.paste(picture, (margin + column * cell, row * height))
-    axis(page, f"content {what}", content, (margin, page.height - margin), cell, font)
-    # The upward axis is drawn lying down, beside the pictures, and turned.
+    axis(page, f"content {quantity}", content, (margin, page.height - margin), cell, font)
+    # The upward axis is drawn horizontally and turned.
     upward = Image.new("RGB", (len(style) * height, margin), PAPER)
-    axis(upward, f"style {what}", style, (0, 0), height, font, name_first=True)
+    axis(upward, f"style {quantity}", style, (0, 0), height, font, name_first=True)
     page.paste(upward.transpose(Image.Transpose.ROTATE_90), (0, 0))
     return to_image(page)
 
@@ -72,7 +71,7 @@ def grid(images: Tensor, what: str, content: Sequence[float], style: Sequence[fl
 def axis(
     page: Image.Image, name: str, values: Sequence[float], corner: tuple[int, int], cell: int, font, name_first=False
 ) -> None:
-    """Values in the middle of their cells, to the right from `corner`, and the axis's name under or over them."""
+    """Draws a horizontal axis from its top left `corner`: values centred in their cells, the name below or above."""
     draw, (left, top) = ImageDraw.Draw(page), corner
     lines = [top + font.size, top + 3 * font.size]
     name_at, values_at = lines if name_first else reversed(lines)
@@ -82,7 +81,7 @@ def axis(
 
 
 def contained(picture: Image.Image, side: int) -> Image.Image:
-    """The whole picture, as large as fits into a square."""
+    """The whole picture, scaled to fit a square."""
     scale = side / max(picture.size)
     size = [max(1, round(scale * length)) for length in picture.size]
     return picture.resize(size, Image.Resampling.LANCZOS)
