@@ -16,14 +16,16 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from .adapter_config import AdapterConfig, read_config
 from .files import written_whole
-from .roles import ROLES, Target, kohya_name, parse_module
+from .roles import ROLES, Target, diffusers_name, kohya_name, parse_module
 
 # What each spelling appends to a module's name: kohya, diffusers, PEFT (with or without its adapter name).
 SUFFIX = re.compile(
     r"(?P<module>.+?)\.(?:(?P<down>lora_down|lora\.down|lora_A(?:\.default)?)|(?P<up>lora_up|lora\.up|lora_B(?:\.default)?))\.weight"
     r"|(?P<scaled>.+)\.alpha"
 )
+MAGNITUDE = re.compile(r".+\.(lora_magnitude_vector.*|dora_scale)")  # what a DoRA (arXiv 2402.09353) has besides
 
 MAX_VALUES = 2**24  # of one tensor: rank 1024 in a layer of SDXL takes 2**21
 
@@ -91,19 +93,26 @@ def to_state_dict(lora: ImageLora) -> dict[str, Tensor]:
     return state
 
 
-def from_state_dict(state: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> ImageLora:
-    """A LoRA from tensors in any known spelling. Raises ValueError that names foreign keys or a damaged layer."""
+def from_state_dict(
+    state: Mapping[str, Tensor], metadata: dict[str, str] | None = None, config: AdapterConfig | None = None
+) -> ImageLora:
+    """A LoRA from tensors in any known spelling. Raises ValueError that names foreign keys or a damaged layer.
+
+    config: gives alpha to layers without an alpha tensor.
+    """
     found: dict[Target, dict[str, Tensor]] = {}
     for key, (target, kind) in _placed(state).items():
         found.setdefault(target, {})[kind] = state[key]
     parts: dict[str, Part] = {}
     for target, tensors in found.items():
-        parts.setdefault(target.role, {})[target.layer] = _layer(target, tensors)
+        parts.setdefault(target.role, {})[target.layer] = _layer(target, tensors, config or AdapterConfig())
     return ImageLora({role: parts[role] for role in ROLES if role in parts}, metadata or {})
 
 
 def _placed(keys: Collection[str]) -> dict[str, tuple[Target, str]]:
     """For each key its layer, and "down", "up" or "alpha". Raises ValueError that names foreign keys."""
+    if any(map(MAGNITUDE.fullmatch, keys)):
+        raise ValueError("It is a DoRA, which ConsisLoRA cannot hold. Save it as plain LoRA.")
     placed, foreign = {}, []
     for key in keys:
         match = SUFFIX.fullmatch(key)
@@ -122,7 +131,7 @@ def _placed(keys: Collection[str]) -> dict[str, tuple[Target, str]]:
     return placed
 
 
-def _layer(target: Target, tensors: dict[str, Tensor]) -> LoraLayer:
+def _layer(target: Target, tensors: dict[str, Tensor], config: AdapterConfig) -> LoraLayer:
     down, up = tensors.get("down"), tensors.get("up")
     if down is None or up is None or down.ndim != 2 or up.ndim != 2 or down.shape[0] != up.shape[1]:
         shapes = {kind: tuple(tensor.shape) for kind, tensor in tensors.items()}
@@ -130,17 +139,24 @@ def _layer(target: Target, tensors: dict[str, Tensor]) -> LoraLayer:
             f"The {target.role} part is damaged at {target.layer}: a down (rank x in) and an up (out x rank) "
             f"were expected, found {shapes}."
         )
-    return LoraLayer(down, up, float(tensors.get("alpha", down.shape[0])))
+    if "alpha" in tensors:
+        return LoraLayer(down, up, float(tensors["alpha"]))
+    return LoraLayer(down, up, config.alpha(diffusers_name(target), down.shape[0]))
 
 
 def read(path: str | os.PathLike) -> ImageLora:
-    """Reads a LoRA file to the CPU. Raises ValueError for a file that is damaged, foreign or incomplete."""
+    """Reads a LoRA file to the CPU. Alpha is in tensors, in the file's header or in an adapter_config.json beside it.
+
+    Raises ValueError for a file that is damaged, foreign or incomplete, or of a kind that a LoRA here cannot hold.
+    """
     try:
         with safe_open(path, framework="pt") as file:
             shapes = {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118
             _placed(shapes)  # both checks come before a tensor takes memory
             _check_size(shapes)
-            return from_state_dict({key: file.get_tensor(key) for key in shapes}, file.metadata())
+            metadata = file.metadata() or {}
+            config = read_config(Path(path), metadata)
+            return from_state_dict({key: file.get_tensor(key) for key in shapes}, metadata, config)
     except SafetensorError as error:
         raise ValueError(
             f"{Path(path).name} is not a whole safetensors file ({error}). It may be cut off or of another kind; "

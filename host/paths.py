@@ -6,7 +6,8 @@ from pathlib import Path
 import folder_paths
 import torch
 
-from ..consislora_core import lora_file
+from ..consislora_core import lora_file, peft_format
+from ..consislora_core.adapter_config import ADAPTER_FILE
 from ..consislora_core.lora_file import ImageLora
 from ..consislora_core.store import Store
 
@@ -55,10 +56,10 @@ def lora_path(name: str) -> Path:
     return Path(found)
 
 
-def new_lora_path(name: str) -> Path:
+def new_lora_path(name: str, suffix: str = ".safetensors") -> Path:
     """Where a new LoRA of this name goes: in the first models/loras folder, numbered so that nothing is overwritten.
 
-    Raises ValueError for a name that leads outside.
+    suffix: of the file; empty for a folder. Raises ValueError for a name that leads outside.
     """
     folder = loras_folder()
     wanted = (folder / f"{name.removesuffix('.safetensors')}.safetensors").resolve()
@@ -66,16 +67,23 @@ def new_lora_path(name: str) -> Path:
         raise ValueError(
             f"filename is {name!r}; it must be a name inside models/loras, such as my_product or clients/my_product."
         )
-    numbered = (wanted.with_stem(f"{wanted.stem}_{i:05}") for i in range(1, 100_000))
+    numbered = (wanted.with_name(f"{wanted.stem}_{i:05}{suffix}") for i in range(1, 100_000))
     return next(path for path in numbered if not path.exists())
 
 
-def save_lora(lora: ImageLora, name: str, dtype: torch.dtype) -> str:
-    """Writes the LoRA and returns its name for the loader. Raises ValueError when the disk or folder refuses."""
-    path = new_lora_path(name)
+def save_lora(lora: ImageLora, name: str, dtype: torch.dtype, as_peft: bool = False) -> str:
+    """Writes a LoRA as a file of ours, or as a folder of PEFT; its name for the loader.
+
+    Raises ValueError when the disk or folder refuses, and for a PEFT folder where PEFT is not installed.
+    """
+    path = new_lora_path(name, "" if as_peft else ".safetensors")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        lora_file.write(lora, path, dtype)
+        if as_peft:
+            peft_format.write(lora, path, dtype)
+            path = path / ADAPTER_FILE
+        else:
+            lora_file.write(lora, path, dtype)
     except OSError as error:
         raise ValueError(
             f"The LoRA could not be saved to {path.parent}: {error.strerror or error}. Free some space or "

@@ -12,6 +12,7 @@ from ..host.training_model import PRECISIONS, check_roles
 from .sockets import CATEGORY, ConsisLora, aliases
 
 PERMISSION = ["not stated", "trained with permission", "trained without permission"]
+FORMATS = KOHYA, PEFT = "ComfyUI and kohya", "PEFT folder"
 
 
 class Save(io.ComfyNode):
@@ -50,6 +51,14 @@ class Save(io.ComfyNode):
                     optional=True,
                     tooltip="Whether the image's author agrees to the training. Kept like the note on rights.",
                 ),
+                io.Combo.Input(
+                    "format",
+                    options=list(FORMATS),
+                    default=KOHYA,
+                    optional=True,
+                    tooltip="The first is one file, for ComfyUI, diffusers and A1111. The second is a folder for PEFT, "
+                    "and needs the package peft.",
+                ),
             ],
             outputs=[
                 io.String.Output(
@@ -59,9 +68,13 @@ class Save(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, consislora, filename, precision, rights="", permission=PERMISSION[0]) -> io.NodeOutput:
+    def execute(
+        cls, consislora, filename, precision, rights="", permission=PERMISSION[0], format=KOHYA
+    ) -> io.NodeOutput:
         stated = {"rights": rights.strip(), "permission": permission if permission != PERMISSION[0] else ""}
-        return io.NodeOutput(save_lora(with_rights(consislora, stated), filename, PRECISIONS[precision]))
+        return io.NodeOutput(
+            save_lora(with_rights(consislora, stated), filename, PRECISIONS[precision], format == PEFT)
+        )
 
 
 def with_rights(lora: ImageLora, stated: dict[str, str]) -> ImageLora:
@@ -79,7 +92,7 @@ class Load(io.ComfyNode):
             display_name="Load ConsisLoRA",
             category=CATEGORY,
             **aliases("load lora", "b-lora"),
-            description="Reads a ConsisLoRA or B-LoRA from models/loras, in any published key spelling.",
+            description="Reads a ConsisLoRA or B-LoRA from models/loras, in any published key spelling, also PEFT's.",
             inputs=[io.Combo.Input("lora_name", options=lora_names(), tooltip="A file in models/loras.")],
             outputs=[ConsisLora.Output(display_name="consislora", tooltip="The content and style parts in the file.")],
         )
