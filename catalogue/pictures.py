@@ -132,12 +132,17 @@ def _rgb(picture: Image.Image) -> Image.Image:
 
 def write_picture(picture: Image.Image, path: Path, texts: dict[str, str]) -> None:
     """Writes a PNG with text chunks, whole or not at all. Raises OSError."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with written_whole(path) as unfinished:
+        picture.save(unfinished, "PNG", pnginfo=text_chunks(texts), compress_level=4)
+
+
+def text_chunks(texts: dict[str, str]) -> PngImagePlugin.PngInfo:
+    """Texts by name, for Pillow to write into a PNG."""
     info = PngImagePlugin.PngInfo()
     for name, text in texts.items():
         info.add_text(name, text)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with written_whole(path) as unfinished:
-        picture.save(unfinished, "PNG", pnginfo=info, compress_level=4)
+    return info
 
 
 def picture_key(*paths: Path) -> str:

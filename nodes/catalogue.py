@@ -156,15 +156,9 @@ class CatalogSave(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls,
-        images: Tensor,
-        job: CatalogueJob,
-        content: ImageLora | None = None,
-        style: ImageLora | None = None,
-        report: str = "",
-        accepted: bool | None = None,
-        reasons: str = "",
-    ) -> io.NodeOutput:
+        cls, images: Tensor, job: CatalogueJob, content: ImageLora | None = None, style: ImageLora | None = None,
+        report: str = "", accepted: bool | None = None, reasons: str = "",
+    ) -> io.NodeOutput:  # fmt: skip
         if not images.isfinite().all():
             raise ValueError(
                 "The picture holds values that are not numbers (NaN or infinity): model or VAE failed. "

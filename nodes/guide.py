@@ -47,7 +47,7 @@ class Sampler(io.ComfyNode):
                 io.Boolean.Input(
                     "structure_lock",
                     default=False,
-                    tooltip="Begins with latent_image's own noise, found by Euler inversion, in the place of random "
+                    tooltip="Begins with latent_image's own noise, found by Euler inversion, instead of random "
                     "noise, so that outlines stay where they are. Connect the content image's latent.",
                 ),
                 *optional_inputs(),
@@ -58,21 +58,9 @@ class Sampler(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls,
-        model,
-        positive,
-        negative,
-        latent_image,
-        seed,
-        steps,
-        sampler_name,
-        scheduler,
-        denoise,
-        structure_lock=False,
-        content: ImageLora | None = None,
-        style: ImageLora | None = None,
-        **guidance,
-    ) -> io.NodeOutput:
+        cls, model, positive, negative, latent_image, seed, steps, sampler_name, scheduler, denoise,
+        structure_lock=False, content: ImageLora | None = None, style: ImageLora | None = None, **guidance,
+    ) -> io.NodeOutput:  # fmt: skip
         guider = dual_guider(model, positive, negative, content, style, GuidanceSettings(**guidance))
         sigmas = ksampler_sigmas(model, steps, sampler_name, scheduler, denoise)
         if structure_lock:

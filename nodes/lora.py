@@ -1,4 +1,4 @@
-"""Save, load and apply what was trained."""
+"""Save, load and apply LoRAs."""
 
 from comfy_api.latest import io
 
@@ -125,7 +125,7 @@ class Apply(io.ComfyNode):
                 io.Float.Input("content_strength", tooltip="1 is as trained, 0 is off.", **strength),
                 io.Float.Input("style_strength", tooltip="1 is as trained, 0 is off.", **strength),
             ],
-            outputs=[io.Model.Output(tooltip="The model with both parts at work in it, for any sampler.")],
+            outputs=[io.Model.Output(tooltip="The model with both parts applied, for any sampler.")],
             hidden=HIDDEN,
         )
 

@@ -74,29 +74,10 @@ class StrengthGrid(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls,
-        model,
-        positive,
-        negative,
-        vae,
-        latent_image,
-        seed,
-        steps,
-        sampler_name,
-        scheduler,
-        denoise,
-        sweep,
-        content_from,
-        content_to,
-        content_steps,
-        style_from,
-        style_to,
-        style_steps,
-        cell_size,
-        content: ImageLora | None = None,
-        style: ImageLora | None = None,
-        **guidance,
-    ) -> io.NodeOutput:
+        cls, model, positive, negative, vae, latent_image, seed, steps, sampler_name, scheduler, denoise, sweep,
+        content_from, content_to, content_steps, style_from, style_to, style_steps, cell_size,
+        content: ImageLora | None = None, style: ImageLora | None = None, **guidance,
+    ) -> io.NodeOutput:  # fmt: skip
         if (count := len(latent_image["samples"])) != 1:
             raise ValueError(f"latent_image holds {count} latents; a grid is drawn from one. Set its batch_size to 1.")
         settings = GuidanceSettings(**guidance)

@@ -37,8 +37,8 @@ MEMORY_CHOICE = io.Combo.Input(
     options=list(MEMORY),
     default=MEMORY[0],
     optional=True,
-    tooltip="fast keeps a step's intermediate results; lean computes part of them twice, which takes less memory and "
-    "some more time. Both give the same LoRA. auto: fast where it fits, as the log tells.",
+    tooltip="fast keeps all activations of a step; lean recomputes part of them in the backward pass, which takes less "
+    "memory and some more time. Both give the same LoRA. auto: fast where it fits; the log says which.",
 )
 PRESET = io.Combo.Input(
     "preset",
@@ -88,8 +88,8 @@ class TrainImage(io.ComfyNode):
                     default=500,
                     min=0,
                     max=100_000,
-                    tooltip="From this step on the loss compares restored images instead of noise. "
-                    "0: always; equal to steps, which is the most: never (B-LoRA).",
+                    tooltip="From this step on the loss compares the x0 prediction (the restored image) instead of "
+                    "noise. 0: always; equal to steps, the maximum: never (B-LoRA).",
                 ),
                 learning_rate("learning_rate", 2e-4, "Learning rate before the transition."),
                 learning_rate("reconstruction_learning_rate", 1e-4, "Learning rate after the transition."),
@@ -105,20 +105,9 @@ class TrainImage(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls,
-        model,
-        latent,
-        positive,
-        steps,
-        transition_step,
-        learning_rate,
-        reconstruction_learning_rate,
-        rank,
-        seed,
-        precision,
-        memory=MEMORY[0],
-        preset=PRESETS[0],
-    ) -> io.NodeOutput:
+        cls, model, latent, positive, steps, transition_step, learning_rate, reconstruction_learning_rate, rank, seed,
+        precision, memory=MEMORY[0], preset=PRESETS[0],
+    ) -> io.NodeOutput:  # fmt: skip
         rates = learning_rate, reconstruction_learning_rate
         stage = image_stage(steps, transition_step, *rates, preset, rank=rank, seed=seed)
         request = TrainingRequest.from_inputs(model, latent, positive, stage, precision)
@@ -133,15 +122,15 @@ class TrainStyle(io.ComfyNode):
             display_name="Train ConsisLoRA (style, stage 2)",
             category=CATEGORY,
             **aliases("train style lora", "b-lora", "style transfer"),
-            description="Learns the style of an image anew, while its content LoRA from stage 1 "
-            "explains the content away.",
+            description="Learns the style of an image again, while its frozen content LoRA from stage 1 "
+            "accounts for the content.",
             inputs=[
                 io.Model.Input("model", tooltip="The SDXL model that stage 1 was trained on."),
                 io.Latent.Input("latent", tooltip="The style image, from VAE Encode: the same as in stage 1."),
                 io.Conditioning.Input("positive", tooltip='The prompt: "An image in the style of [v]".'),
                 ConsisLora.Input(
                     "content_lora",
-                    tooltip="What stage 1 learned from this style image. Its content part is held fixed.",
+                    tooltip="What stage 1 learned from this style image. Its content part is frozen.",
                 ),
                 io.Int.Input("steps", default=1000, min=1, max=100_000, tooltip="Training steps."),
                 learning_rate("reconstruction_learning_rate", 1e-4, "Learning rate."),
@@ -166,20 +155,9 @@ class TrainStyle(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls,
-        model,
-        latent,
-        positive,
-        content_lora,
-        steps,
-        reconstruction_learning_rate,
-        noise_offset,
-        rank,
-        seed,
-        precision,
-        memory=MEMORY[0],
-        preset=PRESETS[0],
-    ) -> io.NodeOutput:
+        cls, model, latent, positive, content_lora, steps, reconstruction_learning_rate, noise_offset, rank, seed,
+        precision, memory=MEMORY[0], preset=PRESETS[0],
+    ) -> io.NodeOutput:  # fmt: skip
         frozen = {"content": content_lora.part("content")}
         stage = style_stage(steps, reconstruction_learning_rate, noise_offset, preset, rank=rank, seed=seed)
         request = TrainingRequest.from_inputs(model, latent, positive, stage, precision, frozen)
@@ -206,8 +184,8 @@ class TrainImages(io.ComfyNode):
             category=CATEGORY,
             **aliases("train lora", "batch training"),
             description="Learns each image of a batch as a content LoRA and a style LoRA of its own, several at once. "
-            "The LoRAs are those that Train ConsisLoRA (image) gives one by one, and neither node trains again what "
-            "the other has trained.",
+            "The LoRAs are the same as those of Train ConsisLoRA (image), and neither node trains again what the other "
+            "has trained.",
             inputs=[latent if shared.id == "latent" else shared for shared in single.inputs[:-2]]
             + [at_once, MEMORY_CHOICE, PRESET],
             outputs=[
@@ -220,21 +198,9 @@ class TrainImages(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls,
-        model,
-        latent,
-        positive,
-        steps,
-        transition_step,
-        learning_rate,
-        reconstruction_learning_rate,
-        rank,
-        seed,
-        precision,
-        at_once,
-        memory=MEMORY[0],
-        preset=PRESETS[0],
-    ) -> io.NodeOutput:
+        cls, model, latent, positive, steps, transition_step, learning_rate, reconstruction_learning_rate, rank, seed,
+        precision, at_once, memory=MEMORY[0], preset=PRESETS[0],
+    ) -> io.NodeOutput:  # fmt: skip
         rates = learning_rate, reconstruction_learning_rate
         stage = image_stage(steps, transition_step, *rates, preset, rank=rank, seed=seed)
         request = TrainingRequest.from_inputs(model, latent, positive, stage, precision)

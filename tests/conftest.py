@@ -74,6 +74,16 @@ def pack(comfy):
     return load_pack()
 
 
+@pytest.fixture(scope="module")
+def host():
+    """(denoiser, z_0, cond) on the tiny UNet in diffusers."""
+    from reference import diffusers_denoiser, diffusers_unet, run
+
+    tensors = run("stage1_content")
+    cond = tensors["prompt_embeds"], tensors["pooled_prompt_embeds"], tensors["time_ids"][None]
+    return diffusers_denoiser(diffusers_unet()), tensors["z_0"], cond
+
+
 @pytest.fixture
 def guide(pack):
     """The guidance nodes."""

@@ -29,14 +29,8 @@ def pictures() -> list[bytes]:
     from PIL import Image
 
     found = []
-    for kind, mode in [
-        ("PNG", "RGBA"),
-        ("PNG", "I;16"),
-        ("JPEG", "CMYK"),
-        ("WEBP", "RGB"),
-        ("TIFF", "RGB"),
-        ("GIF", "P"),
-    ]:
+    kinds = "PNG RGBA, PNG I;16, JPEG CMYK, WEBP RGB, TIFF RGB, GIF P"
+    for kind, mode in map(str.split, kinds.split(",")):
         data = io.BytesIO()
         Image.new(mode, (24, 16)).save(data, kind)
         found.append(data.getvalue())

@@ -92,7 +92,7 @@ def test_a_workflow_that_lacks_what_a_job_needs_is_refused():
         fill_workflow(bare, JOB, "", "", "", {})
 
 
-def test_what_the_server_would_not_take_is_told():
+def test_what_the_server_would_not_take_is_reported():
     spec = {"required": {"seed": ["INT", {"min": 0, "max": 9}], "scheduler": [["normal"], {}], "model": ["MODEL"]}}
     newer = {"required": {"lora_name": ["COMBO", {"options": ["a/x.safetensors", "y.safetensors"]}]}}
     info = {"Sampler": {"input": spec}, "Load": {"input": newer}}
@@ -109,21 +109,21 @@ def test_what_the_server_would_not_take_is_told():
     ]
 
 
-def test_adapters_of_different_models_are_told_apart():
+def test_adapters_of_different_models_are_distinguished():
     metadata = {
         "one": {"consislora.base_model_hash": "1", "modelspec.architecture": "stable-diffusion-xl-v1-base/lora"},
         "two": {"consislora.base_model_hash": "2"},
         "flux": {"modelspec.architecture": "flux-1-dev/lora"},
     }
 
-    def told(content, style):
+    def problems(content, style):
         return list(lora_problems(Job("a", "b", content_lora=content, style_lora=style), metadata))
 
-    assert told("one", "one") == told("one", None) == told("one", "stranger") == []
-    assert told("one", "two") == [
+    assert problems("one", "one") == problems("one", None) == problems("one", "stranger") == []
+    assert problems("one", "two") == [
         "content_lora and style_lora were trained on different base models. Train one of them again."
     ]
-    assert told("one", "flux") == ["style_lora was trained on flux-1-dev/lora, not on SDXL."]
+    assert problems("one", "flux") == ["style_lora was trained on flux-1-dev/lora, not on SDXL."]
 
 
 # A server that misbehaves
@@ -187,18 +187,18 @@ def test_a_redirection_is_not_followed_and_a_flood_is_stopped(monkeypatch):
         asked(routes, lambda client: client.call("GET", "/b"))
 
 
-def test_another_kind_of_server_is_told():
+def test_another_kind_of_server_is_reported():
     with pytest.raises(Refused, match="not as ComfyUI does"):
         asked({"/object_info": lambda _: web.Response(text="<html>")}, lambda client: client.get("/object_info"))
 
 
 def test_a_refused_workflow_names_node_and_input():
     error = {"message": "value too small", "details": "seed"}
-    told = {
+    refusal = {
         "error": {"message": "invalid", "details": ""},
         "node_errors": {"1": {"class_type": "S", "errors": [error]}},
     }
-    routes = {"/prompt": lambda _: web.json_response(told, status=400)}
+    routes = {"/prompt": lambda _: web.json_response(refusal, status=400)}
     with pytest.raises(WorkflowError, match=r"^invalid; S \(node 1\): value too small: seed$"):
         asked(routes, lambda client: client.run({}))
 
@@ -226,7 +226,7 @@ def test_behind_a_full_queue_a_job_waits():
     assert asked(routes, lambda client: client.run({})) == {"status": "done"}
 
 
-def test_a_job_that_a_restarted_server_has_lost_is_told():
+def test_a_job_that_a_restarted_server_has_lost_is_reported():
     assert asked(history([True, True], None), lambda client: client.run({})) is None
 
 
@@ -336,18 +336,18 @@ def test_a_disk_that_is_full_at_home_leaves_nothing_half_and_the_sheet_goes_on(m
     assert [result.error for result in results.values()] == ["", ""]
 
 
-def test_what_the_disk_refuses_is_told_in_words(tmp_path):
+def test_errors_of_the_disk_are_reported(tmp_path):
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
     (tmp_path / "jobs.csv").write_text("content,style\na.png,a.png\n")
-    told = run.main([str(tmp_path / "jobs.csv"), "--workflow", str(tmp_path / "none.json")])
-    assert told.startswith(f"{tmp_path / 'none.json'}: No such file or directory. Once that is fixed")
+    text = run.main([str(tmp_path / "jobs.csv"), "--workflow", str(tmp_path / "none.json")])
+    assert text.startswith(f"{tmp_path / 'none.json'}: No such file or directory. Once that is fixed")
 
 
-def test_all_problems_are_told_before_any_job_is_sent(tmp_path, capsys):
+def test_all_problems_are_reported_before_any_job_is_sent(tmp_path, capsys):
     (tmp_path / "bad.png").write_bytes(b"")
     (tmp_path / "jobs.csv").write_text("content,style,seed\nbad.png,none.png,1\nbad.png,bad.png,2\n")
-    told = run.main([str(tmp_path / "jobs.csv"), "--dry-run", "--server", "http://127.0.0.1:1"])
-    assert told.splitlines() == [
+    text = run.main([str(tmp_path / "jobs.csv"), "--dry-run", "--server", "http://127.0.0.1:1"])
+    assert text.splitlines() == [
         "jobs.csv has 2 problems:",
         "- bad__none, column content: bad.png is empty (0 bytes). Copy it again.",
         "- bad__none, column style: none.png cannot be read: No such file or directory.",

@@ -23,15 +23,15 @@ def nodes(pack):
 
 @pytest.fixture
 def folders(pack):
-    """ComfyUI's input and output folders, with two things and two looks of different sizes, and no results."""
+    """ComfyUI's input and output folders, with two content and two style images of different sizes, and no results."""
     root, output = pack.host.paths.input_folder() / "catalogue", pack.host.paths.output_folder()
     for folder in (root, output):
         shutil.rmtree(folder, ignore_errors=True)
     for name, size in {
-        "things/cup": (40, 20),
-        "things/pot": (30, 50),
-        "looks/ink": (8, 8),
-        "looks/oil": (9, 9),
+        "subjects/cup": (40, 20),
+        "subjects/pot": (30, 50),
+        "styles/ink": (8, 8),
+        "styles/oil": (9, 9),
     }.items():
         path = root / f"{name}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -40,7 +40,7 @@ def folders(pack):
 
 
 def load(nodes, **changes):
-    given = dict(contents="catalogue/things", styles="catalogue/looks", catalogue="cat", name="{content}__{style}")
+    given = dict(contents="catalogue/subjects", styles="catalogue/styles", catalogue="cat", name="{content}__{style}")
     return nodes.CatalogLoad.execute(**{**given, "run": nodes.ALL, "index": 0, **changes}).result
 
 
@@ -55,7 +55,7 @@ def names(nodes, **changes) -> list[str]:
 
 
 def fingerprint(nodes):
-    given = dict(contents="catalogue/things", styles="catalogue/looks", catalogue="cat", name="{content}__{style}")
+    given = dict(contents="catalogue/subjects", styles="catalogue/styles", catalogue="cat", name="{content}__{style}")
     return nodes.CatalogLoad.fingerprint_inputs(**given, run=nodes.ALL, index=0)
 
 
@@ -64,7 +64,7 @@ def test_all_pairs_come_with_their_own_sizes(nodes, folders):
     assert found == ["cup__ink", "cup__oil", "pot__ink", "pot__oil"] == [job.name for job in jobs]
     assert [tuple(one.shape) for one in contents] == [(1, 20, 40, 3)] * 2 + [(1, 50, 30, 3)] * 2
     assert [tuple(one.shape) for one in styles] == [(1, 8, 8, 3), (1, 9, 9, 3)] * 2
-    assert contents[0] is contents[1]  # a picture takes memory once, however many looks it comes in
+    assert contents[0] is contents[1]  # a picture takes memory once, however many pairs it is in
     assert contents[0][0, 0, 0].tolist() == pytest.approx([1, 0, 0.2])
     assert report.splitlines()[1] == "0 of 4 pairs are done."
 
@@ -73,7 +73,7 @@ def test_one_pair_comes_by_its_index_and_after_the_last_the_first(nodes, folders
     assert [names(nodes, run=nodes.ONE, index=index)[0] for index in (0, 3, 4)] == ["cup__ink", "pot__oil", "cup__ink"]
 
 
-def test_what_is_saved_is_passed_over_until_its_picture_or_source_changes(nodes, folders):
+def test_what_is_saved_is_skipped_until_its_picture_or_source_changes(nodes, folders):
     root, output = folders
     jobs = load(nodes)[2]
     before = fingerprint(nodes)
@@ -83,7 +83,7 @@ def test_what_is_saved_is_passed_over_until_its_picture_or_source_changes(nodes,
     assert names(nodes, run=nodes.ONE, index=1) == []
     assert fingerprint(nodes) != before
     (output / "cat" / "cup__ink.png").unlink()
-    Image.new("RGB", (3, 3)).save(root / "looks" / "oil.png")
+    Image.new("RGB", (3, 3)).save(root / "styles" / "oil.png")
     assert names(nodes) == ["cup__ink", "cup__oil", "pot__oil"]
 
 
@@ -95,18 +95,18 @@ def test_when_everything_is_done_it_says_so_and_nothing_runs(nodes, folders):
     assert report == "Everything is done. To have a result made again, delete its picture.\n4 of 4 pairs are done."
 
 
-def test_bad_files_are_listed_and_passed_over_until_they_are_good(nodes, folders):
+def test_bad_files_are_listed_and_skipped_until_they_are_good(nodes, folders):
     root, output = folders
-    (root / "things" / "bad.png").write_bytes(b"")
-    (root / "looks" / "torn.jpg").write_bytes(b"\xff\xd8\xff")
-    *_, found, report = load(nodes, styles="catalogue/looks\ncatalogue/none")
+    (root / "subjects" / "bad.png").write_bytes(b"")
+    (root / "styles" / "torn.jpg").write_bytes(b"\xff\xd8\xff")
+    *_, found, report = load(nodes, styles="catalogue/styles\ncatalogue/none")
     assert len(found) == 4
-    assert "- catalogue/things/bad.png: bad.png is empty (0 bytes). Copy it again." in report
+    assert "- catalogue/subjects/bad.png: bad.png is empty (0 bytes). Copy it again." in report
     sheet = ResultsSheet(output / "cat" / "results.csv")
-    assert sorted(sheet.read()) == ["catalogue/looks/torn.jpg", "catalogue/none", "catalogue/things/bad.png"]
+    assert sorted(sheet.read()) == ["catalogue/none", "catalogue/styles/torn.jpg", "catalogue/subjects/bad.png"]
     assert names(nodes, run=nodes.ONE, index=0) == []  # bad.png comes first
-    (root / "looks" / "torn.jpg").unlink()
-    Image.new("RGB", (9, 9)).save(root / "things" / "bad.png")
+    (root / "styles" / "torn.jpg").unlink()
+    Image.new("RGB", (9, 9)).save(root / "subjects" / "bad.png")
     assert len(names(nodes)) == 6
     assert sheet.read() == {}
 
@@ -182,7 +182,7 @@ def test_a_picture_of_no_numbers_is_refused_and_not_done(nodes, folders):
     ],
     ids=["full disk", "read-only folder"],
 )
-def test_what_the_disk_refuses_is_told_in_words(nodes, folders, monkeypatch, fails, error, words):
+def test_errors_of_the_disk_are_reported(nodes, folders, monkeypatch, fails, error, words):
     def refuse(*_, **__):
         raise error
 
@@ -194,15 +194,15 @@ def test_what_the_disk_refuses_is_told_in_words(nodes, folders, monkeypatch, fai
 
 
 def test_the_shared_workflow_makes_the_catalogue_once(server):
-    """With a file that is no picture among the things, and a thing that is no square."""
+    """With a file that is not a picture, and a content image that is not square."""
     root, output = server.base / "input" / "shop", server.base / "output" / "shop"
-    for folder in ("things", "looks"):
+    for folder in ("subjects", "styles"):
         (root / folder).mkdir(parents=True)
-    Image.open(IMAGES / "crown-flat.png").crop((0, 0, 128, 64)).save(root / "things" / "crown.png")
-    shutil.copy(IMAGES / "umbrella-high-contrast.png", root / "looks" / "ink.png")
-    (root / "things" / "bad.png").write_bytes(b"")
+    Image.open(IMAGES / "crown-flat.png").crop((0, 0, 128, 64)).save(root / "subjects" / "crown.png")
+    shutil.copy(IMAGES / "umbrella-high-contrast.png", root / "styles" / "ink.png")
+    (root / "subjects" / "bad.png").write_bytes(b"")
     prompt = json.loads((ROOT / "workflows" / "api" / "catalogue_demo.json").read_text(encoding="utf-8"))
-    changes = {"contents": "shop/things", "styles": "shop/looks", "catalogue": "shop", "run": "all pairs in one run"}
+    changes = {"contents": "shop/subjects", "styles": "shop/styles", "catalogue": "shop", "run": "all pairs in one run"}
     changes |= {"steps": 2, "transition_step": 1, "rank": 4, "style_strength": 0.75, "seed": 5}
     for node in prompt.values():
         node["inputs"] |= {name: value for name, value in changes.items() if name in node["inputs"]}
@@ -218,7 +218,7 @@ def test_the_shared_workflow_makes_the_catalogue_once(server):
     assert (made.steps, made.style_strength, made.seed) == (2, 0.75, 5)
     assert (made.content, made.style) == ("crown.png", "ink.png")
     assert made.content_adapter.startswith("stage image, image_hash ")
-    assert results["shop/things/bad.png"].error == "bad.png is empty (0 bytes). Copy it again."
+    assert results["shop/subjects/bad.png"].error == "bad.png is empty (0 bytes). Copy it again."
     assert server.images(server.run(prompt)) == []
     assert "Everything is done" not in server.log  # the bad one is not
     assert ResultsSheet(output / "results.csv").read() == results

@@ -95,7 +95,7 @@ def gate(nodes, pictures, scores, **bounds):
     return nodes.Gate.execute(pictures, scores, **{**everything, **bounds}).result
 
 
-def test_the_gate_parts_pictures_and_says_why(nodes, owls):
+def test_the_gate_splits_pictures_and_says_why(nodes, owls):
     pictures, scores = owls
     accepted, rejected, reasons = gate(nodes, pictures, scores, min_edges=0.9, min_silhouette=0.9)
     assert torch.equal(accepted, pictures[1:]) and torch.equal(rejected, pictures[:1])

@@ -477,7 +477,7 @@ def test_inpainting_keeps_what_the_mask_leaves_out(sampler, guide, pack, loras):
 # Structure lock
 
 
-def test_a_locked_picture_comes_back_when_the_same_model_restores_it(guide, pack):
+def test_a_locked_picture_comes_back_when_the_same_model_reconstructs_it(guide, pack):
     """Euler inversion is undone by as many Euler steps, the closer the finer they are."""
     from demo_model import model as demo
 
@@ -489,8 +489,8 @@ def test_a_locked_picture_comes_back_when_the_same_model_restores_it(guide, pack
     def error(steps):
         sigmas = sampling.ksampler_sigmas(model, steps, "euler", "karras", 1.0)
         inverted = sampling.invert(guider, latent, sigmas)
-        restored = sampling.sample(guider, inverted, 0, "euler", sigmas, noised=True)
-        return relative_error(restored["samples"], latent["samples"])
+        reconstructed = sampling.sample(guider, inverted, 0, "euler", sigmas, noised=True)
+        return relative_error(reconstructed["samples"], latent["samples"])
 
     assert error(40) < 0.5 * error(10)
     assert error(40) < 0.1

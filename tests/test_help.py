@@ -1,4 +1,4 @@
-"""Node help and node texts in three languages: whole, up to date, and where the frontend looks for them."""
+"""Node help and node texts in three languages: whole, up to date, and where the frontend expects them."""
 
 import json
 import re

@@ -26,10 +26,9 @@ def authors_lora(*roles: str) -> ImageLora:
 
 
 @pytest.fixture(scope="module")
-def ask():
+def ask(host):
     """Asks a diffusers UNet for its prediction."""
-    tensors = run("stage1_content")
-    cond = tensors["prompt_embeds"], tensors["pooled_prompt_embeds"], tensors["time_ids"][None]
+    tensors, (_, _, cond) = run("stage1_content"), host
 
     def ask(unet):
         with torch.no_grad():

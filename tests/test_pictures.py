@@ -103,7 +103,7 @@ def floating_point(path):
 
 @pytest.mark.parametrize("damage", [empty, cut_off, only_a_head, words, a_program, a_folder, floating_point])
 @pytest.mark.parametrize("name", ["a.png", "a.jpg"])
-def test_a_bad_file_is_told_by_name(tmp_path, damage, name):
+def test_a_bad_file_is_reported_by_name(tmp_path, damage, name):
     path = tmp_path / name
     Image.effect_noise((40, 40), 50).save(path)
     damage(path)
@@ -135,7 +135,8 @@ def test_bytes_are_bounded(tmp_path, monkeypatch):
 
 @pytest.fixture
 def root(tmp_path):
-    for name in ("things/b.PNG", "things/A.jpg", "things/readme.txt", "things/sub/c.png", "looks/ink.png", "other.png"):
+    names = "subjects/b.PNG subjects/A.jpg subjects/readme.txt subjects/sub/c.png styles/ink.png other.png"
+    for name in names.split():
         path = tmp_path / "input" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(b"x")
@@ -143,14 +144,18 @@ def root(tmp_path):
 
 
 def test_folders_and_files_are_found_in_order_and_once(root):
-    found = find_pictures(root, "things\n\n other.png \nthings/A.jpg")
-    assert [path.relative_to(root).as_posix() for path in found.paths] == ["things/A.jpg", "things/b.PNG", "other.png"]
+    found = find_pictures(root, "subjects\n\n other.png \nsubjects/A.jpg")
+    assert [path.relative_to(root).as_posix() for path in found.paths] == [
+        "subjects/A.jpg",
+        "subjects/b.PNG",
+        "other.png",
+    ]
     assert found.problems == {}
 
 
-def test_what_cannot_be_found_is_told(root):
+def test_what_cannot_be_found_is_reported(root):
     (root / "none").mkdir()
-    found = find_pictures(root, "things\nnone\nnowhere\n../x\n/etc")
+    found = find_pictures(root, "subjects\nnone\nnowhere\n../x\n/etc")
     assert len(found.paths) == 2
     assert [text.split(",")[0][:30] for text in found.problems.values()] == [
         "there are no pictures in " + str(root)[:5],
@@ -160,10 +165,10 @@ def test_what_cannot_be_found_is_told(root):
     ]
 
 
-def test_a_link_that_leads_out_is_passed_over(root):
+def test_a_link_that_leads_out_is_skipped(root):
     (root.parent / "secret.png").write_bytes(b"x")
-    (root / "things" / "z.png").symlink_to(root.parent / "secret.png")
-    found = find_pictures(root, "things")
+    (root / "subjects" / "z.png").symlink_to(root.parent / "secret.png")
+    found = find_pictures(root, "subjects")
     assert [path.name for path in found.paths] == ["A.jpg", "b.PNG"]
     assert "it is a link that leads out of the folder input" in found.problems["z.png"]
 
@@ -184,6 +189,6 @@ def test_names_are_portable_and_no_two_the_same(root):
 
 def test_another_picture_has_another_key(root):
     (root / "other.png").write_bytes(b"y")
-    one, other = root / "things" / "A.jpg", root / "other.png"
-    assert picture_key(one, one) == picture_key(one, root / "things" / "b.PNG")
+    one, other = root / "subjects" / "A.jpg", root / "other.png"
+    assert picture_key(one, one) == picture_key(one, root / "subjects" / "b.PNG")
     assert len({picture_key(one, other), picture_key(other, one), picture_key(one), picture_key(other)}) == 4

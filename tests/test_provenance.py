@@ -81,7 +81,7 @@ def test_what_is_remembered_has_a_limit(pack, lora, monkeypatch):
 
 def test_a_saved_picture_tells_its_loras_also_when_sampling_was_remembered(server, trained):
     prompt = quick("dual_guidance_demo", steps=1, content_strength=0.75)
-    first = told(server, prompt)
+    first = recorded(server, prompt)
     (record,) = first.values()
     assert record["content_strength"] == 0.75
     for image, words in (("content", "A [c]"), ("style", "An image in the style of [v]")):
@@ -92,10 +92,10 @@ def test_a_saved_picture_tells_its_loras_also_when_sampling_was_remembered(serve
     renamed = {**prompt}
     (result,) = [node for node, one in prompt.items() if one["class_type"] == "SaveImage"]
     renamed[result] = {**prompt[result], "inputs": {**prompt[result]["inputs"], "filename_prefix": "renamed"}}
-    assert told(server, renamed) == first
+    assert recorded(server, renamed) == first
 
 
-def told(server, prompt: dict) -> dict:
+def recorded(server, prompt: dict) -> dict:
     (file,) = server.images(server.run(prompt))
     with Image.open(file) as image:
         return json.loads(image.text["consislora"])

@@ -55,7 +55,7 @@ def test_jobs_without_a_name_get_one_each(tmp_path):
     assert [job.name for job in jobs] == ["x__y", "X__y_2", "x__y_3", "x__y_4"]
 
 
-def test_all_problems_are_told_at_once(tmp_path):
+def test_all_problems_are_reported_together(tmp_path):
     text = (
         "content,style,name,seed,content_strength,sead\na.png,b.png,x,1.5,strong,\n,b.png,../x,,nan,3\n\n"
         "a.png,b.png,same,,,\na.png,b.png,Same,,,\n"
@@ -99,12 +99,12 @@ def test_a_long_list_of_problems_is_cut(tmp_path):
         ("jobs.json", '[{"content": "a", "style": "b", "cfg": 1' + "0" * 400 + "}]", "column cfg: 10"),
     ],
 )
-def test_what_is_no_sheet_is_told_in_words(tmp_path, name, text, words):
+def test_what_is_no_sheet_is_reported(tmp_path, name, text, words):
     with pytest.raises(ValueError, match=words):
         read_jobs(sheet(tmp_path, text, name))
 
 
-def test_another_encoding_a_missing_and_a_huge_sheet_are_told_in_words(tmp_path, monkeypatch):
+def test_another_encoding_a_missing_and_a_huge_sheet_are_reported(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="Save it as CSV UTF-8"):
         read_jobs(sheet(tmp_path, "content,style\n\u732b,b", encoding="shift_jis"))
     with pytest.raises(ValueError, match="none.csv cannot be read: No such file"):
@@ -155,7 +155,7 @@ def test_a_column_that_a_person_added_stays(tmp_path):
     assert ",nice" in results.path.read_text("utf-8-sig")
 
 
-def test_a_sheet_that_was_damaged_by_hand_is_told_and_left_alone(tmp_path):
+def test_a_sheet_that_was_damaged_by_hand_is_reported_and_left_alone(tmp_path):
     results = ResultsSheet(sheet(tmp_path, "name,seed\n,1\ncup,x\n", "results.csv"))
     with pytest.raises(
         ValueError, match="results.csv has 2 problems:\n- row 2, column name(.|\n)*- row 3, column seed: 'x'"
@@ -196,7 +196,7 @@ def test_a_refused_write_leaves_the_earlier_sheet(results, monkeypatch):
     assert sorted(path.suffix for path in results.path.parent.iterdir()) == sorted([results.path.suffix, ".lock"])
 
 
-def test_a_full_sheet_is_told(results, monkeypatch):
+def test_a_full_sheet_is_reported(results, monkeypatch):
     results.record([CUP])
     monkeypatch.setattr(sheets, "MAX_ROWS", 1)
     with pytest.raises(ValueError, match="Go on in another folder"):

@@ -81,10 +81,10 @@ def read(content: bytes) -> tuple[str, dict]:
 def test_saved_pictures_are_signed_and_tell_what_made_them(pack, sign, monkeypatch):
     for file in saved(pack, sign, monkeypatch):
         state, manifest = read(file.read_bytes())
-        told = {assertion["label"]: assertion["data"] for assertion in manifest["assertions"]}
+        assertions = {assertion["label"]: assertion["data"] for assertion in manifest["assertions"]}
         assert state == "Valid"
-        assert told["io.github.consislora"] == RECORD
-        assert told["c2pa.actions.v2"]["actions"][0]["digitalSourceType"].endswith("trainedAlgorithmicMedia")
+        assert assertions["io.github.consislora"] == RECORD
+        assert assertions["c2pa.actions.v2"]["actions"][0]["digitalSourceType"].endswith("trainedAlgorithmicMedia")
         with Image.open(file) as picture:
             assert json.loads(picture.text["consislora"]) == RECORD and "workflow" in picture.text
 

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from reference import INDEX, comfy_conditioning, comfy_model, relative_error, run
+from reference import INDEX, comfy_conditioning, comfy_model, flat, relative_error, run
 
 TENSORS = run("stage1_content")
 FEW_STEPS = dict(steps=3, transition_step=2, learning_rate=1e-3, reconstruction_learning_rate=1e-3, rank=2, seed=0)
@@ -51,43 +51,22 @@ def train_style(nodes, model, content_lora, **changes):
         return nodes.TrainStyle.execute(model, content_lora=content_lora, noise_offset=0.03, **given).result
 
 
+PATCHER = ("patches", "object_patches", "injections", "wrappers", "callbacks", "hook_patches", "model_options",
+           "attachments")  # fmt: skip
+
+
 def everything_about(model):
     """All that training could have left behind, in a form that compares."""
-    base = model.model
-    layers = {}
+    base, layers = model.model, {}
     for name, module in base.named_modules():
         hooks = {key: dict(value) for key, value in vars(module).items() if key.endswith("_hooks")}
-        plain = {
-            key: value for key, value in vars(module).items() if not key.startswith("_") and not torch.is_tensor(value)
-        }
+        plain = {key: v for key, v in vars(module).items() if not key.startswith("_") and not torch.is_tensor(v)}
         layers[name] = (type(module), list(module._modules), hooks, plain, module.training)
-    tensors = {
-        name: (
-            id(p),
-            p.data_ptr(),
-            p.dtype,
-            p.requires_grad,
-            p.is_inference(),
-            p.grad is None,
-            hashlib.sha256(p.detach().float().numpy().tobytes()).hexdigest(),
-        )
-        for name, p in [*base.named_parameters(), *base.named_buffers()]
-    }
-    patcher = {
-        key: (len(value) if hasattr(value, "__len__") else value)
-        for key, value in vars(model).items()
-        if key
-        in (
-            "patches",
-            "object_patches",
-            "injections",
-            "wrappers",
-            "callbacks",
-            "hook_patches",
-            "model_options",
-            "attachments",
-        )
-    }
+    tensors = {}
+    for name, p in [*base.named_parameters(), *base.named_buffers()]:
+        digest = hashlib.sha256(p.detach().float().numpy().tobytes()).hexdigest()
+        tensors[name] = (id(p), p.data_ptr(), p.dtype, p.requires_grad, p.is_inference(), p.grad is None, digest)
+    patcher = {key: len(v) if hasattr(v, "__len__") else v for key, v in vars(model).items() if key in PATCHER}
     return layers, tensors, patcher, torch.is_grad_enabled(), torch.is_inference_mode_enabled()
 
 
@@ -104,21 +83,10 @@ def loaded_model(**kind):
 def picture(model):
     import comfy.sample
 
-    positive = comfy_conditioning(TENSORS)
+    prompts, latent = [comfy_conditioning(TENSORS)] * 2, torch.zeros(1, 4, 16, 16)
+    how = 2, 3.0, "euler", "normal"
     with torch.inference_mode():
-        return comfy.sample.sample(
-            model,
-            torch.ones(1, 4, 16, 16),
-            2,
-            3.0,
-            "euler",
-            "normal",
-            positive,
-            positive,
-            torch.zeros(1, 4, 16, 16),
-            disable_pbar=True,
-            seed=1,
-        )
+        return comfy.sample.sample(model, latent + 1, *how, *prompts, latent, disable_pbar=True, seed=1)
 
 
 def test_a_pair_is_trained(nodes):
@@ -183,7 +151,7 @@ def test_a_torch_without_onednn_trains_alike(nodes, pack, store, monkeypatch):
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
-def test_lean_trains_the_same_bits_as_fast_and_keeps_less_for_the_way_back(nodes, comfy, store, precision):
+def test_lean_trains_the_same_bits_as_fast_and_saves_fewer_tensors_for_backward(nodes, comfy, store, precision):
     model, trained, kept = comfy_model(), {}, {}
     for memory in ("fast", "lean"):
         sizes = []
@@ -316,22 +284,11 @@ def sd15_model():
     import comfy.model_patcher
     import comfy.supported_models
 
-    config = comfy.supported_models.SD15(
-        dict(
-            image_size=32,
-            in_channels=4,
-            out_channels=4,
-            model_channels=32,
-            num_res_blocks=[1, 1],
-            channel_mult=[1, 2],
-            transformer_depth=[1, 0],
-            transformer_depth_output=[1, 1, 0, 0],
-            transformer_depth_middle=0,
-            context_dim=64,
-            use_spatial_transformer=True,
-            legacy=False,
-        )
-    )
+    config = comfy.supported_models.SD15(dict(
+        image_size=32, in_channels=4, out_channels=4, model_channels=32, num_res_blocks=[1, 1], channel_mult=[1, 2],
+        transformer_depth=[1, 0], transformer_depth_output=[1, 1, 0, 0], transformer_depth_middle=0, context_dim=64,
+        use_spatial_transformer=True, legacy=False,
+    ))  # fmt: skip
     config.unet_config.update(num_heads=2, num_head_channels=-1)
     config.set_inference_dtype(torch.float32, None)
     return comfy.model_patcher.ModelPatcher(config.get_model({}), torch.device("cpu"), torch.device("cpu"))
@@ -589,11 +546,6 @@ def train_each(nodes, model, *shifts, **changes):
         return nodes.TrainImages.execute(model, **inputs(**{**given, **changes})).result[0]
 
 
-def weights(lora):
-    parts = (part for _, part in sorted(lora.parts.items()))
-    return torch.cat([side.flatten() for part in parts for _, layer in sorted(part.items()) for side in layer[:2]])
-
-
 def test_each_image_gets_the_lora_it_would_get_alone_and_is_never_trained_again(nodes, comfy, steps, store):
     rates = dict(learning_rate=2e-4, reconstruction_learning_rate=1e-4)
     model = comfy_model()
@@ -604,7 +556,7 @@ def test_each_image_gets_the_lora_it_would_get_alone_and_is_never_trained_again(
     each = train_each(nodes, model, 0, 1, 2, 0)
     assert steps == [1, 2, 3]
     for ours, theirs in zip(each, [*alone, alone[0]], strict=True):
-        assert relative_error(weights(ours), weights(theirs)) < 1e-4
+        assert relative_error(flat(ours.parts), flat(theirs.parts)) < 1e-4
         assert ours.metadata == theirs.metadata
     train_each(nodes, model, 2, 1, 0)
     train_image(nodes, model, latent=images(2), **rates)
@@ -654,7 +606,7 @@ def test_a_loss_that_is_not_finite_keeps_the_last_good_checkpoint(nodes, pack, c
     assert bits(lora) == bits(whole)
 
 
-def test_out_of_memory_is_told_with_advice_and_frees_all_and_the_next_training_works(
+def test_out_of_memory_is_reported_with_advice_and_frees_all_and_the_next_training_works(
     nodes, pack, comfy, steps, store, monkeypatch
 ):
     monkeypatch.setattr(pack.host.training_run, "CHECKPOINT_EVERY", 2)
@@ -675,10 +627,10 @@ def test_out_of_memory_is_told_with_advice_and_frees_all_and_the_next_training_w
         broken.setattr(model.model, "apply_model", exhausted)
         with pytest.raises(
             comfy.model_management.OOM_EXCEPTION, match="128 x 128 pixels.*Close what else uses"
-        ) as told:
+        ) as caught:
             train_image(nodes, model, steps=6)
     assert [one() for one in held] == [None]
-    assert told.value.__context__ is None
+    assert caught.value.__context__ is None
     assert everything_about(model) == before
     lora, *_ = train_image(nodes, model, steps=6)
     assert steps == [1, 2, 3, 3, 4, 5, 6]
@@ -698,7 +650,7 @@ def test_where_saving_takes_long_it_is_done_seldom(nodes, pack, comfy, store, mo
     assert saved == [1]
 
 
-def test_a_folder_that_cannot_be_written_is_told_once_and_the_lora_still_comes_out(
+def test_a_folder_that_cannot_be_written_is_reported_once_and_the_lora_still_comes_out(
     nodes, pack, comfy, steps, store, monkeypatch, caplog
 ):
     monkeypatch.setattr(pack.host.training_run, "CHECKPOINT_EVERY", 1)

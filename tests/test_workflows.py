@@ -120,7 +120,7 @@ def test_the_grid_shows_every_pair_and_each_picture_is_another(server, trained):
     assert len({Image.open(file).tobytes() for file in single}) == 9
 
 
-def test_four_pictures_are_parted(server, trained):
+def test_four_pictures_are_split(server, trained):
     saved = server.images(server.run(quick("evaluate_and_gate_demo", steps=1)))
     assert sum(file.name.startswith(("consislora_accepted", "consislora_rejected")) for file in saved) == 4
 

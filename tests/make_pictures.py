@@ -1,4 +1,4 @@
-"""`python tests/pictures.py WORK`: makes the pictures of the template browser, the help pages and the README.
+"""`python tests/make_pictures.py WORK`: makes the pictures of the template browser, the help pages and the README.
 
 It runs every demo workflow as it is, in a real ComfyUI, and looks at some of them in a real browser. WORK keeps
 ComfyUI's folders, so that a second run trains nothing anew; the first takes some fifteen minutes on one CPU core.
@@ -170,5 +170,5 @@ def main(work: Path) -> None:
 
 if __name__ == "__main__":
     if len(sys.argv) != 2:
-        sys.exit("Usage: python tests/pictures.py WORK")
+        sys.exit("Usage: python tests/make_pictures.py WORK")
     main(Path(sys.argv[1]))
