@@ -10,7 +10,8 @@ async def comfy_entrypoint():
     """What ComfyUI calls to get the nodes."""
     from comfy_api.latest import ComfyExtension
 
-    from .nodes import NODES, provenance
+    from .host import provenance
+    from .nodes import NODES
 
     provenance.listen()
 

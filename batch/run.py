@@ -12,13 +12,14 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from batch.crew import Crew, Lost
-from batch.maker import Maker, Order
-from batch.server import Refused, Server, Unreachable
-from batch.workflow import ADAPTERS, Workflow, catalogue_folder, filled, mismatched, refused
-from consislora_core import catalog
-from consislora_core.catalog import Job, Result, ResultsSheet
-from consislora_core.files import inside, written_whole
+from batch.comfy_client import ComfyClient, Refused, Unreachable
+from batch.fill_workflow import LORAS, Workflow, catalogue_folder, fill_workflow, lora_problems, server_problems
+from batch.job_runner import JobRunner, Order
+from batch.scheduler import Scheduler, WorkerLost
+from catalogue.names import inside
+from catalogue.pictures import open_picture, picture_key
+from catalogue.sheets import RESULTS, Job, Result, ResultsSheet, error_text, read_jobs
+from consislora_core.files import written_whole
 
 ROOT = Path(__file__).resolve().parent.parent
 WORKFLOWS = ROOT / "workflows" / "api"
@@ -27,27 +28,29 @@ THIS = [sys.executable, str(COMFYUI)]
 
 
 def main(arguments: list[str] | None = None) -> int | str:
-    """What the program ends with: 0, 1 if jobs failed, or in words why it could not go on."""
-    options = parsed(arguments)
+    """The exit status: 0, 1 if jobs failed, or a text that says why the program could not go on."""
+    options = parse(arguments)
     try:
         return asyncio.run(run(options))
     except KeyboardInterrupt:
-        at_work = "Its jobs at hand were cut off" if options.workers else "The server finishes the job it is at"
-        return f"Stopped. {at_work}; the same command goes on from here."
+        what = "Its running jobs were cut off" if options.workers else "The server finishes its running job"
+        return f"Stopped. {what}; the same command goes on from here."
     except Unreachable as error:
         return f"{error} Start ComfyUI, or name its address with --server. The same command goes on from here."
-    except Lost as error:
+    except WorkerLost as error:
         return f"{error}\nThe same command goes on from here."
     except OSError as error:
         what = f"{error.filename or options.sheet}: {error.strerror or error}"
-        return f"{what}. Once that is mended, the same command goes on."
+        return f"{what}. Once that is fixed, the same command goes on."
     except (ValueError, Refused) as error:
         return str(error)
 
 
-def parsed(arguments: list[str] | None) -> argparse.Namespace:
+def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python batch", description=__doc__)
-    parser.add_argument("sheet", type=Path, help="CSV or JSON, a row a picture: content, style, and what else differs")
+    parser.add_argument(
+        "sheet", type=Path, help="CSV or JSON, one picture a line: content, style, and what else differs"
+    )
     parser.add_argument("--server", type=address, default="127.0.0.1:8188", metavar="URL", help="default: %(default)s")
     parser.add_argument("--output", type=Path, metavar="DIR", help="where pictures go (default: beside the sheet)")
     parser.add_argument(
@@ -58,19 +61,22 @@ def parsed(arguments: list[str] | None) -> argparse.Namespace:
         help="API form, with Load and Save Catalogue (default: %(default)s)",
     )
     parser.add_argument("--checkpoint", metavar="NAME", help="the base model, as Load Checkpoint lists it")
-    parser.add_argument("--dry-run", action="store_true", help="only check every job, and tell all problems")
+    parser.add_argument("--dry-run", action="store_true", help="only check every job, and report all problems")
     parser.add_argument(
-        "--patience", type=float, default=3600, metavar="S", help="how long to wait for a server that is away"
+        "--patience", type=float, default=3600, metavar="S", help="how long to wait for a server that does not answer"
     )
     parser.add_argument(
-        "--workers", type=int, metavar="N", help="instead of a server: start as many ComfyUIs, on all machines of Ray"
+        "--workers",
+        type=int,
+        metavar="N",
+        help="instead of a server: start this many ComfyUIs, on all machines of a Ray cluster",
     )
     parser.add_argument(
         "--comfyui",
         type=shlex.split,
         default=THIS,
         metavar="COMMAND",
-        help="what starts a worker's ComfyUI (default: the one that this pack is in), "
+        help="starts a worker's ComfyUI (default: the one that this pack is in), "
         "as in 'python /srv/ComfyUI/main.py --lowvram'",
     )
     return parser.parse_args(arguments)
@@ -81,67 +87,68 @@ def address(text: str) -> str:
 
 
 async def run(options: argparse.Namespace) -> int:
-    """Raises ValueError that tells every problem, before any job is sent."""
-    jobs = catalog.read_jobs(options.sheet)
+    """Runs all jobs. Raises ValueError that lists every problem, before any job is sent."""
+    jobs = read_jobs(options.sheet)
     workflow = read_workflow(options.workflow, options.checkpoint)
     output = options.output or options.sheet.with_name(f"{options.sheet.stem}_results")
     batch = Batch(workflow, options.sheet, output)
     if problems := batch.local_problems(jobs):
-        raise ValueError(catalog.told(options.sheet.name, problems))
-    async with makers(options) as place:
+        raise ValueError(error_text(options.sheet.name, problems))
+    async with job_runner(options) as runner:
         try:
-            problems = await batch.server_problems(jobs, place.get)
+            problems = await batch.server_problems(jobs, runner.get)
         except Unreachable as error:
             if not options.dry_run:
                 raise
             print(f"{error} The jobs are not checked against it.")
         if problems:
-            raise ValueError(catalog.told(options.sheet.name, problems))
+            raise ValueError(error_text(options.sheet.name, problems))
         if options.dry_run:
             print(f"{len(jobs)} jobs, no problems found.")
             return 0
-        return await batch.make_all(jobs, place)
+        return await batch.run_all(jobs, runner)
 
 
 @asynccontextmanager
-async def makers(options: argparse.Namespace) -> AsyncIterator[Maker | Crew]:
-    """What makes the pictures: a server, or workers."""
+async def job_runner(options: argparse.Namespace) -> AsyncIterator[JobRunner | Scheduler]:
+    """What runs the jobs: one server, or workers."""
     if options.workers:
         if options.comfyui == THIS and not COMFYUI.exists():
             raise ValueError(f"There is no {COMFYUI}. Say with --comfyui what starts ComfyUI.")
         try:
-            from batch import cluster
+            from batch.ray_workers import ray_scheduler
         except ImportError:
             raise ValueError('--workers needs Ray. In this pack\'s folder: pip install ".[cluster]"') from None
-        async with cluster.crew(options.workers, options.comfyui, tqdm.write) as crew:
-            yield crew
+        async with ray_scheduler(options.workers, options.comfyui, tqdm.write) as scheduler:
+            yield scheduler
     else:
-        async with Server(options.server, 0 if options.dry_run else options.patience, tqdm.write) as server:
-            yield Maker(server, tqdm.write)
+        async with ComfyClient(options.server, 0 if options.dry_run else options.patience, tqdm.write) as client:
+            yield JobRunner(client, tqdm.write)
 
 
 def read_workflow(path: Path, checkpoint: str | None) -> Workflow:
+    """A workflow in API form, with another checkpoint if one is named. Raises ValueError for another kind of file."""
     try:
         workflow = json.loads(path.read_text(encoding="utf-8"))
         loaders = [node for node in workflow.values() if "ckpt_name" in node["inputs"]]
     except (ValueError, KeyError, TypeError, AttributeError):
-        raise ValueError(f"{path} is no workflow in API form. In ComfyUI use File > Export (API).") from None
+        raise ValueError(f"{path} is not a workflow in API form. In ComfyUI use File > Export (API).") from None
     for node in loaders if checkpoint else []:
         node["inputs"]["ckpt_name"] = checkpoint
     return workflow
 
 
 class Batch:
-    """The jobs of a sheet, made into orders, and their results. output: folder of the results."""
+    """Turns the jobs of a sheet into orders, and saves their results in the folder `output`."""
 
     def __init__(self, workflow: Workflow, sheet: Path, output: Path):
         self.workflow, self.folder, self.output = workflow, sheet.parent, output
-        self.there = catalogue_folder(sheet.stem)  # on the server
-        self.names: dict[str, str] = {}  # of pictures on the server, by what the sheet calls them
+        self.server_folder = catalogue_folder(sheet.stem)
+        self.names: dict[str, str] = {}  # of pictures on the server, by their name in the sheet
         self.metadata: dict[str, dict] = {}  # of LoRA files on the server, by name
 
     def local_problems(self, jobs: list[Job]) -> list[str]:
-        """Pictures that do not open, and what the workflow cannot do."""
+        """Pictures that do not open, and jobs that the workflow cannot do."""
         problems: dict[str, str] = {}
         for job in jobs:
             for column in ("content", "style"):
@@ -154,38 +161,38 @@ class Batch:
         found = list(problems.values())
         for job in jobs:
             try:
-                filled(self.workflow, job, "", "", self.there, {})
+                fill_workflow(self.workflow, job, "", "", self.server_folder, {})
             except ValueError as error:
                 found.append(f"{job.name}: {error}")
         return found
 
     async def server_problems(self, jobs: list[Job], get: Callable[..., Awaitable]) -> list[str]:
-        """What the server would not take. For jobs that have no `local_problems`. get: asks the server."""
+        """What the server would refuse, for jobs without `local_problems`. get: reads from the server."""
         info = await get("/object_info")
         if info is None:
             return ["at the server's address is no ComfyUI. Name the right one with --server."]
-        for name in {getattr(job, column) for job in jobs for column in ADAPTERS} - {None}:
+        for name in {getattr(job, column) for job in jobs for column in LORAS} - {None}:
             self.metadata[name] = await get("/view_metadata/loras", filename=name) or {}
         found = {}
         for job in jobs:
-            for problem in [*refused(self.order(job).prompt, info), *mismatched(job, self.metadata)]:
-                found.setdefault(problem, f"{job.name}: {problem}")  # of the workflow itself, said once
+            for problem in [*server_problems(self.order(job).workflow, info), *lora_problems(job, self.metadata)]:
+                found.setdefault(problem, f"{job.name}: {problem}")  # one line for a problem of the workflow itself
         return list(found.values())
 
     def order(self, job: Job) -> Order:
         content, style = self.names[job.content], self.names[job.style]
-        prompt, key = filled(self.workflow, job, content, style, self.there, self.metadata)
+        workflow, key = fill_workflow(self.workflow, job, content, style, self.server_folder, self.metadata)
         return Order(
             Result(job.name, key, job.content, job.style),
-            prompt,
-            self.there,
+            workflow,
+            self.server_folder,
             {content: self.folder / job.content, style: self.folder / job.style},
             frozenset([f"content {job.content_lora or content}", f"style {job.style_lora or style}"]),
         )
 
-    async def make_all(self, jobs: list[Job], place: Maker | Crew) -> int:
-        """Makes what is not done; 1 if any failed."""
-        sheet, failed = ResultsSheet(self.output / catalog.RESULTS), []
+    async def run_all(self, jobs: list[Job], runner: JobRunner | Scheduler) -> int:
+        """Runs the jobs that are not done; 1 if any failed."""
+        sheet, failed = ResultsSheet(self.output / RESULTS), []
         with tqdm(total=len(jobs), unit="job") as bar:
 
             def keep(result: Result, picture: bytes | None) -> None:
@@ -195,7 +202,7 @@ class Batch:
                     bar.write(f"{result.name}: {result.error}")
                 bar.update()
 
-            await place.make_all(self.left(jobs, sheet.read(), bar), keep, bar.set_postfix_str)
+            await runner.run_all(self.left(jobs, sheet.read(), bar), keep, bar.set_postfix_str)
         print(
             f"{len(jobs) - len(failed)} of {len(jobs)} are in {self.output}.",
             *["Failed ones are in its sheet."] * bool(failed),
@@ -203,15 +210,16 @@ class Batch:
         return int(bool(failed))
 
     def left(self, jobs: list[Job], results: dict[str, Result], bar: tqdm) -> Iterator[Order]:
+        """The orders of the jobs that are not done."""
         for job in jobs:
             order = self.order(job)
-            if job.name in results and results[job.name].done(order.result.key, self.output):
+            if job.name in results and results[job.name].is_done(order.result.key, self.output):
                 bar.update()
             else:
                 yield order
 
     def saved(self, result: Result, picture: bytes) -> Result:
-        """Raises OSError."""
+        """Writes a picture; the result with its file's name. Raises OSError."""
         path = inside(self.output, f"{result.name}.png")
         path.parent.mkdir(parents=True, exist_ok=True)
         with written_whole(path) as unfinished:
@@ -220,6 +228,6 @@ class Batch:
 
 
 def server_name(picture: Path) -> str:
-    """What a picture is called on the server: by its bytes. Raises ValueError for one that does not open."""
-    catalog.open_picture(picture)
-    return catalog.picture_key(picture) + picture.suffix.lower()
+    """The name of a picture on the server, by its bytes. Raises ValueError for one that does not open."""
+    open_picture(picture)
+    return picture_key(picture) + picture.suffix.lower()

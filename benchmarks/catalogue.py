@@ -1,8 +1,8 @@
-"""`python benchmarks/catalogue.py [--jobs 200]`: a long sheet through the real queue, with adapters trained before.
+"""`python benchmarks/catalogue.py [--jobs 200]`: a long sheet through the real queue, with LoRAs trained before.
 
-A ComfyUI with the demo model makes every job of a sheet as `python batch` asks it to. Told at the end: whether every
-picture and row is there, by how much the server's memory after all jobs differs from that after half of them, and how
-much longer a job took in the last fifth than in the first; written to benchmarks/results/catalogue.md as well. Exits
+A ComfyUI with the demo model makes every job of a sheet as `python batch` sends it. Reports, also in
+benchmarks/results/catalogue.md: whether every picture and entry is there, by how much the server's memory after all
+jobs differs from that after half of them, and how much longer a job took in the last fifth than in the first. Exits
 with 1 if something is missing, or memory differs by more than 2 %.
 """
 
@@ -25,7 +25,7 @@ REPORT = ROOT / "benchmarks" / "results" / "catalogue.md"
 
 
 def lay_out(folder: Path, jobs: int) -> Path:
-    """The sheet, with its pictures beside it. The first job trains; its adapters serve all."""
+    """Writes the sheet, with its pictures beside it. The first job trains the LoRAs of all."""
     for name in PICTURES:
         (folder / name).write_bytes((ROOT / "demo" / "images" / name).read_bytes())
     with (folder / "jobs.csv").open("w", newline="") as file:
@@ -36,55 +36,46 @@ def lay_out(folder: Path, jobs: int) -> Path:
 
 
 def measure(count: int, folder: Path) -> bool:
-    """Print and write down what was found; whether all is there and within bounds."""
+    """Prints and saves the report; whether all is there and within bounds."""
     sys.path[:1] = [str(ROOT), str(ROOT / "tests")]  # python put benchmarks/ there
     import psutil
     from prompts import two_steps
 
-    from batch.maker import Maker
+    from batch.comfy_client import ComfyClient
+    from batch.job_runner import JobRunner
     from batch.run import Batch
-    from batch.server import Server
-    from consislora_core import catalog
+    from benchmarks.common import comfyui_version, template
+    from catalogue.sheets import RESULTS, ResultsSheet, read_jobs
     from demo.server import ComfyServer
 
     sheet = lay_out(folder, count)
-    jobs, output = catalog.read_jobs(sheet), folder / "results"
+    jobs, output = read_jobs(sheet), folder / "results"
     with ComfyServer(folder / "comfyui", Path(os.environ["COMFYUI_PATH"])) as comfyui:
         (process,) = (child for child in psutil.Process().children() if "main.py" in " ".join(child.cmdline()))
 
-        async def make(some: list) -> int:
-            async with Server(comfyui.url, patience=60) as server:
+        async def run(half: list) -> int:
+            async with ComfyClient(comfyui.url, patience=60) as client:
                 batch = Batch(two_steps("catalogue_demo"), sheet, output)
-                assert batch.local_problems(some) == []
-                await batch.make_all(some, Maker(server))
+                assert batch.local_problems(half) == []
+                await batch.run_all(half, JobRunner(client))
             return process.memory_info().rss
 
-        sizes = [asyncio.run(make(part)) for part in (jobs[: count // 2], jobs[count // 2 :])]
-    results = catalog.ResultsSheet(output / catalog.RESULTS).read()
-    present = [job for job in jobs if results[job.name].done(results[job.name].key, output)]
+        sizes = [asyncio.run(run(part)) for part in (jobs[: count // 2], jobs[count // 2 :])]
+    results = ResultsSheet(output / RESULTS).read()
+    present = [job for job in jobs if results[job.name].is_done(results[job.name].key, output)]
     seconds = [results[job.name].seconds for job in jobs]
     fifth = max(1, count // 5)
     late, early = (statistics.median(part) for part in (seconds[-fifth:], seconds[1 : fifth + 1]))
     growth = sizes[1] / sizes[0] - 1
     shown = " and ".join(f"{size / 1e6:.0f} MB" for size in sizes)
-    report = f"""# A long sheet through the queue
-
-{date.today()}, ComfyUI {comfyui_version()}, on a CPU. `python benchmarks/catalogue.py --jobs {count}`: the demo model,
-adapters trained by the first job, {STEPS} sampling steps a picture, since what is measured is the queue.
-
-| what | found |
-|---|---|
-| jobs present with picture and row | {len(present)} of {count} |
-| the server's memory after {count // 2} and {count} jobs (at most {ALLOWED:.0%} apart) | {shown} ({growth:+.2%}) |
-| time per job, median of the last {fifth} to that of the first {fifth} after training | {late / early:.2f} times |
-"""
+    (text,) = template("catalogue")
+    report = text.format(
+        date=date.today(), comfyui=comfyui_version(), count=count, half=count // 2, steps=STEPS, present=len(present),
+        allowed=ALLOWED, shown=shown, growth=growth, fifth=fifth, slower=late / early,
+    )  # fmt: skip
     print(report)
     REPORT.write_text(report, encoding="utf-8")
     return len(present) == count and abs(growth) <= ALLOWED
-
-
-def comfyui_version() -> str:
-    return runpy.run_path(os.environ["COMFYUI_PATH"] + "/comfyui_version.py")["__version__"]
 
 
 if __name__ == "__main__":

@@ -1,19 +1,17 @@
 """`python benchmarks/effects.py [--work DIR] [--few]`: what each control of dual guidance does to the picture.
 
-On the demo model and pictures that it has never seen, through a real ComfyUI and the workflow files: it trains on the
-images, draws every content image's thing in every style image's look, and scores each picture beside both images.
+On the demo model and images that it has never seen, through a real ComfyUI and the workflow files: it trains on the
+images, draws every content image in every style, and scores each picture beside both images.
 
-A stopped run goes on where it was: in DIR are the LoRAs, by training workflow and demo model, and the pictures, by
-workflow and LoRAs. That does not see a change in the pack's code: delete DIR after one. `--few` takes two
-combinations, and leaves its results in DIR.
+A stopped run continues: DIR keeps the LoRAs, by training workflow and demo model, and the pictures, by workflow and
+LoRAs. A change in the pack's code is not detected: delete DIR after one. `--few` takes two combinations, and leaves its
+results in DIR.
 """
 
 import argparse
 import hashlib
 import json
-import math
 import os
-import runpy
 import shutil
 import sys
 from datetime import date
@@ -24,18 +22,31 @@ from typing import NamedTuple
 
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
-    from benchmarks.guidance import is_ready
+    from benchmarks.common import set_up
 
-    if not is_ready():
-        runpy.run_path(sys.path[0] + "/bootstrap.py")["enter"]("tests")
+    set_up()
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw
+from einops import rearrange
+from PIL import Image
 from torch import Tensor
 
+from benchmarks.common import (
+    COLOURS,
+    RESAMPLES,
+    RESULTS,
+    Estimate,
+    chart_axes,
+    comfyui_version,
+    estimate,
+    joined,
+    table,
+    template,
+)
 from benchmarks.fidelity.judges import Judge, load_judge
-from consislora_core.metrics import content_score, style_distance
+from benchmarks.picture_scores import style_distance
+from consislora_core.metrics import content_score
 from demo.run import IMAGES, Clock, nodes
 from demo.server import PACK, ComfyServer
 from demo.sheet import sheet
@@ -43,7 +54,8 @@ from demo.sheet import sheet
 TRAIN = PACK / "workflows" / "api" / "train_and_stylise_demo.json"
 STYLISE = PACK / "workflows" / "api" / "dual_guidance_demo.json"
 WEIGHTS = PACK / "demo_model" / "weights" / "consislora_demo.safetensors"
-SIDE, RESAMPLES = 128, 10_000
+SIDE = 128
+INTRODUCTION, SCALES_TEXT, STRENGTHS_TEXT, CHEAPER_TEXT, LOCK_TEXT = template("effects")
 
 SCALES = (0.0, 0.5, 1.0, 2.0, 4.0, 8.0)
 PLAIN = {"content_guidance": 0.0, "style_guidance": 0.0}
@@ -56,9 +68,8 @@ CHEAPER = [
 ]
 DENOISE = (0.5, 0.65, 0.8, 1.0)
 WAYS = ("noised", "locked")
-JUDGED = ("same_thing", "same_look")
-PIXELS = ("content", "style")
-SCORES = ("same thing", "same look", "content score", "style distance")  # of both, in words
+SCORES = ("content", "style", "outlines", "style_distance")
+TITLES = ("content score", "style score", "outlines", "style distance")
 
 
 class Pair(NamedTuple):
@@ -83,30 +94,13 @@ class Bench(NamedTuple):
 
 
 class Scored(NamedTuple):
-    """Pictures (n 3 h w) of all pairs, seed after seed, and their scores (n): pixel by pixel, and by the judges."""
+    """Pictures (n 3 h w) of all pairs, seed after seed, and their scores (n): by the judges, and by pixels."""
 
     pictures: Tensor
     content: Tensor
     style: Tensor
-    same_thing: Tensor
-    same_look: Tensor
-
-
-class Estimate(NamedTuple):
-    """A mean and its 95 % interval."""
-
-    mean: float
-    low: float
-    high: float
-
-    def __str__(self):
-        return f"{self.mean:.3f} ({self.low:.3f} to {self.high:.3f})"
-
-
-def estimate(values: Tensor) -> Estimate:
-    """The mean of n values, and its bootstrap interval."""
-    chosen = torch.randint(len(values), (RESAMPLES, len(values)), generator=torch.Generator().manual_seed(0))
-    return Estimate(values.mean().item(), *values[chosen].mean(1).quantile(torch.tensor([0.025, 0.975])).tolist())
+    outlines: Tensor
+    style_distance: Tensor
 
 
 def lora_name(loras: str, image: str) -> str:
@@ -171,9 +165,9 @@ def drawn(bench: Bench, prompt: dict) -> list[Path]:
 
 
 def loaded(*paths: Path) -> Tensor:
-    """Pictures (b 3 h w), 0 to 1."""
+    """Picture files as b 3 h w, 0 to 1."""
     sized = [Image.open(path).convert("RGB").resize((SIDE, SIDE), Image.Resampling.LANCZOS) for path in paths]
-    return torch.stack([torch.tensor(np.asarray(picture)) for picture in sized]).movedim(-1, 1) / 255
+    return rearrange([torch.tensor(np.asarray(picture)) for picture in sized], "b h w c -> b c h w") / 255
 
 
 def scored(bench: Bench, prompts: list[dict]) -> Scored:
@@ -182,12 +176,12 @@ def scored(bench: Bench, prompts: list[dict]) -> Scored:
     images = [[loaded(IMAGES / f"{name}.png") for name in pair] for pair in bench.pairs]
     scores = [
         (
-            content_score(some, content),
-            style_distance(some, style),
-            judged("content", some, content),
-            judged("style", some, style),
+            judge_similarity("content", drawn, content),
+            judge_similarity("style", drawn, style),
+            content_score(drawn, content),
+            style_distance(drawn, style),
         )
-        for some, (content, style) in zip(pictures, images, strict=True)
+        for drawn, (content, style) in zip(pictures, images, strict=True)
     ]
     return Scored(*map(torch.cat, [pictures, *zip(*scores, strict=True)]))
 
@@ -197,8 +191,8 @@ def judge(name: str) -> Judge:
     return load_judge(name)
 
 
-def judged(name: str, pictures: Tensor, image: Tensor) -> Tensor:
-    """How alike a judge of the fidelity benchmark finds pictures (n 3 h w) and an image (1 3 h w): n, -1 to 1."""
+def judge_similarity(name: str, pictures: Tensor, image: Tensor) -> Tensor:
+    """Cosines (n) of a judge's features of pictures (n 3 h w) with those of an image (1 3 h w)."""
     return (judge(name)(pictures).features * judge(name)(image).features).sum(1)
 
 
@@ -206,85 +200,38 @@ def measured(bench: Bench, **inputs) -> Scored:
     return scored(bench, [guided(bench, pair, bench.seeds, **inputs) for pair in bench.pairs])
 
 
-def against(some: Scored, other: Scored) -> tuple[Estimate, Estimate]:
-    """By how much content score and style distance of the same pictures differ."""
-    return estimate(some.content - other.content), estimate(some.style - other.style)
-
-
-def table(header: list[str], rows: list[list]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines) + "\n"
+def differences_of(ours: Scored, theirs: Scored) -> tuple[Estimate, Estimate]:
+    """By how much outlines and style distance of the same pictures differ."""
+    return estimate(ours.outlines - theirs.outlines), estimate(ours.style_distance - theirs.style_distance)
 
 
 def keep(page: Image.Image, file: Path) -> None:
-    """In a size for a repository."""
+    """Saves a page in a size for a repository."""
     small = page.resize((2 * page.width // 3, 2 * page.height // 3), Image.Resampling.LANCZOS)
     small.quantize(128).save(file, optimize=True)
 
 
-SCALES_TEXT = """\
-## Content and style guidance
-
-Each from nothing to far too much, the other at 1. Same thing, same look: how alike a judge finds a picture and the
-content or the style image, 1 at most; judges are the networks of `benchmarks/fidelity`, which were trained on real
-drawings only, none of these among them. Beside them both scores that only compare pixels; they and the judges need not
-agree. Differences: to the first row, picture by picture.
-
-{}
-![scores by guidance](effects_guidance.png)
-"""
-
-
 def scales_section(bench: Bench, folder: Path) -> str:
-    plain, tables, curves = measured(bench, **PLAIN), [], {}
-    for name in PLAIN:
-        sweep, rows = [measured(bench, **{name: scale}) for scale in SCALES], []
-        for label, some in [*zip(SCALES, sweep, strict=True), ("both 0", plain)]:
-            row = [label]
-            for score in (*JUDGED, *PIXELS):
-                values = getattr(some, score)
-                row += [f"{values.mean():.3f}", estimate(values - getattr(sweep[0], score))]
-            rows.append(row)
-        named = [cell for score in SCORES for cell in (score, "difference")]
-        tables.append(table([name, *named], rows))
-        curves[name] = list(zip(*(row[2:5:2] for row in rows[:-1]), strict=True))
-    page = Image.new("RGB", (1800, 660), "white")
-    for i, score in enumerate(["Same thing", "Same look"]):
-        chart(page, 900 * i, f"{score}, against guidance 0", {name: curve[i] for name, curve in curves.items()})
-    keep(page, folder / "effects_guidance.png")
+    plain, tables = measured(bench, **PLAIN), []
+    figure, axes = chart_axes(2)
+    for name, colour in zip(PLAIN, COLOURS, strict=False):
+        sweep, lines = [measured(bench, **{name: scale}) for scale in SCALES], []
+        for label, found in [*zip(SCALES, sweep, strict=True), ("both 0", plain)]:
+            line = [label]
+            for score in SCORES:
+                values = getattr(found, score)
+                line += [f"{values.mean():.3f}", estimate(values - getattr(sweep[0], score))]
+            lines.append(line)
+        tables.append(table([name, *(cell for title in TITLES for cell in (title, "difference"))], lines))
+        for i, axis in enumerate(axes):
+            means, low, high = zip(*(line[2 + 2 * i] for line in lines[:-1]), strict=True)
+            axis.plot(range(len(SCALES)), means, color=colour, label=name)
+            axis.vlines(range(len(SCALES)), low, high, color=colour)
+    for axis, title in zip(axes, TITLES, strict=False):
+        axis.set(title=f"{title}, against guidance 0", xticks=range(len(SCALES)), xticklabels=SCALES)
+        axis.legend()
+    figure.savefig(folder / "effects_guidance.png")
     return SCALES_TEXT.format("\n".join(tables))
-
-
-def chart(page: Image.Image, left: int, title: str, curves: dict[str, tuple[Estimate, ...]]) -> None:
-    """Lines with their intervals over SCALES, which stand at equal distances."""
-    pen, last = ImageDraw.Draw(page), len(SCALES) - 1
-    low = min(point.low for curve in curves.values() for point in curve)
-    high = max(point.high for curve in curves.values() for point in curve)
-    step = float(f"{(high - low) / 5:.0e}")  # one digit
-
-    def at(i, value):
-        return left + 120 + i * 740 / last, 600 - 460 * (value - low) / (high - low)
-
-    pen.text((left + 120, 20), title, "black", font_size=30)
-    for tick in range(math.ceil(low / step), math.floor(high / step) + 1):
-        pen.line([at(0, tick * step), at(last, tick * step)], "lightgray", width=2)
-        pen.text((left + 105, at(0, tick * step)[1]), f"{tick * step:.3g}", "black", font_size=24, anchor="rm")
-    for i, scale in enumerate(SCALES):
-        pen.text((at(i, low)[0], 615), f"{scale:g}", "black", font_size=24, anchor="mt")
-    for i, ((name, curve), colour) in enumerate(zip(curves.items(), ["#3f789e", "#c0562b"], strict=True)):
-        pen.text((left + 120 + 370 * i, 70), name, colour, font_size=28)
-        pen.line([at(j, point.mean) for j, point in enumerate(curve)], colour, width=5)
-        for j, point in enumerate(curve):
-            pen.line([at(j, point.low), at(j, point.high)], colour, width=2)
-
-
-STRENGTHS_TEXT = """\
-## Content and style strength
-
-{0.content} and {0.style}, one seed, both guidances at 1.
-
-![one seed at all strengths](effects_strengths.png)
-"""
 
 
 def strengths_section(bench: Bench, folder: Path) -> str:
@@ -300,43 +247,29 @@ def strengths_section(bench: Bench, folder: Path) -> str:
     return STRENGTHS_TEXT.format(pair)
 
 
-CHEAPER_TEXT = """\
-## Cheaper guidance
-
-Both guidances at 1, against themselves in every step. Effect lost: how far a picture is from the fully guided one,
-over how far the one without guidance is, in pixels. Differences: to full guidance, picture by picture. What a guided
-step costs: [guidance.md](guidance.md).
-
-{table}
-Another seed changes a content score by {apart[0]:.3f} and a style distance by {apart[1]:.3f}, on average, up or down.
-
-- Within that with their whole intervals, in both scores: {within}.
-- Not to be told from full guidance, for both intervals hold 0: {equal}.
-"""
-
-
 def cheaper_section(bench: Bench) -> str:
     full, plain = measured(bench), measured(bench, **PLAIN)
-    by_pair = [scores.view(-1, bench.seeds) for scores in (full.content, full.style)]
-    apart = [(scores - scores.roll(1, 1)).abs().mean().item() for scores in by_pair]
-    within, equal, rows = [], [], []
+    by_pair = [scores.view(-1, bench.seeds) for scores in (full.outlines, full.style_distance)]
+    between = [(scores - scores.roll(1, 1)).abs().mean().item() for scores in by_pair]
+    within, equal, lines = [], [], []
     for change in CHEAPER:
-        some, name = measured(bench, **change), " ".join(f"{key} {value}" for key, value in change.items())
-        differences = against(some, full)
-        lost = estimate(distance(some, full) / distance(plain, full))
-        rows.append([name, guided_steps(**change), lost, *differences])
-        if all(-bound < d.low and d.high < bound for d, bound in zip(differences, apart, strict=True)):
+        found, name = measured(bench, **change), " ".join(f"{key} {value}" for key, value in change.items())
+        differences = differences_of(found, full)
+        lost = estimate(distance(found, full) / distance(plain, full))
+        lines.append([name, guided_steps(**change), lost, *differences])
+        if all(-bound < d.low and d.high < bound for d, bound in zip(differences, between, strict=True)):
             within.append(name)
         if all(d.low <= 0 <= d.high for d in differences):
             equal.append(name)
-    rows.append(["no guidance", 0, 1, *against(plain, full)])
-    header = ["setting", "guidance computed in", "effect lost", "content score", "style distance"]
-    found = {"within": ", ".join(within) or "none", "equal": ", ".join(equal) or "none"}
-    return CHEAPER_TEXT.format(table=table(header, rows), apart=apart, **found)
+    lines.append(["no guidance", 0, 1, *differences_of(plain, full)])
+    header = ["setting", "guidance computed in", "effect lost", "outlines", "style distance"]
+    names = {"within": ", ".join(within) or "none", "equal": ", ".join(equal) or "none"}
+    return CHEAPER_TEXT.format(table=table(header, lines), between=between, **names)
 
 
-def distance(some: Scored, other: Scored) -> Tensor:
-    return (some.pictures - other.pictures).flatten(1).norm(dim=1)
+def distance(ours: Scored, theirs: Scored) -> Tensor:
+    """The norm of the difference (n) between pictures of the same pairs and seeds."""
+    return (ours.pictures - theirs.pictures).flatten(1).norm(dim=1)
 
 
 def guided_steps(start_percent: float = 0.0, end_percent: float = 1.0, reuse_steps: int = 1) -> str:
@@ -351,37 +284,25 @@ def guided_steps(start_percent: float = 0.0, end_percent: float = 1.0, reuse_ste
     return f"{-(-inside // reuse_steps)} of {steps} steps"
 
 
-LOCK_TEXT = """\
-## Where sampling begins
-
-At the content image's latent, both guidances at 1. Noised: with random noise on it. Locked: with its own noise, which
-`structure_lock` finds; all seeds are one.
-
-{table}
-Locked less noised, in content score at equal style distance, averaged over the distances that both reach, from
-{reach[0]:.3f} to {reach[1]:.3f}: {lead}, the interval over combinations. {verdict}.
-
-![noised and locked](effects_lock.png)
-"""
-
-
 def lock_section(bench: Bench, folder: Path) -> str:
     rows, curves = [], {}
     for way in WAYS:
         sweep = [scored(bench, [from_content(bench, pair, way, d) for pair in bench.pairs]) for d in DENOISE]
-        rows += [[way, d, estimate(s.content), estimate(s.style)] for d, s in zip(DENOISE, sweep, strict=True)]
-        both = torch.stack([torch.stack([some.style, some.content]) for some in sweep], -1)
-        curves[way] = both.view(2, len(bench.pairs), -1, len(DENOISE)).mean(2).numpy()  # 2 pairs denoise
+        rows += [
+            [way, d, estimate(s.outlines), estimate(s.style_distance)] for d, s in zip(DENOISE, sweep, strict=True)
+        ]
+        stacked = torch.stack([torch.stack([s.style_distance, s.outlines]) for s in sweep], -1)
+        curves[way] = stacked.view(2, len(bench.pairs), -1, len(DENOISE)).mean(2).numpy()  # 2 pairs denoise
     keep(lock_sheet(bench), folder / "effects_lock.png")
     ways = curves["locked"], curves["noised"]
     lead, reach = lead_over_pairs(*ways), shared(*(curve.mean(1) for curve in ways))
     verdict = "Locked is better" if lead.low > 0 else "Noised is better" if lead.high < 0 else "Neither is better"
-    columns = ["way", "denoise", "content score", "style distance"]
+    columns = ["way", "denoise", "outlines", "style distance"]
     return LOCK_TEXT.format(table=table(columns, rows), reach=reach, lead=lead, verdict=verdict)
 
 
 def lock_sheet(bench: Bench) -> Image.Image:
-    """Both ways under each trained pair's images, a row for each denoise."""
+    """Both ways below each trained pair's images, a line for each denoise."""
     rows = [[(name, IMAGES / f"{name}.png") for pair in TRAINED for name in pair]]
     for denoise in DENOISE:
         prompts = [(way, from_content(bench, pair, way, denoise)) for pair in TRAINED for way in WAYS]
@@ -406,21 +327,8 @@ def lead(ours: np.ndarray, theirs: np.ndarray) -> float:
 
 
 def shared(ours: np.ndarray, theirs: np.ndarray) -> tuple[float, float]:
-    """The first and last place (row 0) that two curves both reach."""
+    """The first and last place (the first of the two) that both curves reach."""
     return max(ours[0].min(), theirs[0].min()), min(ours[0].max(), theirs[0].max())
-
-
-INTRODUCTION = """\
-# What each control does to the picture
-
-{date}, `python benchmarks/effects.py{few}`, ComfyUI {comfyui}, torch {torch}.
-
-{pairs} combinations of content and style image from `demo/images`, {bench.seeds} seeds each: LoRAs by the workflow
-*train_and_stylise_demo*, pictures by *dual_guidance_demo* with only the named inputs changed. Content score: how well
-outlines lie on those of the content image, 1 is exactly. Style distance: how far colours and strokes are from the style
-image's. Content images themselves have a style distance of {far:.3f}, style images a content score of {other:.3f}. In
-brackets: bootstrap 95 % intervals, over pictures where nothing else is said.
-"""
 
 
 def introduction(bench: Bench) -> str:
@@ -428,7 +336,7 @@ def introduction(bench: Bench) -> str:
     return INTRODUCTION.format(
         date=date.today(),
         few=" --few" if bench.pairs == TRAINED else "",
-        comfyui=runpy.run_path(os.environ["COMFYUI_PATH"] + "/comfyui_version.py")["__version__"],
+        comfyui=comfyui_version(),
         torch=torch.__version__,
         pairs=len(bench.pairs),
         bench=bench,
@@ -443,7 +351,7 @@ def main() -> None:
     parser.add_argument("--few", action="store_true", help="two combinations; the results stay in DIR")
     options = parser.parse_args()
     everything = [Pair(*names) for names in product(*zip(*TRAINED, strict=True))]
-    pairs, results = (TRAINED, options.work) if options.few else (everything, PACK / "benchmarks/results")
+    pairs, results = (TRAINED, options.work) if options.few else (everything, RESULTS)
     loras = f"effects/{hashlib.sha256(TRAIN.read_bytes() + WEIGHTS.read_bytes()).hexdigest()[:8]}"
     with ComfyServer(options.work / "comfyui", Path(os.environ["COMFYUI_PATH"])) as server:
         for picture in IMAGES.glob("*.png"):
@@ -452,7 +360,7 @@ def main() -> None:
         bench = Bench(server, options.work / "pictures", loras, pairs)
         sections = [introduction(bench), scales_section(bench, results), strengths_section(bench, results)]
         sections += [cheaper_section(bench), lock_section(bench, results)]
-    text = "\n".join(sections)
+    text = joined(sections)
     (results / "effects.md").write_text(text, encoding="utf-8")
     print(text)
 

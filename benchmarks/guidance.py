@@ -1,23 +1,21 @@
 """`python benchmarks/guidance.py`: what a dual-guided step costs over one of plain CFG, on the same model and machine.
 
 Everything is sampled through the real guiders, so all overhead counts. The UNet has SDXL's proportions with a tenth of
-its channels. What its work depends on shrinks with it, or the parts of a step would stand in other proportions:
+its channels. What its work depends on shrinks with it, so that the parts of a step keep their proportions:
 
 - The latent. It has to be small, yet so large that work grows with the rows, as at 1024 px: at 64 x 64 the encoder has
   SDXL's share of a pass (43 %), and six rows cost three times what two cost.
-- The text. SDXL's inner blocks see 77 words beside 1024 pixels, here 19 beside 256.
+- The text. SDXL's inner blocks attend to 77 tokens beside 1024 pixels, here 19 beside 256.
 - The LoRA. One of rank r adds 2 r / n to the work of an n x n layer; rank 64 on 1280 channels is rank 6 on 128. Such
-  thin products are slow for what they compute, so the LoRAs weigh two or three times what they do at full size.
+  thin products are slow for their FLOP, so the LoRAs cost two or three times what they do at full size.
 
 On the CPU time is the process's own on one thread, so that other processes do not count. The variants take turns, each
-repetition compares them with plain CFG in the same one, and the median over repetitions stands in the table: drift of
-the machine cancels. `--sdxl` takes the real size, in bf16 on a GPU. Exits with 1 if a bound is passed (`BOUNDS`).
+repetition compares them with plain CFG in the same one, and the table has the median over repetitions: drift of the
+machine cancels. `--sdxl` takes the real size, in bf16 on a GPU. Exits with 1 if a bound is passed (`BOUNDS`).
 """
 
-import importlib.util
 import json
 import os
-import runpy
 import statistics
 import subprocess
 import sys
@@ -29,7 +27,11 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
-ROOT = Path(__file__).resolve().parent.parent
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+from benchmarks.common import RESULTS, ROOT, comfyui_version, set_up, template
+
 REPETITIONS = 5
 CFG, SCALES, END = 5.0, {"content": 1.0, "style": 1.0}, 0.44
 PROMPTS = ["content_positive", "content_negative", "style_positive", "style_negative"]
@@ -38,7 +40,7 @@ PROMPTS = ["content_positive", "content_negative", "style_positive", "style_nega
 class Size(NamedTuple):
     channels: int
     side: int  # of the latent
-    words: int
+    tokens: int
     rank: int
     device: str
     dtype: str
@@ -47,13 +49,13 @@ class Size(NamedTuple):
 
 SIZES = {
     "small": Size(32, 64, 19, 6, "cpu", "float32", steps=2),
-    # LoRAs go to the GPU anew in each sampling, so this one must be as long as a user's.
+    # LoRAs are copied to the GPU in each sampling, so this one must be as long as a user's.
     "sdxl": Size(320, 128, 77, 64, "cuda", "bfloat16", steps=33),
 }
 
 
 class Bench(NamedTuple):
-    """What every variant is made of."""
+    """What every variant needs."""
 
     size: Size
     pack: ModuleType
@@ -76,19 +78,14 @@ def applied(bench: Bench):
     return plain_cfg(bench, bench.pack.nodes.lora.Apply.execute(bench.model, **strengths, **bench.images).result[0])
 
 
-def dual(bench: Bench, **changes):
-    given = dict(
-        cfg=CFG, content_guidance=SCALES["content"], style_guidance=SCALES["style"], content_strength=1.0,
-        style_strength=1.0, start_percent=0.0, end_percent=1.0, reuse_steps=1,
-        positive=bench.prompts["positive"], negative=bench.prompts["negative"],
-    )  # fmt: skip
-    return bench.pack.nodes.guide.Guider.execute(bench.model, **{**given, **bench.images, **changes}).result[0]
+def dual(bench: Bench, share_encoder: bool = True, **settings):
+    host, prompts = bench.pack.host.guider, (bench.prompts["positive"], bench.prompts["negative"])
+    images = bench.images["content"], bench.images["style"]
+    return host.dual_guider(bench.model, *prompts, *images, host.GuidanceSettings(CFG, **settings), share_encoder)
 
 
 def unshared(bench: Bench):
-    guider = dual(bench)
-    guider.model_patcher.wrappers["diffusion_model"]["consislora_guided"][0].share_encoder = False
-    return guider
+    return dual(bench, share_encoder=False)
 
 
 def own_prompts(bench: Bench):
@@ -104,10 +101,10 @@ def reusing(bench: Bench):
 
 
 def six_passes(bench: Bench):
-    """The method as it is written down: CFG's batch of two, then one whole pass after another, each with its mix."""
+    """The method without batching: CFG's batch of two, then one whole pass after another, each with its mix."""
     import comfy.samplers
 
-    core, passes = bench.pack.consislora_core.guidance, bench.pack.nodes.passes
+    core, passes = bench.pack.consislora_core.guidance, bench.pack.host.guided_unet
     parts = core.parts_of(**bench.images)
     singles = {row.prompt: passes.with_mix(bench.model, parts, row.mix) for row in core.guidance_rows(SCALES)}
 
@@ -122,7 +119,7 @@ def six_passes(bench: Bench):
             plain = super().predict_noise(x, timestep, model_options, seed)
             return plain + core.guidance({prompt: single(model) for prompt, model in singles.items()}, SCALES)
 
-    guider = SixPasses(passes.with_mix(bench.model, parts, core.wanted(1.0, 1.0)))
+    guider = SixPasses(passes.with_mix(bench.model, parts, core.wanted_mix(1.0, 1.0)))
     guider.set_conds(bench.prompts["positive"], bench.prompts["negative"])
     guider.set_cfg(CFG)
     return guider
@@ -146,22 +143,15 @@ BOUNDS = {"ours": 2.2, "ours, in a window": 1.5}
 def start_comfy(size: Size) -> ModuleType:
     """The pack, in a ComfyUI in this process."""
     sys.path.append(str(ROOT / "tests"))
-    from conftest import COMFYUI, load_comfy, load_pack
+    from in_process import load_comfy, load_pack
 
     with tempfile.TemporaryDirectory() as base:
-        if size.device == "cpu":
-            load_comfy(Path(base))
-        else:  # the tests' way keeps ComfyUI off the GPU
-            sys.path.insert(0, str(COMFYUI))
-            from comfy.cli_args import args
-
-            args.base_directory = base
-            import comfy.sd  # noqa: F401
+        load_comfy(Path(base), cpu=size.device == "cpu")
         return load_pack()
 
 
 def random_model(size: Size):
-    """A MODEL with SDXL's UNet but for the channels, of random weights that keep numbers at their size."""
+    """A MODEL with SDXL's UNet, but fewer channels and random weights that keep activations at their scale."""
     import comfy.model_patcher
     import comfy.supported_models
     import torch
@@ -197,7 +187,7 @@ def make_bench(size: Size) -> Bench:
     torch.manual_seed(0)
     model = random_model(size)
     prompts = {
-        name: [[torch.randn(1, size.words, 2048), {"pooled_output": torch.randn(1, 1280)}]]
+        name: [[torch.randn(1, size.tokens, 2048), {"pooled_output": torch.randn(1, 1280)}]]
         for name in ["positive", "negative", *PROMPTS]
     }
     images = {image: random_lora(pack, model, size.rank) for image in ("content", "style")}
@@ -209,7 +199,7 @@ def steps_of(size: Size, variant: str) -> int:
 
 
 def sigmas(bench: Bench, steps: int):
-    return bench.pack.nodes.bridge.sigmas(bench.model, steps, "euler", "simple", 1.0)
+    return bench.pack.host.sampling.ksampler_sigmas(bench.model, steps, "euler", "simple", 1.0)
 
 
 def sample(bench: Bench, guider, steps: int):
@@ -247,7 +237,7 @@ def check_pictures(pictures: dict) -> None:
 
 
 def encoder_share(bench: Bench) -> float:
-    """Which part of a plain pass is over when the first LoRA is reached."""
+    """The share of a plain pass that is over when the first LoRA is reached."""
     unet, marks = bench.model.model.diffusion_model, {}
 
     def mark(place):
@@ -277,7 +267,7 @@ def measure_times(bench: Bench) -> dict:
 
 
 def measure_memory(bench: Bench, name: str) -> dict:
-    sample(bench, plain_cfg(bench), 1)  # code that is loaded on first use is not memory that a step takes
+    sample(bench, plain_cfg(bench), 1)  # so that code loaded on first use is not counted
     from benchmarks.trainers import peak_growth
 
     with peak_growth(bench.size.device) as growth:
@@ -294,8 +284,8 @@ def measure(size: str, *variant: str) -> dict:
         return measure_memory(bench, *variant) if variant else measure_times(bench)
 
 
-# What glibc does with freed memory: keep it, as a GPU's allocator does, for to get it back costs time, now and then and
-# more for wide batches; or give it back at once, for what it keeps would count as resident.
+# What glibc does with freed memory: keep it, as a GPU's allocator does, for allocating it again costs time; or return
+# it at once, for otherwise it would count as resident.
 KEEP = {"MALLOC_MMAP_THRESHOLD_": "4000000000", "MALLOC_TRIM_THRESHOLD_": "4000000000"}
 GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536"}
 
@@ -307,18 +297,6 @@ def in_a_process(size: str, *variant: str) -> dict:
     return json.loads(run.stdout.splitlines()[-1])
 
 
-EXPLANATION = """\
-{date}, ComfyUI {comfyui}, torch {torch}, {machine}.
-
-SDXL's UNet with {size.channels} channels and random weights in {size.dtype}, a {size.side} x {size.side} latent, LoRAs
-of rank {size.rank}. {encoder:.0%} of a plain pass is over when the first LoRA is reached. Ours: two rows of CFG and
-four of guidance, which read the negative prompt, so that the encoder sees two. Window: {guided} of {window} steps are
-guided. Time: a step's over that of plain CFG ({plain:.3g} s) in the same repetition, median of {repetitions} (lowest
-to highest). Peak growth: {memory}.
-Bounds: {bounds}.
-
-| variant | time of a step |{more} peak growth |
-|---|---|{more_lines}---|"""
 MEMORY = {
     "cpu": "resident memory over what it was just before sampling, each variant in a process of its own",
     "cuda": "memory allocated on the GPU over what it was just before sampling",
@@ -329,9 +307,10 @@ def explanation(size: Size, times: dict) -> str:
     import torch
 
     gpu = size.device == "cuda"
-    return EXPLANATION.format(
+    (explanation,) = template("guidance")
+    return explanation.rstrip().format(
         date=date.today(),
-        comfyui=runpy.run_path(os.environ["COMFYUI_PATH"] + "/comfyui_version.py")["__version__"],
+        comfyui=comfyui_version(),
         torch=torch.__version__,
         machine=torch.cuda.get_device_name() if gpu else "one CPU thread, CPU time",
         size=size,
@@ -348,7 +327,7 @@ def explanation(size: Size, times: dict) -> str:
 
 
 def report(name: str) -> bool:
-    """Print and keep everything as Markdown; whether ours is within bounds."""
+    """Prints and saves everything as Markdown; whether ours is within bounds."""
     size, lines = SIZES[name], []
 
     def say(line):
@@ -356,7 +335,6 @@ def report(name: str) -> bool:
         print(line, flush=True)
 
     times = in_a_process(name)
-    say("# Time and memory of a dual-guided step\n")
     say(explanation(size, times))
     within = True
     for variant in VARIANTS:
@@ -368,14 +346,9 @@ def report(name: str) -> bool:
             cells.append(f"{1000 * statistics.median(turn[variant] for turn in times['rounds']):.0f}")
         cells.append(f"{in_a_process(name, variant)['growth'] / 1e6:.0f} MB")
         say(f"| {' | '.join(cells)} |")
-    results = ROOT / "benchmarks" / "results" / ("guidance.md" if name == "small" else f"guidance_{name}.md")
+    results = RESULTS / ("guidance.md" if name == "small" else f"guidance_{name}.md")
     results.write_text("\n".join(lines) + "\n")
     return within
-
-
-def is_ready() -> bool:
-    """Whether this Python can run ComfyUI as it is. Its torch may be the one that knows the GPU."""
-    return "COMFYUI_PATH" in os.environ and all(map(importlib.util.find_spec, ["torch", "einops", "pytest"]))
 
 
 def main(arguments: list[str]) -> int | str:
@@ -384,8 +357,7 @@ def main(arguments: list[str]) -> int | str:
         return 0
     if arguments not in ([], ["--sdxl"]):
         return "Usage: python benchmarks/guidance.py [--sdxl]"
-    if not is_ready():
-        runpy.run_path(str(ROOT / "bootstrap.py"))["enter"]("tests")
+    set_up()
     import torch
 
     if arguments and not torch.cuda.is_available():

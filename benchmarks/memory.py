@@ -1,26 +1,28 @@
 """`python benchmarks/memory.py`: the memory that training takes beyond the model, ours beside ComfyUI's TrainLoraNode.
 
 Each measurement is a process of its own: it builds a UNet of about 1 GB in ComfyUI's classes, trains it for a few steps
-through the node, and tells by how much its resident memory rose at most. Exits with 1 if what is left of our growth
-without activations, LoRA and optimizer is above 15 % of the UNet.
+through the node, and reports the peak growth of its resident memory. Exits with 1 if our growth, less activations, LoRA
+and optimizer, is above 15 % of the UNet.
 """
 
 import json
-import os
-import runpy
 import sys
 from datetime import date
+from pathlib import Path
 
-from trainers import (
-    ROOT,
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+from benchmarks.common import comfyui_version, set_up, template
+from benchmarks.trainers import (
     SDXL_UNET,
     SIZES,
     Size,
     fast,
-    given,
     host,
     in_a_process,
     peak_growth,
+    random_inputs,
     saved_for_backward,
     sdxl_shaped,
     train_lora_node,
@@ -30,20 +32,10 @@ ALLOWED = 0.15
 STEPS, RANK, SIDE = 3, 64, 64
 CHANNELS = {"float32": SIZES["narrow"].channels, "float16": 128}  # about 1 GB in either
 TRAINERS = {"ConsisLoRATrainImage": fast, "TrainLoraNode": train_lora_node}
-EXPLANATION = f"""\
-{STEPS} steps at rank {RANK} on one 512 x 512 image, computed in fp32, on a UNet like SDXL's, made narrow so that it
-takes about 1 GB, with random weights. Peak growth: resident memory over what it was just before the node ran. LoRA:
-16 bytes a parameter (weight, gradient and AdamW's two moments in fp32); TrainLoraNode puts LoRA on every layer, ours
-on the two role blocks. Activations: what autograd keeps in a step, all weights aside. TrainLoraNode checkpoints
-gradients, as is its default. The rest, in % of the UNet, is to stay below {ALLOWED:.0%}. glibc is told to give freed
-memory back at once (MALLOC_MMAP_THRESHOLD_), or what it keeps for later would count as well.
-
-| node | weights in | UNet | peak growth | LoRA | activations | the rest |
-|---|---|---|---|---|---|---|"""
 
 
 def learning() -> dict[int, int]:
-    """Every tensor that an optimizer has moved, from now on: its address and its size."""
+    """The parameters that an optimizer moves from now on: size in bytes by address."""
     from torch.optim.optimizer import register_optimizer_step_pre_hook
 
     tensors = {}
@@ -63,7 +55,7 @@ def measure(trainer: str, stored: str, channels: str, what: str) -> dict:
 
         with torch.inference_mode():
             model, lora = sdxl_shaped(Size(int(channels), SIDE, RANK, stored), "cpu"), learning()
-            latent, positive = given(SIDE)
+            latent, positive = random_inputs(SIDE)
             unet = {parameter.untyped_storage().data_ptr(): parameter.nbytes for parameter in model.model.parameters()}
             if what == "activations":
                 with saved_for_backward() as kept:
@@ -95,15 +87,15 @@ def full_size(activations: int) -> list[str]:
 
 
 def report() -> bool:
-    """Print everything as Markdown; whether our node is within bounds."""
+    """Prints everything as Markdown; whether our node is within bounds."""
     import torch
 
-    comfyui = runpy.run_path(os.environ["COMFYUI_PATH"] + "/comfyui_version.py")["__version__"]
-    print(f"# Memory while training\n\n{date.today()}, ComfyUI {comfyui}, torch {torch.__version__}, CPU.")
-    print(EXPLANATION)
+    (explanation,) = template("memory")
+    versions = dict(date=date.today(), comfyui=comfyui_version(), torch=torch.__version__)
+    print(explanation.rstrip().format(steps=STEPS, rank=RANK, allowed=ALLOWED, **versions))
     within = True
     for stored, channels in CHANNELS.items():
-        # Casts must not pass for activations, so these are counted where nothing is cast.
+        # Counted where nothing is cast, so that casts do not count as activations.
         counted = in_a_process(__file__, "ConsisLoRATrainImage", "float32", str(channels), "activations")
         for trainer in TRAINERS:
             sizes = in_a_process(__file__, trainer, stored, str(channels), "growth", giving_back=True)
@@ -123,5 +115,5 @@ if __name__ == "__main__":
     if len(sys.argv) > 1:
         print(json.dumps(measure(*sys.argv[1:])))
     else:
-        runpy.run_path(str(ROOT / "bootstrap.py"))["enter"]("tests")
+        set_up()
         sys.exit(not report())

@@ -1,4 +1,4 @@
-"""The ways to train that training.py and memory.py measure, and a UNet of SDXL's shape for each."""
+"""The trainers that training.py and memory.py measure, and a UNet of SDXL's shape for each."""
 
 import json
 import os
@@ -12,8 +12,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
 
-ROOT = Path(__file__).resolve().parent.parent
-NOISES = 3  # a step of the preset fast
+from benchmarks.common import ROOT
+
+NOISES = 3  # in each step of the preset fast
 PRECISIONS = {"float32": "fp32", "bfloat16": "bf16"}
 SDXL_UNET = dict(
     image_size=32, in_channels=4, out_channels=4, model_channels=320, channel_mult=[1, 2, 4], num_res_blocks=[2, 2, 2],
@@ -25,12 +26,12 @@ SDXL_UNET = dict(
 
 
 class Size(NamedTuple):
-    """Of a UNet with SDXL's layers, of what it is trained on, and of the LoRA."""
+    """The sizes of a UNet with SDXL's layers, of the latent and of the LoRA."""
 
     channels: int  # of the first level
     side: int  # of the latent
     rank: int
-    dtype: str  # of the weights, and computed in
+    dtype: str  # of the weights and the computation
 
 
 SIZES = {
@@ -44,11 +45,11 @@ SIZES = {
 def host(device: str) -> Iterator[ModuleType]:
     """The pack in a ComfyUI of its own."""
     sys.path.append(str(ROOT / "tests"))
-    import conftest
+    from in_process import load_comfy, load_pack
 
     with tempfile.TemporaryDirectory() as base:
-        conftest.load_comfy(Path(base), cpu=device == "cpu")
-        yield conftest.load_pack()
+        load_comfy(Path(base), cpu=device == "cpu")
+        yield load_pack()
 
 
 def sdxl_shaped(size: Size, device: str):
@@ -87,7 +88,7 @@ def diffusers_unet(size: Size):
 
 
 def plain_unet(size: Size, device: str):
-    """On the device in the size's precision, its LoRA in fp32."""
+    """A diffusers UNet on the device in the size's precision, its LoRA in fp32."""
     import torch
 
     unet = diffusers_unet(size).to(device, getattr(torch, size.dtype))
@@ -127,12 +128,12 @@ def fast(pack, model, latent, positive, steps, rank, precision, memory="fast", p
     )  # fmt: skip
 
 
-def lean(*given):
-    fast(*given, memory="lean")
+def lean(*inputs):
+    fast(*inputs, memory="lean")
 
 
 def several_noises(pack, model, latent, positive, steps, rank, precision):
-    """As many steps, of `NOISES` noises each."""
+    """`steps` steps of the preset fast, with `NOISES` noises each."""
     fast(pack, model, latent, positive, NOISES * steps, rank, precision, preset="fast")
 
 
@@ -152,8 +153,8 @@ def train_lora_node(pack, model, latent, positive, steps, rank, precision):
 TRAINERS = {"fast": fast, "preset fast": several_noises, "lean": lean, "TrainLoraNode": train_lora_node}
 
 
-def given(side: int, images: int = 1):
-    """A latent and the text of a prompt, both random."""
+def random_inputs(side: int, images: int = 1):
+    """A latent and the conditioning of a prompt, both random."""
     import torch
 
     torch.manual_seed(0)
@@ -163,7 +164,7 @@ def given(side: int, images: int = 1):
 
 @contextmanager
 def peak_growth(device: str = "cpu") -> Iterator[list[int]]:
-    """By how many bytes more memory was ever taken than at the start; on a CPU looked at every 2 ms."""
+    """The growth in bytes of memory from its start to its peak; on a CPU sampled every 2 ms."""
     growth = [0]
     if device != "cpu":
         import torch
@@ -193,23 +194,23 @@ def peak_growth(device: str = "cpu") -> Iterator[list[int]]:
 
 @contextmanager
 def saved_for_backward() -> Iterator[dict[int, int]]:
-    """Every piece of memory that autograd keeps: its address and its size."""
+    """The storages that autograd saves for backward: size in bytes by address."""
     import torch
 
-    kept = {}
+    saved = {}
 
     def note(tensor):
-        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        yield kept
+        yield saved
 
 
 def in_a_process(file: str, *what: str, giving_back: bool = False) -> dict:
-    """What a benchmark prints last when it is started with these arguments.
+    """The JSON that a benchmark prints last, started in a process of its own with these arguments.
 
-    giving_back: glibc is to give back at once what was freed, or it would count as resident; that costs time.
+    giving_back: glibc returns freed memory at once, or it would count as resident; that costs time.
     """
     environment = {**os.environ, **({"MALLOC_MMAP_THRESHOLD_": "65536"} if giving_back else {})}
     run = subprocess.run([sys.executable, file, *what], stdout=subprocess.PIPE, env=environment, text=True, check=True)

@@ -1,47 +1,49 @@
 """`python benchmarks/training.py`: what a training step costs in time and memory beside other ways.
 
-Prints Markdown, for benchmarks/results/training.md, and draws a picture beside it. Ours, `fast` and `lean`; a plain
-recipe as published scripts have it (diffusers, PEFT, autocast, AdamW); ComfyUI's own TrainLoraNode. Same shape of UNet,
-image, rank and precision; each measurement is a process of its own. On a CUDA device the UNet is SDXL's own size, for
-training_gpu.md; on a CPU a narrow one. Exits with 1 if a bound is missed.
+Prints Markdown, for benchmarks/results/training.md, and draws a chart beside it. It measures ours, `fast` and `lean`; a
+plain recipe as in published scripts (diffusers, PEFT, autocast, AdamW); and ComfyUI's own TrainLoraNode. Same shape of
+UNet, image, rank and precision; each measurement is a process of its own. On a CUDA device the UNet is SDXL's own size,
+for training_gpu.md; on a CPU a narrow one. Exits with 1 if a bound is missed.
 """
 
 import json
 import math
-import os
 import re
-import runpy
 import statistics
 import sys
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from datetime import date
+from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
 
-from trainers import (
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+from benchmarks.common import COLOURS, RESULTS, chart_axes, comfyui_version, set_up, template
+from benchmarks.trainers import (
     NOISES,
     PRECISIONS,
-    ROOT,
     SIZES,
     TRAINERS,
     Size,
     fast,
-    given,
     host,
     in_a_process,
     peak_growth,
     plain_recipe,
     plain_unet,
+    random_inputs,
     saved_for_backward,
     sdxl_shaped,
 )
 
 PRODUCT = re.compile(r"aten::((add)?mm|(badd)?bmm|mkldnn_convolution|convolution_backward|_scaled_dot_product_\w+)")
 OURS = ("fast", "preset fast", "lean")
-EVERYBODY = (*OURS, "plain", "TrainLoraNode")
-RATIOS = {  # ours, the other: at least so many times its speed, or at most so much of its memory
+ALL = (*OURS, "plain", "TrainLoraNode")
+RATIOS = {  # ours, the other: at least this many times its speed, or at most this share of its memory
     ("fast", "plain", "speed"): 1.3,
     ("preset fast", "plain", "speed"): 1.3,
     ("lean", "plain", "memory"): 0.60,
@@ -51,7 +53,7 @@ RATIOS = {  # ours, the other: at least so many times its speed, or at most so m
 
 
 class Plan(NamedTuple):
-    """What is measured side by side, and how often."""
+    """What is measured side by side, and how many times."""
 
     size: Size
     rounds: int
@@ -63,8 +65,8 @@ PLANS = {
     "cpu": Plan(SIZES["narrow"], 3, 8, RATIOS),
     "cuda": Plan(SIZES["sdxl"], 1, 8, {**RATIOS, ("fast", "plain", "speed"): 3.0}),
 }
-WHOLE = {"fast": 16e9, "lean": 8e9}  # bytes, UNet and all, at SDXL's size
-SHARE, PAIR = 0.45, 120  # on a GPU: of the rate of a large product, at least; seconds of a pair, at most
+WHOLE = {"fast": 16e9, "lean": 8e9}  # bytes at most, UNet included, at SDXL's size
+SHARE, PAIR = 0.45, 120  # on a GPU: at least this share of a large product's FLOP/s; at most these seconds a pair
 PAIR_STEPS = 1500 + 1500 + 1000
 BATCH, BATCH_BOUND, SAME = 8, {"cpu": 1.3, "cuda": 2.0}, 1e-4
 FLAT_STEPS = 2000
@@ -73,14 +75,6 @@ GROWTH = {  # side of the latent, rank, images in a batch
     "rank": [(16, rank, 1) for rank in (4, 16, 64, 256)],
     "images in a batch": [(16, 16, images) for images in (1, 2, 4, 8, 16)],
 }
-EXPLANATION = """\
-A UNet of SDXL's shape with {size.channels} channels (SDXL: 320) and random weights, an image of {pixels} x {pixels}
-pixels, rank {size.rank}, {size.dtype}. Steps per second: {speed}. Peak growth: over
-what was taken before training began; in all: with the UNet, and of a GPU all that torch took. plain: diffusers' UNet,
-PEFT's LoRA on the same two blocks, AdamW; like ours it builds no graph before the first LoRA.
-TrainLoraNode adapts every layer and checkpoints gradients, as is its default. preset fast: {noises} noises a step, each
-counted as a step.
-"""
 
 
 def now() -> float:
@@ -92,31 +86,31 @@ def now() -> float:
 
 
 def step_ends(pack: ModuleType | None = None, clock: Callable[[], float] = now) -> list[float]:
-    """When each step from now on is over: of the pack's Trainer; without a pack, of any optimizer."""
+    """The times at which steps end, from now on: of the pack's Trainer; without a pack, of any optimizer."""
     from torch.optim.optimizer import register_optimizer_step_post_hook
 
     ends = []
     if pack is None:
         register_optimizer_step_post_hook(lambda *_: ends.append(clock()))
         return ends
-    train_step = pack.nodes.train.Trainer.train_step
+    train_step = pack.host.training_run.Trainer.train_step
 
-    def timed(trainer, *given):
-        event = train_step(trainer, *given)
+    def timed(trainer, *inputs):
+        event = train_step(trainer, *inputs)
         ends.append(clock())
         return event
 
-    pack.nodes.train.Trainer.train_step = timed
+    pack.host.training_run.Trainer.train_step = timed
     return ends
 
 
 def seconds_a_step(ends: list[float]) -> float:
-    """The median, the first two steps aside."""
+    """The median, without the first two steps."""
     return statistics.median(b - a for a, b in zip(ends[1:], ends[2:], strict=False))
 
 
 def measure_side(trainer: str, device: str, what: str) -> dict:
-    """Seconds a step, or a noise where a step has several; unless for "speed", growth at the peak and all memory."""
+    """Seconds a step, or a noise where a step has several; and memory, which is not measured for "speed"."""
     import torch
 
     size = PLANS[device].size
@@ -130,7 +124,7 @@ def measure_side(trainer: str, device: str, what: str) -> dict:
         else:
             with torch.inference_mode():
                 model = sdxl_shaped(size, device)
-            unet, (latent, positive) = model.model.diffusion_model, given(size.side)
+            unet, (latent, positive) = model.model.diffusion_model, random_inputs(size.side)
 
             def train():
                 with torch.inference_mode():
@@ -146,7 +140,7 @@ def measure_side(trainer: str, device: str, what: str) -> dict:
 
 
 def onednn_linear() -> dict:
-    """What FlopCounterMode does not know: the operation, and its FLOP from the shapes of x and weight."""
+    """For FlopCounterMode: oneDNN's linear, and its FLOP from the shapes of x and weight."""
     import torch
 
     def flop(x, weight, *_, out_shape=None, **__):
@@ -156,7 +150,7 @@ def onednn_linear() -> dict:
 
 
 class Clock:
-    """Says when work is reached: on a GPU by events among the work, which a recorded step sets anew each time."""
+    """Takes times during a step: on a GPU by CUDA events, which a recorded step records again in each replay."""
 
     def __init__(self, device: str):
         self.device, self.marks = device, []
@@ -171,7 +165,7 @@ class Clock:
         self.marks[-1].record()
 
     def last(self, count: int) -> list[float]:
-        """Seconds between the last marks, so many."""
+        """Seconds between the last `count` marks."""
         pairs = list(zip(self.marks[-count:], self.marks[1 - count :], strict=False))
         if self.device == "cpu":
             return [end - start for start, end in pairs]
@@ -179,7 +173,7 @@ class Clock:
 
 
 def measure_split(device: str) -> dict:
-    """Where the seconds of a `fast` step go, its FLOP, and the FLOP/s that this device does in one large product."""
+    """The seconds of a `fast` step by its parts, its FLOP, and the FLOP/s of this device in one large product."""
     import torch
     from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
     from torch.utils.flop_counter import FlopCounterMode
@@ -189,7 +183,7 @@ def measure_split(device: str) -> dict:
     with host(device) as pack, torch.inference_mode():
         model = sdxl_shaped(size, device)
         unet, clock = model.model.diffusion_model, Clock(device)
-        latent, positive = given(size.side)
+        latent, positive = random_inputs(size.side)
         flops = []
         for steps in (1, 2):  # the first also reads the text
             with FlopCounterMode(display=False, custom_mapping=onednn_linear()) as counter:
@@ -218,12 +212,12 @@ def measure_split(device: str) -> dict:
 
 
 def measure_pair(device: str) -> dict:
-    """Seconds of a whole pair with the preset fast and the default numbers of steps, from node to node."""
+    """Seconds of a whole pair, node to node, with the preset fast and the default numbers of steps."""
     import torch
 
     size = PLANS[device].size
     with host(device) as pack, torch.inference_mode():
-        model, (latent, positive), train = sdxl_shaped(size, device), given(size.side, 2), pack.nodes.train
+        model, (latent, positive), train = sdxl_shaped(size, device), random_inputs(size.side, 2), pack.nodes.train
         settings = dict(rank=size.rank, seed=0, precision=PRECISIONS[size.dtype], memory="fast", preset="fast")
         start = time.perf_counter()
         for image in latent["samples"].split(1):
@@ -280,7 +274,7 @@ def weights(lora):
 
 
 def measure_batch(device: str) -> dict:
-    """`BATCH` images on the demo model, alone and side by side: seconds a step and image, and how unlike they are."""
+    """`BATCH` images on the demo model, alone and together: seconds a step and image, and how much the LoRAs differ."""
     import shutil
 
     import torch
@@ -299,17 +293,17 @@ def measure_batch(device: str) -> dict:
             ends.clear()
             alone.append(train.TrainImage.execute(model, {"samples": image}, positive, **settings).result[0])
             seconds.append(seconds_a_step(ends))
-        shutil.rmtree(pack.nodes.identity.store().folder)
+        shutil.rmtree(pack.host.paths.training_store().folder)
         ends.clear()
         together = train.TrainImages.execute(model, {"samples": images}, positive, at_once=BATCH, **settings).result[0]
-        unlike = [
+        difference = [
             ((weights(ours) - weights(theirs)).norm() / weights(theirs).norm()).item()
             for ours, theirs in zip(together, alone, strict=True)
         ]
         return {
             "alone": statistics.median(seconds),
             "together": seconds_a_step(ends) / BATCH,
-            "unlike": max(unlike),
+            "difference": max(difference),
         }
 
 
@@ -321,21 +315,21 @@ def measure_flat(device: str) -> dict:
     resident = []
     with host(device) as pack, torch.inference_mode():
         model, positive, ends = demo_model(pack), demo_positive(), step_ends(pack)
-        show = pack.nodes.progress.Progress.show
+        show = pack.host.progress.Progress.show
 
         def watch(progress, event):
             show(progress, event)
             if event.step in (500, FLAT_STEPS):
                 resident.append(psutil.Process().memory_info().rss)
 
-        pack.nodes.progress.Progress.show = watch
+        pack.host.progress.Progress.show = watch
         fast(pack, model, {"samples": torch.randn(1, 4, 16, 16)}, positive, FLAT_STEPS, 16, "fp32")
     first, last = (seconds_a_step(part) for part in (ends[:500], ends[-500:]))
     return {"first": first, "last": last, "resident": resident}
 
 
 def measure_growth(device: str) -> dict:
-    """Seconds a step and bytes (kept for the way back, LoRA and optimizer) of every point of `GROWTH`."""
+    """Seconds a step and bytes (saved for backward, LoRA and optimizer) of every point of `GROWTH`."""
     import torch
 
     points = []
@@ -343,18 +337,20 @@ def measure_growth(device: str) -> dict:
         model, ends = sdxl_shaped(SIZES["growing"], device), step_ends(pack)
         unet = {parameter.untyped_storage().data_ptr() for parameter in model.model.parameters()}
         for side, rank, images in dict.fromkeys(point for row in GROWTH.values() for point in row):
-            latent, positive = given(side, images)
+            latent, positive = random_inputs(side, images)
             settings = dict(
                 transition_step=0, learning_rate=2e-4, reconstruction_learning_rate=1e-4, rank=rank, seed=0,
                 precision="fp32", at_once=images, memory="fast",
             )  # fmt: skip
             each = pack.nodes.train.TrainImages.execute
-            with saved_for_backward() as kept:
+            with saved_for_backward() as saved:
                 lora = each(model, latent, positive, steps=1, **settings).result[0][0]
             ends.clear()
             each(model, latent, positive, steps=6, **settings)
-            activations = sum(size for address, size in kept.items() if address not in unet)
-            size = activations + 12 * images * len(weights(lora))  # gradient and two moments: the weights are kept
+            activations = sum(size for address, size in saved.items() if address not in unet)
+            size = activations + 12 * images * len(
+                weights(lora)
+            )  # gradient and two moments: the weights are among the saved tensors
             points.append([[side, rank, images], seconds_a_step(ends), size])
     return {"points": points}
 
@@ -375,19 +371,19 @@ def measured(*what: str, giving_back: bool = False) -> dict:
 
 
 def side_by_side(device: str) -> tuple[bool, dict[str, float]]:
-    """Whether all bounds hold; seconds a step or noise."""
+    """Prints the table; whether all bounds hold, and seconds a step or noise by trainer."""
     _, rounds, _, ratios = PLANS[device]
-    # In turns, so that a machine that slows down slows all of them. A GPU counts its memory by itself.
+    # In turns, so that a machine that slows down slows all of them. Measuring memory costs no time on a GPU.
     what = "speed" if device == "cpu" else "both"
-    turns = [{name: measured("side", name, device, what) for name in EVERYBODY} for _ in range(rounds)]
-    seconds = {name: statistics.median(turn[name]["seconds"] for turn in turns) for name in EVERYBODY}
+    turns = [{name: measured("side", name, device, what) for name in ALL} for _ in range(rounds)]
+    seconds = {name: statistics.median(turn[name]["seconds"] for turn in turns) for name in ALL}
     sizes = turns[-1]
     if device == "cpu":
-        sizes = {name: measured("side", name, device, "memory", giving_back=True) for name in EVERYBODY}
-    growth = {name: sizes[name]["growth"] for name in EVERYBODY}
+        sizes = {name: measured("side", name, device, "memory", giving_back=True) for name in ALL}
+    growth = {name: sizes[name]["growth"] for name in ALL}
     print("| | steps per second | times plain | peak growth | of plain | in all |\n|---|---|---|---|---|---|")
-    whole = {name: sizes[name]["whole"] for name in EVERYBODY}
-    for name in EVERYBODY:
+    whole = {name: sizes[name]["whole"] for name in ALL}
+    for name in ALL:
         print(
             f"| {name} | {1 / seconds[name]:.3g} | {seconds['plain'] / seconds[name]:.2f} | "
             f"{growth[name] / 1e6:.0f} MB | {growth[name] / growth['plain']:.0%} | {whole[name] / 1e9:.1f} GB |"
@@ -451,11 +447,11 @@ def batch(device: str) -> bool:
     result = measured("batch", device)
     ratio = result["alone"] / result["together"]
     bound = BATCH_BOUND[device]
-    met = ratio >= bound and result["unlike"] < SAME
+    met = ratio >= bound and result["difference"] < SAME
     print(
         f"\n## Several images at once\n\n{BATCH} images on the demo model: {1e3 * result['alone']:.3g} ms a step and "
         f"image alone, {1e3 * result['together']:.3g} ms side by side, {ratio:.2f} times faster (at least "
-        f"{bound}). Largest difference of a LoRA from the one trained alone: {result['unlike']:.1e} "
+        f"{bound}). Largest difference of a LoRA from the one trained alone: {result['difference']:.1e} "
         f"(at most {SAME:.0e})."
         f"{missed(met)}"
     )
@@ -479,7 +475,7 @@ def cost_of_growth(device: str) -> None:
         f"\n## Cost of growth\n\nOn a UNet of {size.channels} channels; where they do not "
         f"grow: a {size.side} x {size.side} latent, rank {size.rank}, one image."
     )
-    print("Memory: what a step keeps for its way back, LoRA, its gradient and the optimizer's moments.")
+    print("Memory: what a step saves for backward, LoRA, its gradient and the optimizer's moments.")
     print("Pixels grow with the square of the side, and attention's work among them with the square of the pixels.")
     for index, (name, row) in enumerate(GROWTH.items()):
         print(f"\n| {name} | ms a step | MB | ms, times the first | MB, times the first |\n|---|---|---|---|---|")
@@ -495,45 +491,32 @@ def cost_of_growth(device: str) -> None:
 
 
 def plot(points: dict, file: str) -> None:
-    """A picture in benchmarks/results: each row of `GROWTH`, time and memory, relative to its first point, log-log."""
-    from PIL import Image, ImageDraw
-
-    picture = Image.new("RGB", (1080, 360), "white")
-    pen = ImageDraw.Draw(picture)
-    for index, (name, row) in enumerate(GROWTH.items()):
-        left, bottom, width = 60 + 350 * index, 310, 270
-        pen.rectangle((left, bottom - width, left + width, bottom), outline="gray")
-        pen.line((left, bottom, left + width, bottom - width), fill="lightgray")  # linear
-        pen.text((left, bottom + 30), f"{name}; gray: linear", fill="black")
-        work = [point[index] ** (2 if index == 0 else 1) for point in row]  # a side counts as its pixels
-        ratios = [points[row[-1]][column] / points[row[0]][column] for column in (0, 1)]
-        span = math.log(max(work[-1] / work[0], *ratios))
-        for column, (colour, label) in enumerate((("blue", "time"), ("red", "memory"))):
-            line = [
-                (
-                    left + width * math.log(one / work[0]) / span,
-                    bottom - width * math.log(points[point][column] / points[row[0]][column]) / span,
-                )
-                for one, point in zip(work, row, strict=True)
-            ]
-            pen.line(line, fill=colour, width=3)
-            pen.text((left + 10, bottom - width + 10 + 16 * column), label, fill=colour)
-        for one, point in zip(work, row, strict=True):
-            pen.text((left + width * math.log(one / work[0]) / span - 6, bottom + 8), str(point[index]), fill="black")
-    picture.save(ROOT / "benchmarks" / "results" / file)
+    """A chart in benchmarks/results: each list of `GROWTH`, time and memory relative to its first point, log-log."""
+    figure, axes = chart_axes(len(GROWTH))
+    for index, (axis, (name, row)) in enumerate(zip(axes, GROWTH.items(), strict=True)):
+        work = [(point[index] / row[0][index]) ** (2 if index == 0 else 1) for point in row]  # a side counts as pixels
+        axis.plot(work, work, color="lightgray", label="linear")
+        for column, (label, colour) in enumerate(zip(("time", "memory"), COLOURS, strict=False)):
+            axis.plot(
+                work, [points[point][column] / points[row[0]][column] for point in row], color=colour, label=label
+            )
+        axis.set(title=name, xscale="log", yscale="log")
+        axis.set_xticks(work, [point[index] for point in row])
+        axis.legend()
+    figure.savefig(RESULTS / file)
 
 
 def report() -> bool:
-    """Print everything as Markdown; whether all bounds hold."""
+    """Prints everything as Markdown; whether all bounds hold."""
     import torch
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     size, rounds, *_ = PLANS[device]
-    comfyui = runpy.run_path(os.environ["COMFYUI_PATH"] + "/comfyui_version.py")["__version__"]
     name = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    print(f"# What a training step costs\n\n{date.today()}, ComfyUI {comfyui}, torch {torch.__version__}, {name}.")
     speed = "the median step" if rounds == 1 else f"the median of {rounds} processes, of the median step in each"
-    print(EXPLANATION.format(size=size, pixels=8 * size.side, speed=speed, noises=NOISES))
+    (explanation,) = template("training")
+    versions = dict(date=date.today(), comfyui=comfyui_version(), torch=torch.__version__, machine=name)
+    print(explanation.format(size=size, pixels=8 * size.side, speed=speed, noises=NOISES, **versions))
     within, seconds = side_by_side(device)
     if device == "cpu":
         products_share()
@@ -549,5 +532,5 @@ if __name__ == "__main__":
         kind, *rest = sys.argv[1:]
         print(json.dumps(MEASUREMENTS[kind](*rest)))
     else:
-        runpy.run_path(str(ROOT / "bootstrap.py"))["enter"]("tests")
+        set_up()
         sys.exit(not report())

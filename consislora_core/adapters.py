@@ -1,4 +1,4 @@
-"""Puts LoRA parts into a UNet, says which learn, mixes them per batch row, and takes them out without trace."""
+"""Puts LoRA parts into a UNet, says which learn, mixes them per batch row, and takes them out again."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 from .lora_file import LoraLayer, Part, Source
@@ -15,7 +16,10 @@ from .roles import Target, targets
 
 
 def fresh_part(unet: nn.Module, role: str, rank: int, generator: torch.Generator) -> Part:
-    """A part that changes nothing yet: down ~ N(0, 1/rank), up = 0, alpha = rank (as PEFT's "gaussian")."""
+    """A part at its start, which changes nothing: down ~ N(0, 1/rank^2), up = 0, alpha = rank (PEFT's "gaussian").
+
+    Raises ValueError for a UNet without both role blocks.
+    """
     part = {}
     for name, target in targets(dict(unet.named_modules())).items():
         if target.role == role:
@@ -29,10 +33,10 @@ def fresh_part(unet: nn.Module, role: str, rank: int, generator: torch.Generator
 
 
 class LoraLinear(nn.Module):
-    """A frozen linear layer W with a LoRA beside it: y = W x + (alpha / rank) up (down x).
+    """A frozen linear layer W with LoRA (arXiv 2106.09685) beside it: y = W x + (alpha / rank) up (down x).
 
-    down (maps rank in) and up (maps out rank) are fp32 and compute in what x is in; `cast` may hold them in it. Each of
-    the maps takes an equal run of x's batch rows.
+    down (loras rank in) and up (loras out rank) are fp32 and compute in x's dtype; `cast` may hold them in it. Each of
+    the LoRAs acts on an equal span of x's batch rows.
     """
 
     def __init__(self, base: nn.Module, down: Tensor, up: Tensor, alpha: float):
@@ -43,16 +47,16 @@ class LoraLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y, scale = self.base(x), self.alpha / self.down.shape[1]
         down, up = (weight.to(x.dtype) for weight in self.cast or (self.down, self.up))
-        if len(down) == 1:  # the same, and gradients come laid out as the weights are
-            down, up = down.squeeze(0), up.squeeze(0)  # an index would have its gradient copied into zeros
+        if len(down) == 1:  # the same numbers, with gradients that are contiguous as the weights are
+            down, up = down.squeeze(0), up.squeeze(0)  # an index would copy its gradient into a tensor of zeros
             hidden = F.linear(x, down).flatten(0, -2)
             return torch.addmm(y.flatten(0, -2), hidden, up.T, alpha=scale).view_as(y)
-        runs, ys = (rows.unflatten(0, (len(down), -1)).flatten(1, -2) for rows in (x, y))
-        return torch.baddbmm(ys, runs @ down.mT, up.mT, alpha=scale).view_as(y)
+        xs, ys = (rearrange(rows, "(lora row) ... c -> lora (row ...) c", lora=len(down)) for rows in (x, y))
+        return torch.baddbmm(ys, xs @ down.mT, up.mT, alpha=scale).view_as(y)
 
 
 class _Cast(torch.autograd.Function):
-    """Tensors to a precision, and their gradients to fp32, all at once: on a GPU each by itself would be a launch."""
+    """Casts tensors to a dtype and their gradients to fp32, in one kernel launch instead of one a tensor."""
 
     @staticmethod
     def forward(ctx, dtype, *tensors):
@@ -74,7 +78,10 @@ def _cast(tensors: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
 
 
 class Inserted:
-    """The LoRA layers now in a UNet, fp32, by role and path: one set, or several side by side."""
+    """The LoRA layers in a UNet, fp32: of one LoRA, or of several that act on spans of the batch.
+
+    layers: by target. learns: the roles whose parameters ask for gradients.
+    """
 
     def __init__(self, layers: dict[Target, LoraLinear], learns: tuple[str, ...]):
         self.layers = layers
@@ -87,7 +94,7 @@ class Inserted:
 
     @contextmanager
     def cast(self, dtype: torch.dtype) -> Iterator[None]:
-        """Within the context the layers compute with their weights of now, in `dtype`."""
+        """Within the context the layers compute with copies of their weights in `dtype`, which pass gradients on."""
         if dtype == torch.float32:
             yield
             return
@@ -103,34 +110,33 @@ class Inserted:
             for layer in layers:
                 layer.cast = None
 
-    def parts(self, row: int = 0) -> dict[str, Part]:
-        """Copies of the weights of a row as they are now, on the CPU."""
+    def parts(self, lora: int = 0) -> dict[str, Part]:
+        """Copies of the weights of one LoRA as they are now, by role, on the CPU."""
         parts: dict[str, Part] = {}
         for target, layer in self.layers.items():
-            down, up = (weight[row].detach().cpu().clone() for weight in (layer.down, layer.up))
+            down, up = (weight[lora].detach().cpu().clone() for weight in (layer.down, layer.up))
             parts.setdefault(target.role, {})[target.layer] = LoraLayer(down, up, layer.alpha)
         return parts
 
 
 @contextmanager
 def inserted(
-    unet: nn.Module, rows: Sequence[Mapping[str, Part]], learns: tuple[str, ...], device: torch.device
+    unet: nn.Module, loras: Sequence[Mapping[str, Part]], learns: tuple[str, ...], device: torch.device
 ) -> Iterator[Inserted]:
-    """Within the context the parts act on the UNet and those of the roles in `learns` ask for gradients.
+    """Within the context LoRAs act on the UNet, and those of their parts whose role is in `learns` ask for gradients.
 
-    rows: the parts by role; one mapping for all that goes through the UNet, or several, each for an equal run of the
-    batch's rows.
-    Afterwards, also after an error, the UNet's modules and `requires_grad` flags are what they were.
-    Raises ValueError for a part that does not fit the UNet, and for rows of unlike rank or alpha.
+    loras: the parts of each by role; one LoRA acts on all batch rows, several on equal spans of them. Afterwards, also
+    after an error, the UNet's modules and `requires_grad` flags are what they were. Raises ValueError for a part that
+    does not fit the UNet, and for LoRAs of different rank or alpha.
     """
-    for parts in rows:
+    for parts in loras:
         check_fit(unet, parts)
-    names = {name: target for name, target in targets(dict(unet.named_modules())).items() if target.role in rows[0]}
+    names = {name: target for name, target in targets(dict(unet.named_modules())).items() if target.role in loras[0]}
     originals = {name: unet.get_submodule(name) for name in names}
-    frozen_flags = [(parameter, parameter.requires_grad) for parameter in unet.parameters()]
+    flags = [(parameter, parameter.requires_grad) for parameter in unet.parameters()]
     layers = {}
     for name, target in names.items():
-        layer = _stacked([parts[target.role][target.layer] for parts in rows])
+        layer = _stacked([parts[target.role][target.layer] for parts in loras])
         layers[target] = LoraLinear(originals[name], layer.down.to(device), layer.up.to(device), layer.alpha)
     try:
         unet.requires_grad_(False)
@@ -140,7 +146,7 @@ def inserted(
     finally:
         for name, original in originals.items():
             _put(unet, name, original)
-        for parameter, flag in frozen_flags:
+        for parameter, flag in flags:
             parameter.requires_grad_(flag)
 
 
@@ -150,37 +156,37 @@ def _put(unet: nn.Module, name: str, layer: nn.Module) -> None:
 
 
 def _stacked(layers: Sequence[LoraLayer]) -> LoraLayer:
-    """One layer's LoRA of all rows, copied: down (rows rank in), up (rows out rank), fp32."""
+    """Copies of one layer of several LoRAs: down (loras rank in), up (loras out rank), fp32."""
     downs, ups, alphas = zip(*layers, strict=True)
     if len({(down.shape, alpha) for down, alpha in zip(downs, alphas, strict=True)}) > 1:
         raise ValueError("The LoRAs have different ranks or alphas: train them one by one, or all with the same rank.")
     return LoraLayer(torch.stack(downs).detach().float(), torch.stack(ups).detach().float(), alphas[0])
 
 
-class Run(NamedTuple):
-    """Neighbouring batch rows that carry a part at the same strength."""
+class Span(NamedTuple):
+    """Neighbouring batch rows, from `start` to before `stop`, in which a part acts at the same strength."""
 
     start: int
     stop: int
     strength: float
 
 
-def runs(strengths: Sequence[float]) -> list[Run]:
-    """The rows that carry a part, given its strength in every row."""
+def spans(strengths: Sequence[float]) -> list[Span]:
+    """The spans in which a part acts, given its strength in every row."""
     found, start = [], 0
     for strength, same in groupby(strengths):
         stop = start + len(list(same))
         if strength != 0:
-            found.append(Run(start, stop, strength))
+            found.append(Span(start, stop, strength))
         start = stop
     return found
 
 
 class Mixer:
-    """Parts that act beside a UNet's own weights, in every batch row with strengths of its own.
+    """LoRA parts that act beside a UNet's own weights, in every batch row with strengths of its own.
 
     A layer's output becomes y = W x + sum_p s_p (alpha_p / rank_p) up_p (down_p x), s_p the row's strength of part p.
-    Raises ValueError for a part that does not fit the UNet.
+    parts: by the image and role they come from. Raises ValueError for a part that does not fit the UNet.
     """
 
     def __init__(self, unet: nn.Module, parts: Mapping[Source, Part]):
@@ -195,35 +201,35 @@ class Mixer:
 
     @contextmanager
     def mixed(self, unet: nn.Module, rows: Mapping[str, Sequence[Mapping[Source, float]]]) -> Iterator[None]:
-        """Within the context a batch through the UNet carries, in each role's block, that role's `rows`.
+        """Within the context the parts act on a batch through the UNet, in each role's block as its `rows` say.
 
-        rows: by role, for each row of the batch there, the strength of every part that acts in it. The batch may be
-        any multiple of the rows, each row's copies side by side.
+        rows: by role, for each batch row in its block, the strength of every part that acts. The batch may be any
+        multiple of the rows, with each row's copies side by side.
         """
-        acting = {source: runs([row.get(source, 0.0) for row in rows[source.role]]) for source in self.sources}
+        acting = {source: spans([row.get(source, 0.0) for row in rows[source.role]]) for source in self.sources}
         with ExitStack() as stack:
             for name, layers in self.layers.items():
-                branches = [(source, run) for source in layers for run in acting[source]]
+                branches = [(source, span) for source in layers for span in acting[source]]
                 if branches:
                     hook = partial(self._add, name, branches, len(rows[branches[0][0].role]))
                     stack.callback(unet.get_submodule(name).register_forward_hook(hook).remove)
             yield
 
     def release(self) -> None:
-        """Forgets the copies of the weights that were made for a device."""
+        """Frees the copies of the weights on other devices."""
         self.placed.clear()
 
-    def _add(self, name: str, branches: list[tuple[Source, Run]], rows: int, module, inputs, output: Tensor) -> Tensor:
+    def _add(self, name: str, branches: list[tuple[Source, Span]], rows: int, module, inputs, output: Tensor) -> Tensor:
         x, copies = inputs[0], len(inputs[0]) // rows
-        for source, run in branches:
+        for source, span in branches:
             down, up, scale = self._placed(name, source, x)
-            some = slice(run.start * copies, run.stop * copies)
-            hidden = F.linear(x[some], down)
-            output[some].view(-1, len(up)).addmm_(hidden.flatten(0, -2), up.T, alpha=run.strength * scale)
+            batch = slice(span.start * copies, span.stop * copies)
+            hidden = F.linear(x[batch], down)
+            output[batch].view(-1, len(up)).addmm_(hidden.flatten(0, -2), up.T, alpha=span.strength * scale)
         return output
 
     def _placed(self, name: str, source: Source, x: Tensor) -> tuple[Tensor, Tensor, float]:
-        """down, up and alpha / rank of a layer, the tensors where and as x is."""
+        """down, up and alpha / rank of a layer; the tensors are cached copies on x's device in its dtype."""
         layer, key = self.layers[name][source], (name, source, x.device, x.dtype)
         if key not in self.placed:
             with torch.inference_mode(False):  # else autograd refuses them when a mixed model is trained
@@ -232,7 +238,7 @@ class Mixer:
 
 
 def check_fit(unet: nn.Module, parts: Mapping[str, Part]) -> None:
-    """Raises ValueError for parts that were trained on a UNet of other shape."""
+    """Raises ValueError for parts that were trained on a UNet with other layers."""
     layers = {target: unet.get_submodule(name) for name, target in targets(dict(unet.named_modules())).items()}
     for role, part in parts.items():
         expected = {target.layer: layer for target, layer in layers.items() if target.role == role}

@@ -1,4 +1,4 @@
-"""Noises a latent and scores the prediction, as noise or as the restored image.
+"""Noises a latent and scores the prediction: as noise, or as x0 prediction.
 
 Notation of the paper in the variance-exploding form: x = z_0 + sigma n, where the paper's z_t is x / sqrt(1 + sigma^2).
 A denoiser gives z_0_hat; the noise it implies is n_hat = (x - z_0_hat) / sigma.
@@ -20,12 +20,11 @@ class Draw(NamedTuple):
 
 
 def draw(z_0: Tensor, sigmas: Tensor, noise_offset: float, generator: torch.Generator) -> Draw:
-    """Normal noise and a noise level chosen evenly from `sigmas`, the model's training levels.
+    """Gaussian noise like z_0 (b c h w), and for each row a noise level, uniform over the model's training `sigmas`.
 
-    Drawn on the CPU, so that every device trains alike. The levels of several rows lie evenly apart, from one random
-    number (the low-discrepancy sampler of arXiv 2107.00630): their losses vary less than those of levels drawn alone.
-
-    Noise offset: one more normal number a channel, times `noise_offset`, moves the whole channel.
+    Drawn on the CPU, so that every device trains alike. The levels of several rows are evenly spaced from one random
+    number (the low-discrepancy sampler of arXiv 2107.00630), so that their losses vary less than with independent ones.
+    noise_offset: scale of one more normal number for each channel, which shifts the whole channel.
     """
     noise = torch.randn(z_0.shape, generator=generator)
     if noise_offset:
@@ -36,10 +35,12 @@ def draw(z_0: Tensor, sigmas: Tensor, noise_offset: float, generator: torch.Gene
 
 
 def add_noise(z_0: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
+    """x = z_0 + sigma n. z_0, noise: b c h w; sigma: b 1 1 1."""
     return z_0 + sigma * noise
 
 
 def noise_from_x0(x: Tensor, z_0_hat: Tensor, sigma: Tensor) -> Tensor:
+    """n_hat = (x - z_0_hat) / sigma. x, z_0_hat: b c h w; sigma: b 1 1 1."""
     return (x - z_0_hat) / sigma
 
 

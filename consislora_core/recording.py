@@ -1,4 +1,4 @@
-"""A training step that a GPU is told once and then repeats: thousands of kernels for the price of one launch."""
+"""A training step recorded once as CUDA graphs: thousands of kernels for the price of one launch each time after."""
 
 import gc
 import logging
@@ -8,45 +8,45 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-WARM_UP = 1  # steps as usual before the recording, in which libraries make their plans and AdamW its moments
+WARM_UP = 1  # steps before the recording, in which libraries choose their kernels and AdamW allocates its moments
 
 
 class Step(NamedTuple):
-    """compute: from tensors to tensors, and gradients. update: moves the weights along them."""
+    """One training step. compute: from tensors to tensors, and gradients. update: moves the weights along them."""
 
     compute: Callable[..., Sequence[Tensor]]
     update: Callable[[], None]
 
 
 class RecordedStep:
-    """A `Step` of the same work each time on inputs of the same shapes, as two CUDA graphs.
+    """A `Step` as two CUDA graphs, if it launches the same kernels each time, on inputs of the same shapes.
 
-    What `compute` gives, the next call overwrites. A step that cannot be recorded goes on as usual.
+    The next call overwrites what `compute` returned. A step that cannot be recorded runs as usual, which is logged.
     """
 
     def __init__(self, step: Step):
         self.step, self.warm, self.recordable = step, 0, True
         self.graphs: tuple[torch.cuda.CUDAGraph, torch.cuda.CUDAGraph] | None = None
-        self.stream = torch.cuda.Stream()  # the default one cannot be recorded, and gradients stay with theirs
+        self.stream = torch.cuda.Stream()  # the default stream cannot be recorded
 
     def compute(self, *inputs: Tensor) -> Sequence[Tensor]:
         if self.graphs is None and self.recordable and self.warm >= WARM_UP:
             self._record(inputs)
         if self.graphs is None:
             self.warm += 1
-            return self._beside(self.step.compute, *inputs)
-        for own, given in zip(self.inputs, inputs, strict=True):
-            own.copy_(given)
+            return self._on_stream(self.step.compute, *inputs)
+        for recorded, new in zip(self.inputs, inputs, strict=True):
+            recorded.copy_(new)
         self.graphs[0].replay()
         return self.outputs
 
     def update(self) -> None:
         if self.graphs is None:
-            self._beside(self.step.update)
+            self._on_stream(self.step.update)
         else:
             self.graphs[1].replay()
 
-    def _beside(self, work: Callable, *inputs: Tensor):
+    def _on_stream(self, work: Callable, *inputs: Tensor):
         if not self.recordable:
             return work(*inputs)
         self.stream.wait_stream(torch.cuda.current_stream())
@@ -61,7 +61,7 @@ class RecordedStep:
         settings = {"stream": self.stream, "capture_error_mode": "thread_local"}
         before = torch.cuda.current_stream()
         try:
-            self.inputs = [given.clone() for given in inputs]
+            self.inputs = [tensor.clone() for tensor in inputs]
             with torch.cuda.graph(compute, **settings):
                 self.outputs = self.step.compute(*self.inputs)
             with torch.cuda.graph(update, pool=compute.pool(), **settings):
@@ -77,7 +77,7 @@ class RecordedStep:
 
 
 def _end_recording() -> None:
-    """After a failed recording torch takes random numbers for still being recorded; one that succeeds ends that."""
+    """Records nothing: after a failed recording, torch's random numbers stay in recording mode until one succeeds."""
     gc.collect()
     with torch.cuda.graph(torch.cuda.CUDAGraph(), capture_error_mode="thread_local"):
         torch.zeros(1, device="cuda")

@@ -48,12 +48,14 @@ def targets(module_names: Iterable[str], architecture: str = "sdxl") -> dict[str
 
 
 def parse_module(name: str, architecture: str = "sdxl") -> Target | None:
-    """The target a LoRA file's module name means, dotted or with underscores; None if it is not in a role block."""
+    """The target of a module name in a LoRA file, dotted or with underscores; None if it is not in a role block."""
     flat = name.replace(".", "_")
     for role, spellings in BLOCKS[architecture].items():
         for block in spellings.values():
             prefix, _, layer = flat.partition(block.replace(".", "_") + "_")
-            if re.fullmatch(r"((lora_)?unet_|diffusion_model_)*", prefix) and (match := LAYER.fullmatch(layer)):
+            if re.fullmatch(r"((lora_)?unet_|diffusion_model_|base_model_model_)*", prefix) and (
+                match := LAYER.fullmatch(layer)
+            ):
                 depth, attention, projection = match.groups()
                 return Target(role, f"transformer_blocks.{depth}.{attention}.to_{projection.replace('_', '.')}")
     return None
@@ -61,4 +63,9 @@ def parse_module(name: str, architecture: str = "sdxl") -> Target | None:
 
 def kohya_name(target: Target, architecture: str = "sdxl") -> str:
     """The module name our files use: kohya's, with diffusers block names (read by ComfyUI, diffusers and A1111)."""
-    return "lora_unet_" + f"{BLOCKS[architecture][target.role]['diffusers']}.{target.layer}".replace(".", "_")
+    return "lora_unet_" + diffusers_name(target, architecture).replace(".", "_")
+
+
+def diffusers_name(target: Target, architecture: str = "sdxl") -> str:
+    """The dotted name of a target's module in a diffusers UNet."""
+    return f"{BLOCKS[architecture][target.role]['diffusers']}.{target.layer}"

@@ -8,11 +8,11 @@ from .roles import ROLES
 
 PRESETS = PAPER, QUALITY, FAST = "paper", "quality", "fast"
 LOSS_NAMES = NOISE, RECONSTRUCTION = "noise", "reconstruction"
-SHORTER = {"image": 3, "style": 5}  # how many steps of a stage are one with the preset fast
+SHORTER = {"image": 3, "style": 5}  # the preset fast divides a stage's steps by this
 
 
 class Phase(NamedTuple):
-    """A run of steps with one loss. fades: the learning rate falls in a line, to 0 at the phase's end."""
+    """Consecutive steps with one loss. fades: the learning rate falls linearly, to 0 at the end of the phase."""
 
     steps: int
     loss: str
@@ -22,7 +22,7 @@ class Phase(NamedTuple):
 
 @dataclass(frozen=True)
 class Stage:
-    """One training run. Raises ValueError that names the field, its value and what is allowed."""
+    """The settings of one training run. Raises ValueError that names the field, its value and what is allowed."""
 
     name: str
     learns: tuple[str, ...]
@@ -30,54 +30,41 @@ class Stage:
     rank: int = 64
     seed: int = 0
     noise_offset: float = 0.0
-    noises: int = 1  # a step: of one image, on levels that lie evenly
+    noises: int = 1  # in each step, of one image, at evenly spaced levels
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
     weight_decay: float = 1e-4
-    max_grad_norm: float | None = None  # the authors' code passes 1.0 to a clip that never sees a gradient
+    max_grad_norm: float | None = None  # the authors' code passes 1.0 to a clip that gets no gradients
 
     def __post_init__(self):
-        for phase in self.phases:
-            _check("steps", phase.steps, _is_count(phase.steps), "a whole number of at least 1")
-            _check("loss", phase.loss, phase.loss in LOSS_NAMES, " or ".join(LOSS_NAMES))
-            _check(
-                "learning_rate",
-                phase.learning_rate,
-                _is_between(phase.learning_rate, 0, 1, open_below=True),
-                "a number above 0 and at most 1",
-            )
-        _check("phases", self.phases, len(self.phases) > 0, "at least one phase")
-        _check("learns", self.learns, self.learns and set(self.learns) <= set(ROLES), f"some of {ROLES}")
-        _check("rank", self.rank, _is_count(self.rank) and self.rank <= 1024, "a whole number from 1 to 1024")
-        _check(
-            "seed",
-            self.seed,
-            isinstance(self.seed, int) and 0 <= self.seed < 2**64,
-            "a whole number from 0 to 2^64 - 1",
-        )
-        _check("noise_offset", self.noise_offset, _is_between(self.noise_offset, 0, 1), "a number from 0 to 1")
-        _check("noises", self.noises, _is_count(self.noises), "a whole number of at least 1")
-        _check(
-            "betas",
-            self.betas,
-            all(_is_between(b, 0, 1) and b < 1 for b in self.betas),
-            "two numbers from 0 to below 1",
-        )
-        _check("eps", self.eps, _is_between(self.eps, 0, 1, open_below=True), "a number above 0")
-        _check("weight_decay", self.weight_decay, _is_between(self.weight_decay, 0, 1), "a number from 0 to 1")
-        _check(
-            "max_grad_norm",
-            self.max_grad_norm,
-            self.max_grad_norm is None or _is_between(self.max_grad_norm, 0, math.inf, open_below=True),
-            "none, or a number above 0",
-        )
+        for steps, loss, rate, _ in self.phases:
+            _check("steps", steps, _is_count(steps), "a whole number of at least 1")
+            _check("loss", loss, loss in LOSS_NAMES, " or ".join(LOSS_NAMES))
+            is_rate = _is_between(rate, 0, 1, open_below=True)
+            _check("learning_rate", rate, is_rate, "a number above 0 and at most 1")
+        is_seed = isinstance(self.seed, int) and 0 <= self.seed < 2**64
+        are_betas = all(_is_between(beta, 0, 1) and beta < 1 for beta in self.betas)
+        is_norm = self.max_grad_norm is None or _is_between(self.max_grad_norm, 0, math.inf, open_below=True)
+        for field, is_allowed, what in [
+            ("phases", len(self.phases) > 0, "at least one phase"),
+            ("learns", self.learns and set(self.learns) <= set(ROLES), f"some of {ROLES}"),
+            ("rank", _is_count(self.rank) and self.rank <= 1024, "a whole number from 1 to 1024"),
+            ("seed", is_seed, "a whole number from 0 to 2^64 - 1"),
+            ("noise_offset", _is_between(self.noise_offset, 0, 1), "a number from 0 to 1"),
+            ("noises", _is_count(self.noises), "a whole number of at least 1"),
+            ("betas", are_betas, "two numbers from 0 to below 1"),
+            ("eps", _is_between(self.eps, 0, 1, open_below=True), "a number above 0"),
+            ("weight_decay", _is_between(self.weight_decay, 0, 1), "a number from 0 to 1"),
+            ("max_grad_norm", is_norm, "none, or a number above 0"),
+        ]:
+            _check(field, getattr(self, field), is_allowed, what)
 
     @property
     def steps(self) -> int:
         return sum(phase.steps for phase in self.phases)
 
     def at(self, step: int) -> tuple[str, float]:
-        """Loss and learning rate of a step, counted from 0."""
+        """Loss and learning rate of a step, counted from 0. Raises IndexError past the end."""
         for steps, loss, learning_rate, fades in self.phases:
             if step < steps:
                 return loss, learning_rate * (1 - step / steps) if fades else learning_rate
@@ -93,18 +80,14 @@ def image_stage(
     preset: str = PAPER,
     **settings,
 ) -> Stage:
-    """Stage 1: content and style together, with the stepwise loss transition (section 4.2).
+    """Stage 1: content and style together, with the stepwise loss transition (arXiv 2503.10614, section 4.2).
 
-    `transition_step` 0 is reconstruction loss only; equal to `steps` it is noise loss only (B-LoRA).
-    preset: see `with_preset`.
+    transition_step: the first step with the reconstruction loss; 0 is reconstruction loss only, `steps` noise loss only
+    (B-LoRA). preset: see `with_preset`. settings: other fields of `Stage`. Raises ValueError as `Stage` does.
     """
     _check("steps", steps, _is_count(steps), "a whole number of at least 1")
-    _check(
-        "transition_step",
-        transition_step,
-        isinstance(transition_step, int) and 0 <= transition_step <= steps,
-        f"a whole number from 0 to steps ({steps})",
-    )
+    is_transition = isinstance(transition_step, int) and 0 <= transition_step <= steps
+    _check("transition_step", transition_step, is_transition, f"a whole number from 0 to steps ({steps})")
     phases = (
         Phase(transition_step, NOISE, learning_rate),
         Phase(steps - transition_step, RECONSTRUCTION, reconstruction_learning_rate),
@@ -119,19 +102,19 @@ def style_stage(
     preset: str = PAPER,
     **settings,
 ) -> Stage:
-    """Stage 2: a fresh style LoRA beside the frozen content LoRA of stage 1 (section 4.2).
+    """Stage 2: a fresh style LoRA beside the frozen content LoRA of stage 1 (arXiv 2503.10614, section 4.2).
 
-    preset: see `with_preset`.
+    preset: see `with_preset`. settings: other fields of `Stage`. Raises ValueError as `Stage` does.
     """
     phase = Phase(steps, RECONSTRUCTION, reconstruction_learning_rate)
     return with_preset(Stage("style", ("style",), (phase,), noise_offset=noise_offset, **settings), preset)
 
 
 def with_preset(stage: Stage, name: str) -> Stage:
-    """A stage as one of `PRESETS` has it; what each is worth: benchmarks/results/fidelity.md.
+    """The stage with one of `PRESETS` applied; benchmarks/results/fidelity.md compares them.
 
-    paper: as it is. quality: three noises a step, and the last learning rate fades. fast: quality in fewer steps, see
-    `SHORTER`, at as many times the learning rates.
+    paper: unchanged. quality: three noises a step, and the learning rate of the last phase fades. fast: quality with
+    the steps divided, and the learning rates multiplied, by `SHORTER`.
     """
     _check("preset", name, name in PRESETS, " or ".join(PRESETS))
     if name == PAPER:
@@ -147,8 +130,8 @@ def with_preset(stage: Stage, name: str) -> Stage:
     return replace(stage, phases=phases, noises=3 * stage.noises)
 
 
-def _check(field: str, value, allowed: bool, what: str) -> None:
-    if not allowed:
+def _check(field: str, value, is_allowed: bool, what: str) -> None:
+    if not is_allowed:
         raise ValueError(f"{field} is {value!r}; it must be {what}.")
 
 

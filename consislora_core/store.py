@@ -1,4 +1,4 @@
-"""A folder of trained LoRAs and of checkpoints, each under a hash of all that determines it. Processes may share it.
+"""A folder of trained LoRAs and checkpoints, each under a hash of all that determines it. Processes may share it.
 
 To empty it, delete the folder.
 """
@@ -20,26 +20,29 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from . import lora_file
+from . import METHOD_VERSION, lora_file
 from .lora_file import ImageLora
 from .trainer import Trainer
 
-# Both are safetensors files. Under that name ComfyUI would offer them in every node that loads a LoRA, where a name
-# of 64 digits tells nobody anything, and may be gone tomorrow.
+# Both are safetensors files. With that suffix ComfyUI would list them in every node that loads a LoRA, where a name of
+# 64 digits means nothing and may be removed at any time.
 LORA, CHECKPOINT = ".lora", ".checkpoint"
-OURS = re.compile(r"[0-9a-f]{64}\..+")  # nothing else in the folder is ever touched
-RECORD = "store"  # the metadata entry of both that holds ours, as JSON
-METHOD = ("__init__", "adapters", "losses", "recording", "roles", "schedule", "trainer")  # the version, and what trains
+OURS = re.compile(r"[0-9a-f]{64}\..+")  # no other file in the folder is ever touched
+RECORD = "store"  # the metadata entry of both that holds our record, as JSON
+
+# What a training's key holds of the method's code. Before there was a version it was a hash of the sources: version 1
+# keeps that hash, so that LoRAs in users' stores are still found.
+METHOD = {1: "409b59147a1989079b1d6d7e2fa67cbacc8e40a2ae9aebcf506023965a4c6cd6"}.get(METHOD_VERSION, METHOD_VERSION)
 
 
-class Nameless(TypeError):
-    """A value that cannot be told from another one after a restart, such as a function."""
+class Unhashable(TypeError):
+    """A value without a hash that is the same after a restart, such as a function."""
 
 
 def fingerprint(value: object) -> str:
-    """SHA-256 of tensors, text, bytes, numbers, None, and of mappings and sequences of them. Raises Nameless.
+    """SHA-256 of tensors, text, bytes, numbers, None, and of mappings and sequences of them, as 64 hex digits.
 
-    A hash of kinds and of the parts' own hashes, so that no two values can run into one another.
+    It hashes kinds and the parts' own hashes, so that no two different values have the same input. Raises Unhashable.
     """
     kind = type(value).__name__
     if isinstance(value, Tensor):
@@ -47,27 +50,23 @@ def fingerprint(value: object) -> str:
         content = value.detach().cpu().reshape(-1).view(torch.uint8).numpy()
     elif isinstance(value, Mapping):
         kind = "mapping"
-        content = "".join(sorted(fingerprint(key) + fingerprint(one) for key, one in value.items())).encode()
+        content = "".join(sorted(fingerprint(key) + fingerprint(item) for key, item in value.items())).encode()
     elif isinstance(value, list | tuple):
         kind = "sequence"
         content = "".join(map(fingerprint, value)).encode()
     elif isinstance(value, str | bytes | int | float | None):
         content = repr(value).encode()
     else:
-        raise Nameless(f"{value!r:.100} has no name that lasts")
+        raise Unhashable(f"{value!r:.100} has no lasting name")
     digest = hashlib.sha256(f"{kind}\0".encode())
     digest.update(content)
     return digest.hexdigest()
 
 
-# As they are on import: that is the code which trains, also when an update has come in since.
-CODE = fingerprint([Path(__file__).with_name(f"{name}.py").read_bytes() for name in METHOD])
-
-
 class Store:
-    """limit: bytes of all files together; above it, the least recently used go.
+    """LoRAs and checkpoints in a folder. limit: bytes of all files; above it, the least recently used are removed.
 
-    What disk or folder refuses is logged once, and training goes on without the store.
+    Errors of disk or folder are logged once, and training goes on without the store.
     """
 
     def __init__(self, folder: Path, limit: int):
@@ -75,9 +74,9 @@ class Store:
 
     @contextmanager
     def locked(self, key: str, waiting: Callable[[], None]) -> Iterator[None]:
-        """Within the context no other process finds, keeps or resumes this key. One that was killed lets go of it.
+        """Locks a key against other processes. The lock of a process that is killed is released.
 
-        waiting: called several times a second while another process is at it; may raise to give up.
+        waiting: called several times a second while another process holds the lock; may raise to give up.
         """
         with ExitStack() as stack:
             with self._tolerant():
@@ -88,22 +87,25 @@ class Store:
             yield
 
     def has(self, key: str) -> bool:
+        """Whether there is a LoRA under the key; it may still be damaged."""
         return self._path(key, LORA).exists()
 
     def find(self, key: str) -> tuple[ImageLora, list[float]] | None:
-        """What was kept under the key, bit for bit: the LoRA and its losses."""
+        """The LoRA that was kept under the key, bit for bit, and its losses; None without one."""
         path = self._path(key, LORA)
         with self._tolerant(path), suppress(FileNotFoundError):
             kept = lora_file.read(path)
             record = _record(kept.metadata, key, _is_number)
             with suppress(OSError):  # a folder that is read-only still gives what it has
-                os.utime(path)  # it was used
-                self._path(key, CHECKPOINT).unlink(missing_ok=True)  # left if `keep` was killed at its end
+                os.utime(path)  # marks it as used
+                self._path(key, CHECKPOINT).unlink(
+                    missing_ok=True
+                )  # left if the process was killed at the end of `keep`
             return ImageLora(kept.parts, record["metadata"]), record["losses"]
         return None
 
     def keep(self, key: str, lora: ImageLora, losses: list[float]) -> None:
-        """Keeps what a training gave, in fp32, and removes its checkpoint."""
+        """Writes a trained LoRA in fp32 and its losses, and removes its checkpoint."""
         record = json.dumps({"key": key, "metadata": lora.metadata, "losses": losses})
         with self._tolerant():
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -112,7 +114,7 @@ class Store:
             self._make_room(key)
 
     def save_checkpoint(self, key: str, trainer: Trainer, losses: list[tuple[float, ...]]) -> None:
-        """losses: of every step so far, of each LoRA."""
+        """Writes the trainer's state. losses: of every step so far, a tuple of all its LoRAs'."""
         record = json.dumps({"key": key, "losses": losses})
         with self._tolerant():
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -120,14 +122,15 @@ class Store:
             self._make_room(key)
 
     def drop_checkpoint(self, key: str) -> None:
+        """Removes a checkpoint, if there is one."""
         with self._tolerant():
             self._path(key, CHECKPOINT).unlink(missing_ok=True)
 
     def resume(self, key: str, trainer: Trainer) -> list[tuple[float, ...]]:
-        """Puts a new trainer where the last checkpoint left it; the losses until there, none without a checkpoint."""
+        """Sets a new trainer to the last checkpoint; the losses until there, none without a checkpoint."""
         path = self._path(key, CHECKPOINT)
         with self._tolerant(path), suppress(FileNotFoundError), safe_open(path, framework="pt") as file:
-            record = _record(file.metadata(), key, partial(_are_numbers, trainer.rows))
+            record = _record(file.metadata(), key, partial(_are_numbers, trainer.loras))
             shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
             if shapes != trainer.state_shapes():  # before a tensor takes memory
                 raise ValueError("its tensors are those of another training")
@@ -140,10 +143,10 @@ class Store:
 
     @contextmanager
     def _tolerant(self, reading: Path | None = None) -> Iterator[None]:
-        """Training is worth more than the store: goes on after what the disk refuses, or a file that is damaged."""
+        """Goes on after an error of the disk or, while `reading` a file, if that file is damaged."""
         try:
             yield
-        except (OSError, NotImplementedError) as error:  # the second where a network folder has no locks
+        except (OSError, NotImplementedError) as error:  # the second from network folders without locks
             if not self.warned:
                 logging.warning(
                     "ConsisLoRA: the store of trained LoRAs, %s, cannot be used (%s). Training goes on, but may not "
@@ -164,10 +167,10 @@ class Store:
                 os.replace(reading, f"{reading}.damaged")
 
     def _make_room(self, key: str) -> None:
-        """Removes what was used least recently, but never what has just been written."""
+        """Removes the least recently used files, but never those of `key`, which have just been written."""
         sizes, used = Counter(), Counter()
         for path in self.folder.iterdir():
-            with suppress(FileNotFoundError):  # another process makes room as well
+            with suppress(FileNotFoundError):  # another process may remove files as well
                 if OURS.fullmatch(path.name):
                     name, stat = path.name.partition(".")[0], path.stat()
                     sizes[name] += stat.st_size
@@ -184,15 +187,15 @@ class Store:
 
 @contextmanager
 def _acquired(lock: FileLock, waiting: Callable[[], None]) -> Iterator[None]:
-    told = False
+    logged = False
     while True:
         try:
             lock.acquire(timeout=0)
             break
         except Timeout:
-            if not told:
+            if not logged:
                 logging.info("ConsisLoRA: another process is at the same training; waiting for its result.")
-            told = True
+            logged = True
             waiting()
             time.sleep(0.2)
     try:

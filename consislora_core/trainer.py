@@ -21,52 +21,55 @@ MOMENTS = ("exp_avg", "exp_avg_sq")  # what AdamW keeps of each parameter, besid
 class Denoiser(NamedTuple):
     """A model as the core sees it, whichever program hosts it."""
 
-    unet: nn.Module  # LoRA goes in here
+    unet: nn.Module  # which gets the LoRA layers
     denoise: Callable[[Tensor, Tensor, Any], Tensor]  # (x b c h w, sigma b, cond) -> z_0_hat, through `unet`
     sigmas: Tensor  # the noise levels it was trained on, ascending, on the CPU
     dtype: torch.dtype = torch.float32  # that it computes in
-    recordable: bool = False  # on a CUDA device, where `denoise` gives it the same work in every step
+    recordable: bool = False  # on a CUDA device, and `denoise` launches the same kernels in every step
 
 
 class StepEvent(NamedTuple):
-    """What happened in one step, told after the weights moved."""
+    """What happened in one step, yielded after the weights moved."""
 
     step: int  # from 1
     stage: str
     phase: str  # the loss in use: "noise" or "reconstruction"
-    losses: tuple[float, ...]  # of each LoRA that is trained
+    losses: tuple[float, ...]  # of each LoRA
     learning_rate: float
-    sigma: float  # the mean of its noises
-    z_0_hat: Tensor  # the restored images (b c h w), one a LoRA, in latent space; the next step may overwrite it
+    sigma: float  # the mean noise level of its batch
+    z_0_hat: Tensor  # x0 predictions (loras c h w) in latent space; the next step may overwrite them
 
     @property
     def loss(self) -> float:
-        """Their mean."""
+        """The mean of the losses."""
         return sum(self.losses) / len(self.losses)
 
 
-class Drawn(NamedTuple):
-    """What chance has for a step, on the CPU."""
+class RandomStep(NamedTuple):
+    """The random numbers of one step, on the CPU."""
 
-    image: Tensor | None  # which of several
-    random: Draw  # of one row a noise
-    before: Tensor  # the generator's state
+    image: Tensor | None  # index of the latent, where there are several
+    draw: Draw  # a row for each noise
+    before: Tensor  # the generator's state before they were drawn
 
 
 class Trainer:
-    """One stage of training on one image (or several of one subject, or several apart), driven by iteration:
+    """One stage of training, driven by iteration (arXiv 2503.10614, section 4.2):
 
         with Trainer(model, z_0, cond, image_stage()) as trainer:
             for event in trainer:
                 ...
             parts = trainer.parts()
 
-    z_0: clean latents (b c h w) in the model's space; a step takes one of them.
-    cond: whatever `denoise` takes as its third argument, for one row, or for each.
-    frozen: parts that act but do not learn (stage 2: the content part of stage 1).
-    apart: each latent gets a LoRA of its own, as if trained alone with the same seed; a step takes all of them, in
-    runs of rows of one batch. frozen is then a sequence, of as many.
-    loss_scale: above 1 for fp16 activations, whose small gradients would vanish; halved where they overflow.
+    z_0: clean latents (b c h w) in the model's space, of one image or several of one subject; a step takes one.
+    cond: what `denoise` takes as its third argument.
+    frozen: parts that act but do not learn, by role (stage 2: the content part of stage 1).
+    loss_scale: above 1 for fp16 activations, whose small gradients would vanish; halved when they overflow.
+    apart: each latent gets a LoRA of its own, as if trained alone with the same seed; a step takes all latents, each a
+    span of the batch. frozen then holds one mapping for each.
+    start: parts to learn from on, by role, in place of fresh ones.
+
+    Raises ValueError for latents that are empty or not finite, and on entry for parts that do not fit the UNet.
     """
 
     def __init__(
@@ -78,19 +81,20 @@ class Trainer:
         frozen: Mapping[str, Part] | Sequence[Mapping[str, Part]] | None = None,
         loss_scale: float = 1.0,
         apart: bool = False,
+        start: Mapping[str, Part] | None = None,
     ):
         _check_latents(z_0)
         self.model, self.z_0, self.cond, self.stage = model, z_0.float(), cond, stage
         self.generator = torch.Generator().manual_seed(stage.seed)
         fresh = {role: fresh_part(model.unet, role, stage.rank, self.generator) for role in stage.learns}
         frozen = (frozen or [{}] * len(z_0)) if apart else [frozen or {}]
-        self.start = [{**parts, **fresh} for parts in frozen]
-        self.rows = len(self.start)
+        self.start = [{**parts, **fresh, **(start or {})} for parts in frozen]  # until the UNet has them
+        self.loras = len(self.start)
         self.loss_scale = loss_scale
         self.step = 0
-        self.drawn: Drawn | None = None
-        self.kind: tuple[str, float] | None = None  # loss and scale of the last step's work
-        self.random_state = self.generator.get_state()  # between steps: one that is cut short has drawn already
+        self.drawn: RandomStep | None = None  # of the next step
+        self.kind: tuple[str, float] | None = None  # the loss and scale that `work` computes
+        self.random_state = self.generator.get_state()  # after the last whole step
 
     def __enter__(self) -> "Trainer":
         with ExitStack() as stack:
@@ -108,11 +112,11 @@ class Trainer:
                 capturable=recordable,
             )
             self._stack = stack.pop_all()
-        del self.start  # the UNet has its own copies now
+        del self.start  # the UNet has copies of its own now
         return self
 
     def __exit__(self, *error) -> None:
-        self.kind = self.work = None  # else it and the trainer would hold one another, and a recording's memory
+        self.kind = self.work = None  # breaks the reference cycle, or a recording's memory would stay
         self._stack.__exit__(*error)
 
     def __iter__(self) -> Iterator[StepEvent]:
@@ -120,18 +124,18 @@ class Trainer:
             image, random, _ = self.drawn or self._draw()
             self.drawn = None
             z_0 = self.z_0 if image is None else self.z_0[image]
-            # The LoRAs see the same noise, as each would alone.
-            rows = Draw(*(part.to(z_0).repeat(len(z_0), 1, 1, 1) for part in random))
-            yield self.train_step(z_0.repeat_interleave(self.stage.noises, 0), rows)
+            # The LoRAs get the same noise, as each would alone.
+            noise, sigma = (part.to(z_0).repeat(len(z_0), 1, 1, 1) for part in random)
+            yield self.train_step(z_0.repeat_interleave(self.stage.noises, 0), Draw(noise, sigma))
 
-    def _draw(self) -> Drawn:
+    def _draw(self) -> RandomStep:
         before = self.generator.get_state()
-        image = torch.randint(len(self.z_0), (1,), generator=self.generator) if len(self.z_0) > self.rows else None
+        image = torch.randint(len(self.z_0), (1,), generator=self.generator) if len(self.z_0) > self.loras else None
         like = torch.empty(self.stage.noises, *self.z_0.shape[1:])
-        return Drawn(image, draw(like, self.model.sigmas, self.stage.noise_offset, self.generator), before)
+        return RandomStep(image, draw(like, self.model.sigmas, self.stage.noise_offset, self.generator), before)
 
     def train_step(self, z_0: Tensor, random: Draw) -> StepEvent:
-        """One step on given noise and sigma, a row of the batch each; the rows of a LoRA lie side by side.
+        """One step on given noise and noise levels. z_0 and random: b rows each, in equal spans for the LoRAs.
 
         Raises FloatingPointError before the weights move if the loss is not finite.
         """
@@ -156,19 +160,19 @@ class Trainer:
         self.optimizer.step()
 
     def _clip(self, max_grad_norm: float) -> None:
-        """To a norm over all layers, of each LoRA by itself."""
+        """Clips each LoRA's gradients to a norm over all its layers."""
         grads = [parameter.grad for parameter in self.inserted.parameters]
         norms = torch.cat([grad.flatten(1) for grad in grads], 1).norm(dim=1)
         for grad in grads:
             grad.mul_((max_grad_norm / (norms + 1e-6)).clamp(max=1).view(-1, 1, 1))
 
     def _backward(self, z_0: Tensor, random: Draw, loss_name: str) -> tuple[Tensor, tuple[float, ...], float]:
-        """Leaves gradients; z_0_hat, the loss of each LoRA, the mean sigma."""
+        """Computes gradients; returns z_0_hat, the loss of each LoRA and the mean sigma."""
         while True:
-            z_0_hat, told = self._work(loss_name).compute(z_0, *random)
+            z_0_hat, numbers = self._work(loss_name).compute(z_0, *random)
             self.drawn = self.drawn or self._draw()  # while a GPU computes
-            *values, size, sigma = told.tolist()
-            if math.isfinite(sum(values) + size):
+            *values, norm, sigma = numbers.tolist()
+            if math.isfinite(sum(values) + norm):
                 return z_0_hat, tuple(values), sigma
             if self.loss_scale <= 1 or not math.isfinite(sum(values)):
                 raise FloatingPointError(
@@ -179,10 +183,10 @@ class Trainer:
             self.loss_scale /= 2
 
     def _work(self, loss_name: str) -> Step | RecordedStep:
-        """What each step with this loss does."""
+        """The step to run for this loss."""
         kind = loss_name, self.loss_scale
         if kind != self.kind:
-            self.kind, self.work = kind, None  # an earlier recording holds memory
+            self.kind, self.work = kind, None  # frees the memory of an earlier recording
             step = Step(partial(self._compute_gradients, *kind), self._update)
             self.work = RecordedStep(step) if self.model.recordable else step
         return self.work
@@ -190,31 +194,27 @@ class Trainer:
     def _compute_gradients(
         self, loss_name: str, loss_scale: float, z_0: Tensor, noise: Tensor, sigma: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Leaves gradients; z_0_hat, and in one tensor the loss of each LoRA, the gradients' size, the mean sigma."""
+        """Computes gradients; returns z_0_hat, and as one tensor the LoRAs' losses, gradient norm and mean sigma."""
         x = add_noise(z_0, noise, sigma)
         self.optimizer.zero_grad()
         with self.inserted.cast(self.model.dtype):
             z_0_hat = self.model.denoise(x, sigma.flatten(), self.cond)
-            runs = zip(*(tensor.chunk(self.rows) for tensor in (z_0, z_0_hat, noise, sigma)), strict=True)
-            losses = torch.stack([LOSSES[loss_name](*run) for run in runs])
+            spans = zip(*(tensor.chunk(self.loras) for tensor in (z_0, z_0_hat, noise, sigma)), strict=True)
+            losses = torch.stack([LOSSES[loss_name](*span) for span in spans])
             (losses.sum() * loss_scale).backward()
         grads = [parameter.grad for parameter in self.inserted.parameters]
         if loss_scale != 1:
             torch._foreach_div_(grads, loss_scale)
-        size = torch.stack(torch._foreach_norm(grads)).sum()
-        # Told to the CPU together: each number by itself would make a GPU wait.
-        told = torch.stack([*losses.detach(), size, sigma.mean()])
-        return z_0_hat.detach()[:: len(z_0_hat) // self.rows], told
+        norm = torch.stack(torch._foreach_norm(grads)).sum()
+        numbers = torch.stack([*losses.detach(), norm, sigma.mean()])  # one host sync for all of them
+        return z_0_hat.detach()[:: len(z_0_hat) // self.loras], numbers
 
-    def parts(self, row: int = 0) -> dict[str, Part]:
-        """The parts as trained so far, frozen ones included, on the CPU in fp32; with `apart`, of a row's LoRA."""
-        return self.inserted.parts(row)
+    def parts(self, lora: int = 0) -> dict[str, Part]:
+        """The parts as trained so far, frozen ones included, by role, on the CPU in fp32; with `apart`, of one LoRA."""
+        return self.inserted.parts(lora)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """All that a later Trainer of the same arguments needs to go on as if never stopped, on the CPU.
-
-        As of the last whole step, also when a later one was cut short.
-        """
+        """All that a later Trainer of the same arguments needs to go on: CPU tensors as of the last whole step."""
         state = {
             "step": torch.tensor(self.step),
             "loss_scale": torch.tensor(self.loss_scale, dtype=torch.float64),
@@ -228,7 +228,7 @@ class Trainer:
         return state
 
     def state_shapes(self) -> dict[str, tuple[int, ...]]:
-        """What `state_dict` holds after the first step, by name."""
+        """The shapes of `state_dict` after the first step, by name."""
         shapes = {"step": (), "loss_scale": (), "generator": tuple(self.random_state.shape)}
         for number, weight in enumerate(self.inserted.parameters):
             shapes[f"weights.{number}"] = tuple(weight.shape)
@@ -237,12 +237,12 @@ class Trainer:
         return shapes
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Goes on from a `state_dict` of at least one step, of a Trainer of the same arguments."""
+        """Continues from the `state_dict` of a Trainer of the same arguments that had made at least one step."""
         moments = {}
         with torch.no_grad():
             for number, weight in enumerate(self.inserted.parameters):
                 weight.copy_(state[f"weights.{number}"])
-                # Clones: the optimizer keeps what it is given, and writes into it.
+                # Clones, since the optimizer keeps the tensors and writes into them.
                 moments[number] = {name: state[f"optimizer.{number}.{name}"].clone() for name in ("step", *MOMENTS)}
         self.optimizer.load_state_dict({"state": moments, "param_groups": self.optimizer.state_dict()["param_groups"]})
         self.generator.set_state(state["generator"])

@@ -11,7 +11,8 @@ import time
 import webbrowser
 from pathlib import Path
 
-from demo.server import PACK, ComfyServer, ServerError, WorkflowError
+from batch.comfy_client import WorkflowError
+from demo.server import PACK, ComfyServer, ServerError
 from demo.sheet import sheet
 
 NAME = "train_and_stylise_demo"
@@ -22,7 +23,7 @@ PLAIN_PROMPT = "a crown in the style of high contrast"
 
 
 def main(comfyui: Path, output: Path, serve: bool) -> None:
-    """Run the demo and leave its results in `output`; with `serve`, open ComfyUI in the browser instead."""
+    """Runs the demo and leaves its results in `output`; with `serve`, opens ComfyUI in the browser instead."""
     try:
         with ComfyServer(output / "comfyui", comfyui) as server:
             for picture in IMAGES.glob("*.png"):
@@ -69,7 +70,7 @@ def nodes(prompt: dict, class_type: str) -> list[str]:
 
 
 def picture(server: ComfyServer, prompt: dict, clock: Clock) -> Path:
-    """The picture a workflow saves; of what an earlier one has trained, ComfyUI still has the result."""
+    """The picture that a workflow saves; ComfyUI has the LoRAs of an earlier workflow cached."""
     entry = server.run(prompt, timeout=3600, on_event=clock)
     return server.images({"outputs": {node: entry["outputs"][node] for node in nodes(prompt, "SaveImage")}})[0]
 
@@ -80,7 +81,7 @@ def cell(server: ComfyServer, prompt: dict, content: float, style: float, clock:
 
 
 def without_loras(prompt: dict) -> dict:
-    """The same picture from the base model alone, with words for the thing and the look."""
+    """The same workflow without LoRAs: the base model alone, with a prompt for subject and style."""
     changed = with_sampler(prompt, content_strength=0, style_strength=0, content_guidance=0, style_guidance=0)
     (sampler,) = nodes(changed, "ConsisLoRASampler")
     changed[changed[sampler]["inputs"]["positive"][0]]["inputs"]["text"] = PLAIN_PROMPT
@@ -95,7 +96,7 @@ def with_sampler(prompt: dict, **inputs: float) -> dict:
 
 
 class Clock:
-    """Times each node by what ComfyUI tells while workflows run, and prints how far a training is."""
+    """Times each node by ComfyUI's messages while workflows run, and prints the progress of a training."""
 
     def __init__(self, prompt: dict):
         self.titles = {node_id: node["_meta"]["title"] for node_id, node in prompt.items()}

@@ -10,7 +10,7 @@ Cell = tuple[str, Path]  # label, picture
 
 
 def sheet(rows: list[list[Cell]]) -> Image.Image:
-    """The pictures in rows, enlarged alike, each with its label above it."""
+    """The pictures in lines, all scaled to one size, each below its label."""
     columns = max(len(row) for row in rows)
     page = Image.new("RGB", (columns * (CELL + GAP) + GAP, len(rows) * (CELL + LABEL + GAP) + GAP), "white")
     for i, row in enumerate(rows):

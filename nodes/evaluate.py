@@ -1,4 +1,4 @@
-"""Score pictures for content, style and leakage, and part the good from the bad."""
+"""Score pictures for content, style and leakage, and split them by their scores."""
 
 import json
 from typing import Any
@@ -7,13 +7,14 @@ import comfy.utils
 import torch
 from comfy_api.latest import io, ui
 from comfy_execution.graph import ExecutionBlocker
+from einops import rearrange
 from torch import Tensor
 
 from ..consislora_core.metrics import Scores, feature_scores, misses, structure_scores
-from . import drawing
+from ..host import drawing
 from .sockets import CATEGORY, PictureScores, aliases
 
-# Gate's bounds: by input, the score, and the value that every picture keeps.
+# Gate's bounds: by input, the score, and the value at which every picture passes.
 LEAST = {"min_content": ("content", -1.0), "min_style": ("style", -1.0)}
 LEAST |= {"min_edges": ("edges", 0.0), "min_silhouette": ("silhouette", 0.0)}
 MOST = {"max_leakage": ("leakage", 1.0)}
@@ -27,15 +28,17 @@ class Evaluate(io.ComfyNode):
             display_name="Evaluate",
             category=CATEGORY,
             **aliases("clip score", "dino score", "image similarity"),
-            description="Scores pictures: is it the content image's thing, in the style image's look?",
+            description="Scores pictures: is it the content image's subject, in the style image's style?",
             is_output_node=True,
             inputs=[
                 io.Image.Input("images", tooltip="The pictures to score."),
                 io.Image.Input(
                     "content_image",
-                    tooltip="The thing as it should be; shapes are compared with the first picture of a batch.",
+                    tooltip="The subject as it should be; shapes are compared with the first picture of a batch.",
                 ),
-                io.Image.Input("style_image", tooltip="The look as it should be; may be a batch in one look."),
+                io.Image.Input(
+                    "style_image", tooltip="The style as it should be; may be a batch of pictures in one style."
+                ),
                 io.ClipVision.Input(
                     "clip_vision",
                     optional=True,
@@ -67,25 +70,26 @@ class Evaluate(io.ComfyNode):
 
 
 def scored(images: Tensor, content_image: Tensor, style_image: Tensor, clip_vision: Any = None) -> Scores:
-    """All scores of pictures (b h w c) that can be had: those by features need a CLIP_VISION."""
+    """The scores of pictures (b h w c) beside both images (n h w c); those by features only with a CLIP_VISION."""
     pictures = channels_first(images)
     height, width = pictures.shape[-2:]
     content = comfy.utils.common_upscale(channels_first(content_image[:1]), width, height, "area", "center")
     found = structure_scores(pictures, content)
     if clip_vision is not None:
-        everyone = (images, content_image, style_image)
-        found = feature_scores(*(clip_vision.encode_image(batch)["image_embeds"].float() for batch in everyone)) | found
-    return [dict(zip(found, each, strict=True)) for each in torch.stack(list(found.values()), 1).tolist()]
+        batches = (images, content_image, style_image)
+        found = feature_scores(*(clip_vision.encode_image(batch)["image_embeds"].float() for batch in batches)) | found
+    return [dict(zip(found, values, strict=True)) for values in torch.stack(list(found.values()), 1).tolist()]
 
 
 def channels_first(images: Tensor) -> Tensor:
-    """b 3 h w, without an alpha channel, in full precision"""
-    return images[..., :3].movedim(-1, 1).float()
+    """Pictures (b h w 3 or 4) as b 3 h w in fp32, without alpha."""
+    return rearrange(images[..., :3], "b h w c -> b c h w").float()
 
 
 def report(scores: Scores) -> str:
+    """The scores as JSON: their mean, and those of each picture."""
     mean = {name: sum(score[name] for score in scores) / len(scores) for name in scores[0]}
-    rounded = [{name: round(value, 4) for name, value in each.items()} for each in (mean, *scores)]
+    rounded = [{name: round(value, 4) for name, value in score.items()} for score in (mean, *scores)]
     return json.dumps({"mean": rounded[0], "pictures": rounded[1:]}, indent=1)
 
 
@@ -98,7 +102,7 @@ class Gate(io.ComfyNode):
             display_name="Accept or Reject",
             category=CATEGORY,
             **aliases("filter images", "threshold", "quality gate"),
-            description="Parts pictures by their scores. What is connected to a side without pictures does not run.",
+            description="Splits pictures by their scores. Nodes connected to a side without pictures do not run.",
             inputs=[
                 io.Image.Input("images", tooltip="The pictures that were scored."),
                 PictureScores.Input("scores", tooltip="From Evaluate."),
@@ -121,23 +125,23 @@ class Gate(io.ComfyNode):
 
     @classmethod
     def execute(cls, images, scores, **bounds) -> io.NodeOutput:
-        reasons = judged(len(images), scores, bounds)
-        sides = [[not why for why in reasons], [bool(why) for why in reasons]]
-        # Nodes fail at a batch of none, so those behind an empty side are left out.
+        reasons = missed_bounds(len(images), scores, bounds)
+        sides = [[not missed for missed in reasons], [bool(missed) for missed in reasons]]
+        # Nodes fail on an empty batch, so those downstream of an empty side are blocked.
         accepted, rejected = (images[side] if any(side) else ExecutionBlocker(None) for side in sides)
-        lines = [f"{i}: {'; '.join(why) or 'accepted'}" for i, why in enumerate(reasons, 1)]
+        lines = [f"{i}: {'; '.join(missed) or 'accepted'}" for i, missed in enumerate(reasons, 1)]
         return io.NodeOutput(accepted, rejected, "\n".join(lines))
 
 
-def judged(count: int, scores: Scores, bounds: dict[str, float]) -> list[list[str]]:
-    """For every one of `count` pictures which bounds it misses. Raises ValueError for scores that do not fit."""
+def missed_bounds(count: int, scores: Scores, bounds: dict[str, float]) -> list[list[str]]:
+    """For each of `count` pictures which bounds it misses. Raises ValueError for scores that do not fit."""
     if count != len(scores):
         raise ValueError(
             f"images holds {count} pictures, but scores are for {len(scores)}. "
             "Connect the same pictures to Evaluate and to Accept or Reject."
         )
     least, most = (
-        {score: bounds[name] for name, (score, all_keep) in table.items() if bounds[name] != all_keep}
+        {score: bounds[name] for name, (score, passes_all) in table.items() if bounds[name] != passes_all}
         for table in (LEAST, MOST)
     )
     if missing := (least.keys() | most.keys()) - scores[0].keys():

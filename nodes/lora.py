@@ -1,15 +1,18 @@
-"""Save, load and apply what was trained."""
+"""Save, load and apply LoRAs."""
 
 from comfy_api.latest import io
 
 from ..consislora_core import lora_file
-from ..consislora_core.guidance import parts_of, wanted
+from ..consislora_core.guidance import parts_of, wanted_mix
 from ..consislora_core.lora_file import ImageLora
-from . import bridge, folders, passes
-from .provenance import HIDDEN, note
+from ..host.guided_unet import with_mix
+from ..host.paths import lora_names, lora_path, save_lora
+from ..host.provenance import HIDDEN, note
+from ..host.training_model import PRECISIONS, check_roles
 from .sockets import CATEGORY, ConsisLora, aliases
 
 PERMISSION = ["not stated", "trained with permission", "trained without permission"]
+FORMATS = KOHYA, PEFT = "ComfyUI and kohya", "PEFT folder"
 
 
 class Save(io.ComfyNode):
@@ -48,6 +51,14 @@ class Save(io.ComfyNode):
                     optional=True,
                     tooltip="Whether the image's author agrees to the training. Kept like the note on rights.",
                 ),
+                io.Combo.Input(
+                    "format",
+                    options=list(FORMATS),
+                    default=KOHYA,
+                    optional=True,
+                    tooltip="The first is one file, for ComfyUI, diffusers and A1111. The second is a folder for PEFT, "
+                    "and needs the package peft.",
+                ),
             ],
             outputs=[
                 io.String.Output(
@@ -57,15 +68,19 @@ class Save(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, consislora, filename, precision, rights="", permission=PERMISSION[0]) -> io.NodeOutput:
+    def execute(
+        cls, consislora, filename, precision, rights="", permission=PERMISSION[0], format=KOHYA
+    ) -> io.NodeOutput:
         stated = {"rights": rights.strip(), "permission": permission if permission != PERMISSION[0] else ""}
-        return io.NodeOutput(folders.save_lora(signed(consislora, stated), filename, bridge.PRECISIONS[precision]))
+        return io.NodeOutput(
+            save_lora(with_rights(consislora, stated), filename, PRECISIONS[precision], format == PEFT)
+        )
 
 
-def signed(lora: ImageLora, stated: dict[str, str]) -> ImageLora:
-    """The LoRA with its hash and with what is stated now; of what is not, it keeps what it came with."""
-    entries = {"weights": lora.weights_hash, **{name: words for name, words in stated.items() if words}}
-    named = {f"consislora.{name}": words for name, words in entries.items()}
+def with_rights(lora: ImageLora, stated: dict[str, str]) -> ImageLora:
+    """The LoRA with its hash and the stated rights in its metadata; an empty statement leaves what it has."""
+    entries = {"weights": lora.weights_hash, **{name: text for name, text in stated.items() if text}}
+    named = {f"consislora.{name}": text for name, text in entries.items()}
     return ImageLora(lora.parts, {**lora.metadata, **named})
 
 
@@ -77,18 +92,18 @@ class Load(io.ComfyNode):
             display_name="Load ConsisLoRA",
             category=CATEGORY,
             **aliases("load lora", "b-lora"),
-            description="Reads a ConsisLoRA or B-LoRA from models/loras, in any published key spelling.",
-            inputs=[io.Combo.Input("lora_name", options=folders.lora_files(), tooltip="A file in models/loras.")],
+            description="Reads a ConsisLoRA or B-LoRA from models/loras, in any published key spelling, also PEFT's.",
+            inputs=[io.Combo.Input("lora_name", options=lora_names(), tooltip="A file in models/loras.")],
             outputs=[ConsisLora.Output(display_name="consislora", tooltip="The content and style parts in the file.")],
         )
 
     @classmethod
     def fingerprint_inputs(cls, lora_name):
-        return folders.lora_path(lora_name).stat().st_mtime_ns
+        return lora_path(lora_name).stat().st_mtime_ns
 
     @classmethod
     def execute(cls, lora_name) -> io.NodeOutput:
-        return io.NodeOutput(lora_file.read(folders.lora_path(lora_name)))
+        return io.NodeOutput(lora_file.read(lora_path(lora_name)))
 
 
 class Apply(io.ComfyNode):
@@ -110,7 +125,7 @@ class Apply(io.ComfyNode):
                 io.Float.Input("content_strength", tooltip="1 is as trained, 0 is off.", **strength),
                 io.Float.Input("style_strength", tooltip="1 is as trained, 0 is off.", **strength),
             ],
-            outputs=[io.Model.Output(tooltip="The model with both parts at work in it, for any sampler.")],
+            outputs=[io.Model.Output(tooltip="The model with both parts applied, for any sampler.")],
             hidden=HIDDEN,
         )
 
@@ -118,7 +133,7 @@ class Apply(io.ComfyNode):
     def execute(
         cls, model, content_strength, style_strength, content: ImageLora | None = None, style: ImageLora | None = None
     ) -> io.NodeOutput:
-        bridge.find_roles(model)
+        check_roles(model)
         strengths = {"content_strength": content_strength, "style_strength": style_strength}
         note(cls.hidden, {"content": content, "style": style}, strengths)
-        return io.NodeOutput(passes.with_mix(model, parts_of(content, style), wanted(content_strength, style_strength)))
+        return io.NodeOutput(with_mix(model, parts_of(content, style), wanted_mix(content_strength, style_strength)))

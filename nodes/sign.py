@@ -6,15 +6,16 @@ from io import BytesIO
 from pathlib import Path
 
 from comfy_api.latest import io, ui
-from PIL import Image
-from PIL.PngImagePlugin import PngInfo
 
+from ..catalogue.pictures import text_chunks
 from ..consislora_core import __version__
 from ..consislora_core.files import written_whole
-from . import drawing, folders, graph, provenance
+from ..host import drawing, provenance
+from ..host.paths import new_picture_path, output_folder
+from ..host.prompt_graph import workflow_texts
 from .sockets import CATEGORY, aliases
 
-# Named in the environment, because workflows travel, and a key must not.
+# Named in the environment, because workflows are shared, and a key must not be.
 CERTIFICATE, KEY = "CONSISLORA_C2PA_CERTIFICATE", "CONSISLORA_C2PA_KEY"
 CREATED = {
     "action": "c2pa.created",
@@ -50,30 +51,24 @@ class SaveSigned(io.ComfyNode):
 
     @classmethod
     def execute(cls, images, filename_prefix, algorithm) -> io.NodeOutput:
-        texts = graph.workflow_texts(cls.hidden)
+        texts = workflow_texts(cls.hidden)
         record = (cls.hidden and cls.hidden.extra_pnginfo or {}).get(provenance.CHUNK, {})
         saved = []
         for image in images:
-            path = folders.new_picture_path(filename_prefix, image.shape[1], image.shape[0])
-            file = signed(png(drawing.to_picture(image), texts), record, path.name, algorithm)
+            path = new_picture_path(filename_prefix, image.shape[1], image.shape[0])
+            unsigned = BytesIO()
+            drawing.to_picture(image).save(unsigned, "png", pnginfo=text_chunks(texts))
+            unsigned.seek(0)
+            file = signed(unsigned, record, path.name, algorithm)
             with written_whole(path) as unfinished:
                 unfinished.write_bytes(file)
-            subfolder = path.parent.relative_to(folders.output_folder()).as_posix()
+            subfolder = path.parent.relative_to(output_folder()).as_posix()
             saved.append(ui.SavedResult(path.name, "" if subfolder == "." else subfolder, io.FolderType.output))
         return io.NodeOutput(ui=ui.SavedImages(saved))
 
 
-def png(picture: Image.Image, texts: dict[str, str]) -> BytesIO:
-    info, file = PngInfo(), BytesIO()
-    for name, text in texts.items():
-        info.add_text(name, text)
-    picture.save(file, "png", pnginfo=info)
-    file.seek(0)
-    return file
-
-
 def signed(file: BytesIO, record: dict, title: str, algorithm: str) -> bytes:
-    """A PNG with Content Credentials. Raises ValueError where package, certificate or key do not serve."""
+    """A PNG with Content Credentials. Raises ValueError if package, certificate or key are missing or wrong."""
     try:
         import c2pa
     except ImportError:
@@ -102,7 +97,7 @@ def signed(file: BytesIO, record: dict, title: str, algorithm: str) -> bytes:
 
 
 def pem(variable: str) -> bytes:
-    """The file that a variable of the environment names."""
+    """The content of the file that a variable of the environment names. Raises ValueError if there is none."""
     path = Path(os.environ.get(variable, ""))
     if not path.is_file():
         raise ValueError(

@@ -9,7 +9,7 @@ from playwright.sync_api import BrowserContext, Page, sync_playwright
 
 QUIET = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"]
 QUIET += ["--disable-background-networking", "--disable-component-update"]
-# The frontend looks unpublished nodes up in ComfyUI's registry; a server without API nodes forbids it that. And newer
+# The frontend searches ComfyUI's registry for unpublished nodes; a server without API nodes forbids it that. And newer
 # frontends ask for a list of jobs, which ComfyUI 0.3.75 does not keep.
 ELSEWHERE = ("Failed to load resource", "Content Security Policy", "JobsApiError")
 

@@ -1,8 +1,6 @@
-"""What every test can lean on: a real server, ComfyUI in this process, and the pack loaded as ComfyUI loads it."""
+"""The fixtures: a real server, ComfyUI in this process, the pack loaded as ComfyUI loads it, a browser."""
 
-import asyncio
 import importlib
-import importlib.util
 import os
 import pkgutil
 import signal
@@ -10,15 +8,12 @@ import subprocess
 import sys
 import zipfile
 from pathlib import Path
-from types import ModuleType
 
 import pytest
+from in_process import COMFYUI, ROOT, load_comfy, load_pack
 from prompts import quick
 
-ROOT = Path(__file__).resolve().parent.parent
-COMFYUI = Path(os.environ.get("COMFYUI_PATH", ROOT / ".comfyui"))
-
-# A shell that starts tests in the background has them ignore Ctrl-C, and the programs that they press it for as well.
+# A shell that starts tests in the background has them ignore Ctrl-C, and the programs to which they send it as well.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # At the end: ComfyUI goes to the front, and its `nodes` must be found before ours.
@@ -29,31 +24,6 @@ def pytest_addoption(parser):
     parser.addoption(
         "--front-end-root", metavar="DIR", help="test with this frontend of ComfyUI; `newest` fetches the newest"
     )
-
-
-def load_comfy(base: Path, cpu: bool = True) -> ModuleType:
-    """Import ComfyUI into this process, on the CPU unless told otherwise, with `base` as its base directory."""
-    sys.path.insert(0, str(COMFYUI))
-    from comfy.cli_args import args
-
-    # ComfyUI reads these on import, and a test must neither need a GPU nor write into ComfyUI's own folders.
-    args.cpu = cpu
-    args.base_directory = str(base)
-    args.use_pytorch_cross_attention = True
-    import comfy.sd
-
-    return comfy
-
-
-def load_pack() -> ModuleType:
-    """Load the pack as ComfyUI does: by path, under a name of its own, nodes and all."""
-    spec = importlib.util.spec_from_file_location("consislora_pack", ROOT / "__init__.py")
-    pack = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = pack
-    spec.loader.exec_module(pack)
-    extension = asyncio.run(pack.comfy_entrypoint())
-    asyncio.run(extension.get_node_list())
-    return pack
 
 
 @pytest.fixture(scope="session")
@@ -95,12 +65,40 @@ def comfy(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def pack(comfy):
-    """The pack as a package, in this process: `pack.nodes.NODES`, `pack.nodes.train`, and so on."""
-    # Under ComfyUI the core is a part of the pack; one copy of it under both names keeps its classes one.
-    core = importlib.import_module("consislora_core")
-    names = ["consislora_core", *(f"consislora_core.{module.name}" for module in pkgutil.iter_modules(core.__path__))]
-    sys.modules.update({f"consislora_pack.{name}": importlib.import_module(name) for name in names})
+    """The pack as a package, in this process: `pack.nodes.NODES`, `pack.host.guider`, and so on."""
+    # Tests import these rooms by themselves as well: the same modules under both names keep their classes the same.
+    for room in ("consislora_core", "catalogue"):
+        modules = pkgutil.iter_modules(importlib.import_module(room).__path__)
+        for name in [room, *(f"{room}.{module.name}" for module in modules)]:
+            sys.modules[f"consislora_pack.{name}"] = importlib.import_module(name)
     return load_pack()
+
+
+@pytest.fixture(scope="module")
+def host():
+    """(denoiser, z_0, cond) on the tiny UNet in diffusers."""
+    from reference import diffusers_denoiser, diffusers_unet, run
+
+    tensors = run("stage1_content")
+    cond = tensors["prompt_embeds"], tensors["pooled_prompt_embeds"], tensors["time_ids"][None]
+    return diffusers_denoiser(diffusers_unet()), tensors["z_0"], cond
+
+
+@pytest.fixture
+def guide(pack):
+    """The guidance nodes."""
+    return pack.nodes.guide
+
+
+@pytest.fixture(scope="module")
+def loras():
+    """The authors' LoRAs of a content image and a style image."""
+    from reference import DATA
+
+    from consislora_core import lora_file
+
+    files = {"content": "stage1_content", "style": "stage2_style"}
+    return {image: lora_file.read(DATA / "loras" / f"{name}.safetensors") for image, name in files.items()}
 
 
 @pytest.fixture
@@ -113,7 +111,7 @@ def in_full_fp32(monkeypatch):
 
 @pytest.fixture(scope="module")
 def chromium():
-    """A real browser, for one module. Where there is none a person is told so; on CI it must be there."""
+    """A real browser, for one module. Without one its tests are skipped, but fail on CI."""
     import browser  # and with it Playwright, which the other tests do without
 
     if browser.chromium() is None:
@@ -124,7 +122,7 @@ def chromium():
 
 @pytest.fixture(scope="module")
 def frontend(chromium, server):
-    """ComfyUI's frontend, up and empty; `frontend.complaints` gathers what it reports as errors."""
+    """ComfyUI's frontend with an empty graph; `frontend.complaints` collects the errors that it reports."""
     from browser import opened
 
     page = opened(chromium, server)

@@ -29,14 +29,8 @@ def pictures() -> list[bytes]:
     from PIL import Image
 
     found = []
-    for kind, mode in [
-        ("PNG", "RGBA"),
-        ("PNG", "I;16"),
-        ("JPEG", "CMYK"),
-        ("WEBP", "RGB"),
-        ("TIFF", "RGB"),
-        ("GIF", "P"),
-    ]:
+    kinds = "PNG RGBA, PNG I;16, JPEG CMYK, WEBP RGB, TIFF RGB, GIF P"
+    for kind, mode in map(str.split, kinds.split(",")):
         data = io.BytesIO()
         Image.new(mode, (24, 16)).save(data, kind)
         found.append(data.getvalue())
@@ -64,19 +58,21 @@ def stored(folder: Path) -> tuple[list[bytes], list[bytes]]:
 
 def targets(folder: Path) -> dict[str, tuple[list[bytes], Callable]]:
     """File names, what is damaged, and what reads it."""
-    from consislora_core import catalog, lora_file
+    from catalogue.pictures import open_picture
+    from catalogue.sheets import ResultsSheet, read_jobs
+    from consislora_core import lora_file
     from consislora_core.store import Store
 
     store, (loras, checkpoints) = Store(folder, MOST_MEMORY), stored(folder)
-    trainer = SimpleNamespace(rows=1, state_shapes=lambda: STATE, load_state_dict=lambda state: None)
+    trainer = SimpleNamespace(loras=1, state_shapes=lambda: STATE, load_state_dict=lambda state: None)
     return {
         "a.safetensors": (loras, lora_file.read),
         f"{KEY}.lora": (loras, lambda path: store.find(KEY)),
         f"{KEY}.checkpoint": (checkpoints, lambda path: store.resume(KEY, trainer)),
-        "a.png": (pictures(), catalog.open_picture),
-        "jobs.csv": (SHEETS, catalog.read_jobs),
-        "jobs.json": (JSON_SHEETS, catalog.read_jobs),
-        "results.csv": ([b"name,key,files,seed\na,1,a.png,7\n"], lambda path: catalog.ResultsSheet(path).read()),
+        "a.png": (pictures(), open_picture),
+        "jobs.csv": (SHEETS, read_jobs),
+        "jobs.json": (JSON_SHEETS, read_jobs),
+        "results.csv": ([b"name,key,files,seed\na,1,a.png,7\n"], lambda path: ResultsSheet(path).read()),
     }
 
 

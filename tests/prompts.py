@@ -1,7 +1,9 @@
-"""The shared workflow files, as tests open and queue them."""
+"""The shared workflow files, as tests open and queue them, and the scripts that write files."""
 
+import importlib.util
 import json
 from pathlib import Path
+from types import ModuleType
 
 FOLDER = Path(__file__).resolve().parent.parent / "workflows"
 FEW = {"steps": 4, "transition_step": 2, "learning_rate": 0.01, "reconstruction_learning_rate": 0.01}
@@ -32,3 +34,11 @@ def two_steps(name: str) -> dict:
         if "transition_step" in node["inputs"]:
             node["inputs"]["transition_step"] = 1
     return prompt
+
+
+def load_script(path: Path) -> ModuleType:
+    """A Python file that is in no package, as a module."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

@@ -35,16 +35,15 @@ def loras(tensors: dict[str, torch.Tensor], prefix: str) -> dict[str, lora_file.
     ).parts
 
 
+def flat(parts: dict[str, lora_file.Part]) -> torch.Tensor:
+    """All weights as one vector."""
+    layers = [layer for _, part in sorted(parts.items()) for _, layer in sorted(part.items())]
+    return torch.cat([side.flatten() for layer in layers for side in (layer.down, layer.up)])
+
+
 def change(after: dict[str, lora_file.Part], before: dict[str, lora_file.Part]) -> torch.Tensor:
     """All weights' change as one vector."""
-    return torch.cat(
-        [
-            (getattr(layer, side) - getattr(before[role][path], side)).flatten()
-            for role, part in sorted(after.items())
-            for path, layer in sorted(part.items())
-            for side in ("down", "up")
-        ]
-    )
+    return flat(after) - flat({role: before[role] for role in after})
 
 
 def ddpm_sigmas() -> torch.Tensor:

@@ -22,14 +22,14 @@ from PIL import Image
 from prompts import two_steps
 from test_resume import check_every_file_is_whole
 
-import batch.server
+import batch.comfy_client
 from batch import run
-from batch.crew import Crew, Lost
-from batch.maker import Maker
-from batch.server import Refused, Server, Unreachable
-from batch.workflow import filled, mismatched, refused
-from consislora_core import catalog
-from consislora_core.catalog import Job, Result, ResultsSheet
+from batch.comfy_client import ComfyClient, Refused, Unreachable, WorkflowError
+from batch.fill_workflow import fill_workflow, lora_problems, server_problems
+from batch.job_runner import JobRunner
+from batch.scheduler import Scheduler, WorkerLost
+from catalogue.pictures import open_picture
+from catalogue.sheets import RESULTS, Job, Result, ResultsSheet
 from demo.run import IMAGES, nodes
 from demo.server import ComfyServer
 
@@ -38,7 +38,7 @@ JOB = Job("cup.png", "ink.png", "cup", prompt="a [c] cup", seed=7, content_stren
 
 
 def fill(**changes) -> dict:
-    return filled(WORKFLOW, Job(**{**vars(JOB), **changes}), "a.png", "b.png", "batch/jobs", {})[0]
+    return fill_workflow(WORKFLOW, Job(**{**vars(JOB), **changes}), "a.png", "b.png", "batch/jobs", {})[0]
 
 
 def inputs(workflow: dict, kind: str) -> dict:
@@ -79,20 +79,20 @@ def test_an_adapter_that_was_replaced_under_its_name_makes_another_job():
     job = Job("a.png", "b.png", content_lora="cup.safetensors")
 
     def key(weights: str) -> str:
-        return filled(WORKFLOW, job, "a", "b", "", {"cup.safetensors": {"consislora.weights": weights}})[1]
+        return fill_workflow(WORKFLOW, job, "a", "b", "", {"cup.safetensors": {"consislora.weights": weights}})[1]
 
     assert key("1a") == key("1a") != key("2b")
 
 
 def test_a_workflow_that_lacks_what_a_job_needs_is_refused():
     with pytest.raises(ValueError, match="has 0 nodes of the kind ConsisLoRACatalogLoad"):
-        filled({}, JOB, "", "", "", {})
+        fill_workflow({}, JOB, "", "", "", {})
     bare = {node: content for node, content in WORKFLOW.items() if content["class_type"] != "ConsisLoRASampler"}
     with pytest.raises(ValueError, match="no node of the workflow takes content_strength"):
-        filled(bare, JOB, "", "", "", {})
+        fill_workflow(bare, JOB, "", "", "", {})
 
 
-def test_what_the_server_would_not_take_is_told():
+def test_what_the_server_would_not_take_is_reported():
     spec = {"required": {"seed": ["INT", {"min": 0, "max": 9}], "scheduler": [["normal"], {}], "model": ["MODEL"]}}
     newer = {"required": {"lora_name": ["COMBO", {"options": ["a/x.safetensors", "y.safetensors"]}]}}
     info = {"Sampler": {"input": spec}, "Load": {"input": newer}}
@@ -101,7 +101,7 @@ def test_what_the_server_would_not_take_is_told():
         "2": {"class_type": "Load", "inputs": {"lora_name": "x.safetensors"}},
         "3": {"class_type": "Gone", "inputs": {}},
     }
-    assert list(refused(workflow, info)) == [
+    assert list(server_problems(workflow, info)) == [
         "seed of Sampler is 10; it must be from 0 to 9.",
         "scheduler of Sampler is 'karras', which the server does not have. It has normal.",
         "lora_name of Load is 'x.safetensors', which the server does not have. It has a/x.safetensors.",
@@ -109,21 +109,21 @@ def test_what_the_server_would_not_take_is_told():
     ]
 
 
-def test_adapters_of_different_models_are_told_apart():
+def test_adapters_of_different_models_are_distinguished():
     metadata = {
         "one": {"consislora.base_model_hash": "1", "modelspec.architecture": "stable-diffusion-xl-v1-base/lora"},
         "two": {"consislora.base_model_hash": "2"},
         "flux": {"modelspec.architecture": "flux-1-dev/lora"},
     }
 
-    def told(content, style):
-        return list(mismatched(Job("a", "b", content_lora=content, style_lora=style), metadata))
+    def problems(content, style):
+        return list(lora_problems(Job("a", "b", content_lora=content, style_lora=style), metadata))
 
-    assert told("one", "one") == told("one", None) == told("one", "stranger") == []
-    assert told("one", "two") == [
+    assert problems("one", "one") == problems("one", None) == problems("one", "stranger") == []
+    assert problems("one", "two") == [
         "content_lora and style_lora were trained on different base models. Train one of them again."
     ]
-    assert told("one", "flux") == ["style_lora was trained on flux-1-dev/lora, not on SDXL."]
+    assert problems("one", "flux") == ["style_lora was trained on flux-1-dev/lora, not on SDXL."]
 
 
 # A server that misbehaves
@@ -131,21 +131,21 @@ def test_adapters_of_different_models_are_told_apart():
 
 @asynccontextmanager
 async def pretended(routes: dict, patience: float = 5):
-    """A Server that talks to a ComfyUI of these answers: handlers by path."""
+    """A ComfyClient of a server with these answers: handlers by path."""
 
     async def answer(request):
         return routes[request.path](request) if request.path in routes else web.Response(status=404)
 
     app = web.Application()
     app.router.add_route("*", "/{path:.*}", answer)
-    async with TestServer(app) as there, Server(str(there.make_url("")), patience, tell=lambda text: None) as server:
-        yield server
+    async with TestServer(app) as there, ComfyClient(str(there.make_url("")), patience, lambda text: None) as client:
+        yield client
 
 
 @pytest.fixture(autouse=True)
 def at_once(monkeypatch):
-    monkeypatch.setattr(batch.server, "FIRST_DELAY", 0.01)
-    monkeypatch.setattr(batch.server, "LISTENING", 0.05)
+    monkeypatch.setattr(batch.comfy_client, "FIRST_DELAY", 0.01)
+    monkeypatch.setattr(batch.comfy_client, "LISTENING", 0.05)
 
 
 def asked(routes: dict, question, **settings):
@@ -156,51 +156,51 @@ def asked(routes: dict, question, **settings):
     return asyncio.run(ask())
 
 
-@pytest.mark.parametrize("status", batch.server.BUSY)
+@pytest.mark.parametrize("status", batch.comfy_client.BUSY)
 def test_a_busy_server_is_asked_again(status):
     answers = [web.Response(status=status), web.Response(status=status), web.json_response([1])]
-    assert asked({"/queue": lambda _: answers.pop(0)}, lambda server: server.get("/queue")) == [1]
+    assert asked({"/queue": lambda _: answers.pop(0)}, lambda client: client.get("/queue")) == [1]
 
 
 def test_patience_ends():
     busy = {"/queue": lambda _: web.Response(status=503)}
     with pytest.raises(Unreachable, match="503 Service Unavailable"):
-        asked(busy, lambda server: server.get("/queue"), patience=0.05)
+        asked(busy, lambda client: client.get("/queue"), patience=0.05)
     with pytest.raises(Unreachable, match="cannot be reached"):
         asyncio.run(unreachable())
 
 
 async def unreachable():
-    async with Server("http://127.0.0.1:1", 0) as server:
-        await server.get("/queue")
+    async with ComfyClient("http://127.0.0.1:1") as client:
+        await client.get("/queue")
 
 
 def test_a_redirection_is_not_followed_and_a_flood_is_stopped(monkeypatch):
-    monkeypatch.setattr(batch.server, "LIMIT", 1000)
+    monkeypatch.setattr(batch.comfy_client, "LIMIT", 1000)
     routes = {
         "/a": lambda _: web.Response(status=302, headers={"Location": "/b"}),
         "/b": lambda _: web.Response(body=b"x" * 2000),
     }
     with pytest.raises(Refused, match="302"):
-        asked(routes, lambda server: server.call("GET", "/a"))
+        asked(routes, lambda client: client.call("GET", "/a"))
     with pytest.raises(Refused, match="larger than"):
-        asked(routes, lambda server: server.call("GET", "/b"))
+        asked(routes, lambda client: client.call("GET", "/b"))
 
 
-def test_another_kind_of_server_is_told():
+def test_another_kind_of_server_is_reported():
     with pytest.raises(Refused, match="not as ComfyUI does"):
-        asked({"/object_info": lambda _: web.Response(text="<html>")}, lambda server: server.get("/object_info"))
+        asked({"/object_info": lambda _: web.Response(text="<html>")}, lambda client: client.get("/object_info"))
 
 
 def test_a_refused_workflow_names_node_and_input():
     error = {"message": "value too small", "details": "seed"}
-    told = {
+    refusal = {
         "error": {"message": "invalid", "details": ""},
         "node_errors": {"1": {"class_type": "S", "errors": [error]}},
     }
-    routes = {"/prompt": lambda _: web.json_response(told, status=400)}
-    with pytest.raises(Refused, match="^invalid; S: value too small: seed$"):
-        asked(routes, lambda server: server.run({}, print))
+    routes = {"/prompt": lambda _: web.json_response(refusal, status=400)}
+    with pytest.raises(WorkflowError, match=r"^invalid; S \(node 1\): value too small: seed$"):
+        asked(routes, lambda client: client.run({}))
 
 
 ID = "12345678-1234-5678-1234-567812345678"
@@ -223,17 +223,17 @@ def history(held: list[bool], entry: dict | None) -> dict:
 
 def test_behind_a_full_queue_a_job_waits():
     routes = history([True, True, True], {"status": "done"})
-    assert asked(routes, lambda server: server.run({}, print)) == {"status": "done"}
+    assert asked(routes, lambda client: client.run({})) == {"status": "done"}
 
 
-def test_a_job_that_a_restarted_server_has_lost_is_told():
-    assert asked(history([True, True], None), lambda server: server.run({}, print)) is None
+def test_a_job_that_a_restarted_server_has_lost_is_reported():
+    assert asked(history([True, True], None), lambda client: client.run({})) is None
 
 
 def test_an_id_of_the_server_is_no_path():
     routes = {"/prompt": lambda _: web.json_response({"prompt_id": "../../x"}), "/queue": history([], None)["/queue"]}
     with pytest.raises(ValueError, match="badly formed"):
-        asked(routes, lambda server: server.run({}, print))
+        asked(routes, lambda client: client.run({}))
 
 
 # The whole sheet, with a server in its place
@@ -251,14 +251,14 @@ class Shelf:
     async def upload(self, data, name, folder):
         pass
 
-    async def run(self, prompt, progress):
+    async def run(self, prompt, on_event):
         self.prompts.append(prompt)
         outcome = self.outcomes.pop(0)
         if outcome == DONE:
             key = inputs(prompt, "ConsisLoRACatalogLoad")["name"]
             self.files |= {
                 f"{key}.png": png(),
-                catalog.RESULTS: f"name,scores,files\n{key},good,../../evil.png".encode(),
+                RESULTS: f"name,scores,files\n{key},good,../../evil.png".encode(),
             }
         return outcome
 
@@ -268,8 +268,9 @@ class Shelf:
 
 
 DONE = {"status": {"messages": []}}
-CANCELLED = {"status": {"messages": [["execution_interrupted", {}]]}}
-FAILED = {"status": {"messages": [["execution_error", {"node_type": "VAEDecode", "exception_message": "no memory\n"}]]}}
+NODE = {"node_type": "VAEDecode", "node_id": "5"}
+CANCELLED = {"status": {"messages": [["execution_interrupted", NODE]]}}
+FAILED = {"status": {"messages": [["execution_error", {**NODE, "exception_message": "no memory\n"}]]}}
 
 
 def png() -> bytes:
@@ -289,9 +290,9 @@ def made(tmp_path, capsys):
         one = run.Batch(WORKFLOW, tmp_path / "jobs.csv", tmp_path / "out")
         jobs = [Job("cup.png", "ink.png", name, seed=number) for number, name in enumerate(names)]
         assert one.local_problems(jobs) == []
-        asyncio.run(one.make_all(jobs, Maker(server)))
+        asyncio.run(one.run_all(jobs, JobRunner(server)))
         assert server.outcomes == []
-        return ResultsSheet(tmp_path / "out" / catalog.RESULTS).read(), server
+        return ResultsSheet(tmp_path / "out" / RESULTS).read(), server
 
     return make
 
@@ -307,8 +308,8 @@ def test_what_is_done_is_not_done_again_and_what_failed_is(made):
     results, _ = made(["one", "two", "three"], DONE, FAILED, CANCELLED)
     assert [result.error for result in results.values()] == [
         "",
-        "VAEDecode: no memory",
-        "it was cancelled on the server",
+        "VAEDecode (node 5): no memory",
+        "VAEDecode (node 5): it was cancelled",
     ]
     results, server = made(["one", "two", "three"], DONE, DONE)
     assert [result.error for result in results.values()] == ["", "", ""]
@@ -320,7 +321,7 @@ def test_a_lost_job_is_queued_again_but_not_for_ever(made):
     results, server = made(["one", "two"], None, DONE, None, None, None)
     assert server.prompts[0] == server.prompts[1]
     assert results["one"].error == ""
-    assert results["two"].error == "the server broke down at it 3 times. Look into ComfyUI's log."
+    assert results["two"].error == "the server broke down 3 times during this job. Look into ComfyUI's log."
 
 
 def test_a_disk_that_is_full_at_home_leaves_nothing_half_and_the_sheet_goes_on(made, tmp_path, monkeypatch):
@@ -335,18 +336,18 @@ def test_a_disk_that_is_full_at_home_leaves_nothing_half_and_the_sheet_goes_on(m
     assert [result.error for result in results.values()] == ["", ""]
 
 
-def test_what_the_disk_refuses_is_told_in_words(tmp_path):
+def test_errors_of_the_disk_are_reported(tmp_path):
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
     (tmp_path / "jobs.csv").write_text("content,style\na.png,a.png\n")
-    told = run.main([str(tmp_path / "jobs.csv"), "--workflow", str(tmp_path / "none.json")])
-    assert told.startswith(f"{tmp_path / 'none.json'}: No such file or directory. Once that is mended")
+    text = run.main([str(tmp_path / "jobs.csv"), "--workflow", str(tmp_path / "none.json")])
+    assert text.startswith(f"{tmp_path / 'none.json'}: No such file or directory. Once that is fixed")
 
 
-def test_all_problems_are_told_before_any_job_is_sent(tmp_path, capsys):
+def test_all_problems_are_reported_before_any_job_is_sent(tmp_path, capsys):
     (tmp_path / "bad.png").write_bytes(b"")
     (tmp_path / "jobs.csv").write_text("content,style,seed\nbad.png,none.png,1\nbad.png,bad.png,2\n")
-    told = run.main([str(tmp_path / "jobs.csv"), "--dry-run", "--server", "http://127.0.0.1:1"])
-    assert told.splitlines() == [
+    text = run.main([str(tmp_path / "jobs.csv"), "--dry-run", "--server", "http://127.0.0.1:1"])
+    assert text.splitlines() == [
         "jobs.csv has 2 problems:",
         "- bad__none, column content: bad.png is empty (0 bytes). Copy it again.",
         "- bad__none, column style: none.png cannot be read: No such file or directory.",
@@ -367,30 +368,30 @@ class Hand:
     """A worker that dies at the jobs of some names, each time or once."""
 
     def __init__(self, dies_at, died):
-        self.maker, self.dies_at, self.died, self.made = Maker(Shelf()), dies_at, died, []
+        self.runner, self.dies_at, self.died, self.made = JobRunner(Shelf()), dies_at, died, []
 
-    async def make(self, order, pictures):
+    async def run(self, order, pictures):
         name = order.result.name
         await asyncio.sleep(0)
         if name in self.dies_at and (self.dies_at[name] == "always" or name not in self.died):
             self.died.append(name)
-            raise Lost("killed")
+            raise WorkerLost("killed")
         self.made.append(name)
-        self.maker.server.outcomes.append(DONE)
-        return await self.maker.make(order, pictures)
+        self.runner.client.outcomes.append(DONE)
+        return await self.runner.run(order, pictures)
 
 
 @pytest.fixture
 def spread(tmp_path, monkeypatch):
     """Makes jobs, named by their two pictures, with a crew; results, and what every worker made."""
-    monkeypatch.setattr("batch.crew.LOOK", 0)
+    monkeypatch.setattr("batch.scheduler.POLL", 0)
 
     def make(names, size=2, most=99, **dies_at):
         hired, died = [], []
 
         async def hire():
             if len(hired) == most:
-                raise Lost("no room")
+                raise WorkerLost("no room")
             hired.append(Hand(dies_at, died))
             return hired[-1]
 
@@ -400,9 +401,9 @@ def spread(tmp_path, monkeypatch):
             Image.new("RGB", (8, 8), tuple(picture[:1].encode() * 3)).save(tmp_path / picture)
         assert one.local_problems(jobs) == []
         try:
-            asyncio.run(one.make_all(jobs, Crew(size, hire)))
+            asyncio.run(one.run_all(jobs, Scheduler(size, hire)))
         finally:
-            made.update(ResultsSheet(tmp_path / "out" / catalog.RESULTS).read())
+            made.update(ResultsSheet(tmp_path / "out" / RESULTS).read())
         return made, [hand.made for hand in hired]
 
     made: dict[str, Result] = {}
@@ -426,12 +427,12 @@ def test_the_job_of_a_lost_worker_goes_on_elsewhere_and_nothing_is_made_twice(sp
 
 def test_a_job_at_which_every_worker_dies_is_left(spread):
     results, _ = spread(["ax", "bx"], ax="always")
-    assert results["ax"].error == "the worker broke down at it 3 times. Look into ComfyUI's log."
+    assert results["ax"].error == "the worker broke down 3 times during this job. Look into ComfyUI's log."
     assert not results["bx"].error
 
 
 def test_without_a_worker_it_stops_and_goes_on_later(spread):
-    with pytest.raises(Lost, match="No worker is left, and 2 jobs are."):
+    with pytest.raises(WorkerLost, match="No worker is left, and 2 jobs are."):
         spread(["ax", "bx", "ay"], size=1, most=1, bx="once")
     results, made = spread(["ax", "bx", "ay"])
     assert sorted(results) == ["ax", "ay", "bx"]
@@ -459,7 +460,7 @@ def started(sheet: Path, server: ComfyServer) -> subprocess.Popen:
 
 
 def results(sheet: Path) -> dict[str, Result]:
-    return ResultsSheet(sheet.with_name("jobs_results") / catalog.RESULTS).read()
+    return ResultsSheet(sheet.with_name("jobs_results") / RESULTS).read()
 
 
 def wait_for_one_more(sheet: Path, process: subprocess.Popen) -> None:
@@ -479,7 +480,7 @@ def test_stopped_and_with_its_server_killed_every_job_is_done_once(tmp_path, kil
         process = started(sheet, server)
         wait_for_one_more(sheet, process)
         process.send_signal(signal.SIGINT)
-        assert "Stopped. The server finishes the job it is at" in process.communicate()[0]
+        assert "Stopped. The server finishes its running job" in process.communicate()[0]
     process = started(sheet, server)
     for _ in range(kills):
         with server:  # each time at the same address
@@ -490,7 +491,7 @@ def test_stopped_and_with_its_server_killed_every_job_is_done_once(tmp_path, kil
         known = results(sheet)
         check_every_file_is_whole(tmp_path / "base" / "models" / "loras")
         for picture in [*there.glob("*.png"), *sheet.with_name("jobs_results").glob("*.png")]:
-            catalog.open_picture(picture)
+            open_picture(picture)
     with server:
         output = process.communicate()[0]
     assert process.returncode == 0, output
@@ -500,8 +501,8 @@ def test_stopped_and_with_its_server_killed_every_job_is_done_once(tmp_path, kil
     assert [(name, result.error, result.seed, result.steps) for name, result in done.items()] == [
         (f"job {number}", "", number, 2) for number in range(count)
     ]
-    assert ResultsSheet(there / catalog.RESULTS).read().keys() == {result.key for result in done.values()}
+    assert ResultsSheet(there / RESULTS).read().keys() == {result.key for result in done.values()}
     assert sorted(path.stem for path in there.glob("*.png")) == sorted(result.key for result in done.values())
-    pictures = [catalog.open_picture(sheet.with_name("jobs_results") / result.files) for result in done.values()]
+    pictures = [open_picture(sheet.with_name("jobs_results") / result.files) for result in done.values()]
     assert len({picture.tobytes() for picture in pictures}) == count
     print(f"{kills} kills, {output.count('the job is queued again')} jobs begun again, {count} of {count} done once")

@@ -76,7 +76,7 @@ def test_what_is_ready_is_not_set_up_again_and_what_is_unfinished_is(ready):
 
 
 @pytest.mark.skipif(os.name == "nt", reason="a program is ended there without a word")
-def test_a_command_that_is_told_to_end_ends_what_it_has_started(ready):
+def test_a_command_that_gets_sigterm_ends_what_it_has_started(ready):
     with (ready / "command.py").open("a") as command:
         command.write(
             "import signal\ntry:\n    signal.raise_signal(signal.SIGTERM)\nfinally:\n    print('cleared up')\n"

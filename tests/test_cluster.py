@@ -13,10 +13,10 @@ import pytest
 from conftest import COMFYUI, ROOT
 from prompts import two_steps
 
-from consislora_core import catalog
-from consislora_core.catalog import ResultsSheet
+from catalogue.pictures import open_picture
+from catalogue.sheets import RESULTS, ResultsSheet
 from demo.run import IMAGES
-from demo.server import _link
+from demo.server import link_folder
 
 CROWN, UMBRELLA = "crown-flat.png", "umbrella-high-contrast.png"
 NAMES = [f"{pair} {number}" for number in range(5) for pair in "ab"]
@@ -36,7 +36,7 @@ def command(tmp_path) -> list[str]:
     (tmp_path / "quick.json").write_text(json.dumps(two_steps("catalogue_demo")))
     base = tmp_path / "base"
     (base / "custom_nodes").mkdir(parents=True)
-    _link(base / "custom_nodes" / "ComfyUI-ConsisLoRA", ROOT)
+    link_folder(base / "custom_nodes" / "ComfyUI-ConsisLoRA", ROOT)
     comfyui = f"'{sys.executable}' '{COMFYUI / 'main.py'}' --cpu --disable-api-nodes --base-directory '{base}'"
     arguments = [tmp_path / "jobs.csv", "--workflow", tmp_path / "quick.json", "--workers", 2, "--comfyui", comfyui]
     return [sys.executable, ROOT / "batch", *map(str, arguments)]
@@ -65,11 +65,11 @@ def test_with_one_of_two_workers_killed_every_job_is_in_the_sheet_once(command, 
     assert process.returncode == 0, output.decode()
     assert b"was lost (its process ended); the job goes on elsewhere." in output
     folder = tmp_path / "jobs_results"
-    with (folder / catalog.RESULTS).open(encoding="utf-8-sig", newline="") as file:
+    with (folder / RESULTS).open(encoding="utf-8-sig", newline="") as file:
         rows = [row["name"] for row in csv.DictReader(file)]
     assert sorted(rows) == sorted(NAMES)
-    results = ResultsSheet(folder / catalog.RESULTS).read()
-    assert all(result.done(result.key, folder) for result in results.values())
+    results = ResultsSheet(folder / RESULTS).read()
+    assert all(result.is_done(result.key, folder) for result in results.values())
     assert sorted(path.name for path in folder.glob("*.png")) == sorted(f"{name}.png" for name in NAMES)
-    assert len({catalog.open_picture(path).tobytes() for path in folder.glob("*.png")}) == len(NAMES)
+    assert len({open_picture(path).tobytes() for path in folder.glob("*.png")}) == len(NAMES)
     assert comfyuis(tmp_path / "base") == []

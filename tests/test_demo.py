@@ -6,8 +6,8 @@ import threading
 import pytest
 from PIL import Image
 
+from batch.comfy_client import WorkflowError
 from demo.run import IMAGES, WORKFLOW, nodes, with_sampler
-from demo.server import WorkflowError
 from demo.sheet import sheet
 
 
@@ -64,7 +64,7 @@ def test_training_stops_within_a_step_and_the_next_job_runs(server, prompt):
                 cancelled.set()
                 server.interrupt()
 
-    with pytest.raises(WorkflowError, match=r"ConsisLoRATrainImage .*interrupted"):
+    with pytest.raises(WorkflowError, match=r"ConsisLoRATrainImage .*cancelled"):
         server.run(prompt, on_event=cancel_at_once)
     assert max(steps) <= 10
 

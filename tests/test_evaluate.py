@@ -8,7 +8,7 @@ import torch
 from images import IMAGES, loaded
 from PIL import Image
 
-from demo.server import WorkflowError
+from batch.comfy_client import WorkflowError
 
 VIT = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_hidden_layers": 3}
 CLIP = {**VIT, "image_size": 224, "patch_size": 32, "projection_dim": 16, "num_channels": 3, "hidden_act": "quick_gelu"}
@@ -95,7 +95,7 @@ def gate(nodes, pictures, scores, **bounds):
     return nodes.Gate.execute(pictures, scores, **{**everything, **bounds}).result
 
 
-def test_the_gate_parts_pictures_and_says_why(nodes, owls):
+def test_the_gate_splits_pictures_and_says_why(nodes, owls):
     pictures, scores = owls
     accepted, rejected, reasons = gate(nodes, pictures, scores, min_edges=0.9, min_silhouette=0.9)
     assert torch.equal(accepted, pictures[1:]) and torch.equal(rejected, pictures[:1])

@@ -12,25 +12,20 @@ from images import loaded
 from safetensors import safe_open
 
 from benchmarks.fidelity.judges import DEMO, KINDS, load_judge
-from benchmarks.fidelity.pairs import ALIGNED_SETS, CONTENT_SET, PAIRS, SAME_LOOK, STYLE_SETS
+from benchmarks.fidelity.pairs import ALIGNED_SETS, CONTENT_SET, PAIRS, SAME_STYLE, STYLE_SETS
 from benchmarks.fidelity.report import CONTENDERS, EARLY, LATE, Bench
-from consislora_core.metrics import content_similarity, perceptual_distance, style_similarity
+from benchmarks.picture_scores import perceptual_distance
+from consislora_core.metrics import content_similarity, style_similarity
 from consislora_core.schedule import image_stage, style_stage
 
 ROOT = Path(__file__).resolve().parent.parent
 HELD_OUT = (ROOT / "demo_model" / "recipe" / "held_out.txt").read_text().split()
-PICTURES = [
-    "crown-flat",
-    "owl-flat",
-    "taxi-flat",
-    "umbrella-high-contrast",
-    "cherry-blossom-high-contrast",
-    "balloon-3d",
-]
+PICTURES = ["crown-flat", "owl-flat", "taxi-flat", "umbrella-high-contrast", "cherry-blossom-high-contrast"]
+PICTURES += ["balloon-3d"]
 
 
-def things(pairs):
-    return {thing for pair in pairs for _, thing in (pair.content, pair.style)}
+def subjects(pairs):
+    return {subject for pair in pairs for _, subject in (pair.content, pair.style)}
 
 
 # ---- pairs
@@ -40,11 +35,11 @@ def test_at_least_sixty_pairs_are_reported_and_none_twice():
     assert len(set(PAIRS["report"])) == len(PAIRS["report"]) >= 60
 
 
-def test_only_things_that_the_demo_model_has_not_learned():
-    assert all(things(pairs) <= set(HELD_OUT) for pairs in PAIRS.values())
+def test_only_subjects_that_the_demo_model_has_not_learned():
+    assert all(subjects(pairs) <= set(HELD_OUT) for pairs in PAIRS.values())
 
 
-def test_a_pair_has_two_things_from_two_sets():
+def test_a_pair_has_two_subjects_from_two_sets():
     for pairs in PAIRS.values():
         assert all(pair.content[1] != pair.style[1] for pair in pairs)
         assert {pair.content[0] for pair in pairs} == {CONTENT_SET}
@@ -64,10 +59,10 @@ def test_splits_are_balanced_over_styles_as_is_every_beginning_of_one():
             assert max(counts.values()) - min(counts[name] for name in STYLE_SETS) <= 1
 
 
-def test_the_splits_share_no_thing_and_no_reported_one_is_the_demo_s_own():
-    tuned, reported = things(PAIRS["tune"]), things(PAIRS["report"])
+def test_the_splits_share_no_subject_and_no_reported_one_is_the_demo_s_own():
+    tuned, reported = subjects(PAIRS["tune"]), subjects(PAIRS["report"])
     assert not tuned & reported
-    assert not reported & {thing for _, thing in DEMO}
+    assert not reported & {subject for _, subject in DEMO}
 
 
 def test_no_truth_is_a_style_image():
@@ -77,8 +72,8 @@ def test_no_truth_is_a_style_image():
 
 def test_several_style_images_are_one_set_s_own_and_show_no_truth():
     truths = {pair.truth for pair in PAIRS["report"]}
-    assert [first for first, _ in SAME_LOOK] == list(STYLE_SETS)
-    for first, drawings in SAME_LOOK.items():
+    assert [first for first, _ in SAME_STYLE] == list(STYLE_SETS)
+    for first, drawings in SAME_STYLE.items():
         assert drawings[0] == first and len(set(drawings)) == 4
         assert {emoji for emoji, _ in drawings} == {first[0]} and not truths & set(drawings)
 
@@ -104,7 +99,7 @@ def test_judges_name_the_demo_s_pictures_of_which_they_have_seen_none(judge, pic
     assert answers == [label[{"style": 0, "content": 1}[name]] for label in DEMO]
 
 
-def test_the_same_thing_recoloured_and_moved_is_nearer_than_any_other_thing(pictures):
+def test_the_same_subject_recoloured_and_moved_is_nearer_than_any_other_subject(pictures):
     judge = load_judge("content")
     changed = F.pad(pictures, (6, 0, 6, 0), value=1.0)[..., :128, :128].flip(1)
     ours, theirs = judge(changed).features, judge(pictures).features
@@ -139,7 +134,7 @@ def test_judges_are_small_and_say_how_often_they_are_right(judge):
     with safe_open(file, "pt") as opened:
         accuracy = json.loads(opened.metadata()["accuracy"])
     least = {
-        "content": {"kept": 0.65, "truths nearest to their content image": 0.9},  # of 739 things
+        "content": {"kept": 0.65, "truths nearest to their content image": 0.9},  # of 739 subjects
         "style": {"kept": 0.8, "among the benchmark's sets": 0.9},  # of 11 sets, of 5
     }
     assert all(accuracy[group] > share for group, share in least[name].items())
@@ -152,9 +147,9 @@ def test_judges_are_small_and_say_how_often_they_are_right(judge):
 
 def test_an_interval_is_over_the_images_that_pairs_share():
     bench = Bench(None, PAIRS["report"], scale=1.0, seeds=1)
-    looks = torch.linspace(0, 1, len(bench.styles))
-    found = bench.estimate(looks.repeat(len(bench.contents)))  # told by the style image alone
-    alone = looks.std(unbiased=False).item() / len(looks) ** 0.5
+    values = torch.linspace(0, 1, len(bench.styles))
+    found = bench.estimate(values.repeat(len(bench.contents)))  # depends on the style image alone
+    alone = values.std(unbiased=False).item() / len(values) ** 0.5
     assert found.mean == pytest.approx(0.5)
     assert found.high - found.low == pytest.approx(2 * 1.96 * alone, rel=0.05)
 

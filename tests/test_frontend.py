@@ -53,7 +53,7 @@ def catalogue(server):
 
 
 def opened(frontend, name: str, changes: dict, kind: str) -> int:
-    """Opens a workflow with other values of widgets, and looks at its one node of a kind; that node's id."""
+    """Opens a workflow with other values of widgets, and shows its one node of a kind; that node's id."""
     drop(frontend, name, saved_as_tests_do(graph(name)))
     turn(frontend, changes)
     return look_at(frontend, kind)
@@ -113,7 +113,7 @@ def saved_from(frontend, server, name: str) -> dict:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def test_training_shows_its_loss_and_stops_when_it_is_told_to(frontend, server, trained):
+def test_training_shows_its_loss_and_stops_on_cancel(frontend, server, trained):
     changes = {"steps": 100_000, "transition_step": 10, "seed": 5}
     opened(frontend, "train_content_demo", changes, "ConsisLoRATrainImage")
     queue(frontend)

@@ -4,8 +4,8 @@ import logging
 
 import pytest
 import torch
-from reference import diffusers_denoiser, diffusers_unet, relative_error, run
-from test_trainer import SHORT, flat
+from reference import diffusers_denoiser, diffusers_unet, flat, relative_error, run
+from test_trainer import SHORT
 
 from consislora_core.recording import RecordedStep
 from consislora_core.schedule import image_stage
@@ -19,8 +19,8 @@ pytestmark = [
 STAGE = image_stage(**{**SHORT, "steps": 12, "eps": 1e-3})
 
 
-def trained(recordable: bool, look=lambda x: None):
-    """The LoRA of a short training on the tiny UNet, and the last step's work; `look` sees what is denoised."""
+def trained(recordable: bool, observe=lambda x: None):
+    """The LoRA of a short training on the tiny UNet, and the last step's work; `observe` gets what is denoised."""
     tensors = run("stage1_content")
     sigmas = diffusers_denoiser(None).sigmas
     levels, unet = sigmas.cuda(), diffusers_unet().cuda()
@@ -28,7 +28,7 @@ def trained(recordable: bool, look=lambda x: None):
     time_ids = tensors["time_ids"][None].cuda()
 
     def denoise(x, sigma, cond):
-        look(x)
+        observe(x)
         timestep, s = (levels - sigma.unsqueeze(-1)).abs().argmin(-1), sigma.view(-1, 1, 1, 1)
         added = {"text_embeds": pooled, "time_ids": time_ids}
         return x - s * unet(x / (s**2 + 1).sqrt(), timestep, text, added_cond_kwargs=added).sample
@@ -48,7 +48,7 @@ def test_recorded_steps_train_the_same_lora():
 
 def test_steps_that_cannot_be_recorded_go_on_and_leave_the_gpu_fit_for_use(caplog):
     caplog.set_level(logging.INFO)
-    lora, work = trained(recordable=True, look=lambda x: float(x.sum()))  # which has the host wait
+    lora, work = trained(recordable=True, observe=lambda x: float(x.sum()))  # a host sync
     assert work.graphs is None
     assert "steps cannot be recorded here" in caplog.text
     assert relative_error(lora, trained(recordable=False)[0]) < 1e-4

@@ -93,7 +93,7 @@ def logging_calls(model, pack):
     calls, clone = [], model.clone()
 
     def log(executor, x, timesteps, context, y, control, transformer_options, **kwargs):
-        rows = transformer_options.get(pack.nodes.passes.ROWS, ())
+        rows = transformer_options.get(pack.host.guided_unet.ROWS, ())
         output = executor(x, timesteps, context, y, control, transformer_options, **kwargs)
         calls.append(Call(x, [rows[i].prompt if rows else i for i in transformer_options["cond_or_uncond"]], output))
         return output
@@ -215,8 +215,8 @@ def test_the_order_of_rows_changes_no_number(guide, pack, loras, monkeypatch):
     order = [3, 0, 5, 2, 4, 1]
 
     def shuffled(model, conds, x, sigma, options):
-        rows = options["transformer_options"][pack.nodes.passes.ROWS]
-        options["transformer_options"][pack.nodes.passes.ROWS] = [rows[i] for i in order]
+        rows = options["transformer_options"][pack.host.guided_unet.ROWS]
+        options["transformer_options"][pack.host.guided_unet.ROWS] = [rows[i] for i in order]
         predicted = real(model, [conds[i] for i in order], x, sigma, options)
         return [predicted[order.index(i)] for i in range(6)]
 

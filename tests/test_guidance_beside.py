@@ -1,7 +1,5 @@
 """Dual guidance beside the rest of ComfyUI: other patches, control, masks, hooks, samplers, windows, interruption."""
 
-# ruff: noqa: F811 - an imported fixture is asked for by its name
-
 import logging
 from itertools import cycle
 
@@ -9,22 +7,11 @@ import pytest
 import torch
 from images import loaded
 from reference import DATA, INDEX, comfy_model, relative_error
-from test_guidance import (  # noqa: F401 - two of them are fixtures
-    LOGGED,
-    OFF,
-    PROMPTS,
-    conditioning,
-    guide,
-    guider,
-    logging_calls,
-    loras,
-    noise,
-    sampled,
-)
+from test_guidance import LOGGED, OFF, PROMPTS, conditioning, guider, logging_calls, noise, sampled
 from test_training_nodes import everything_about, loaded_model
 
 from consislora_core import lora_file
-from consislora_core.guidance import GUIDANCE, parts_of, wanted
+from consislora_core.guidance import GUIDANCE, parts_of, wanted_mix
 
 ONE_STEP = LOGGED["sigmas"][[0, 6]]
 THREE_STEPS = LOGGED["sigmas"][[0, 2, 4, 6]]
@@ -65,7 +52,7 @@ def one_row(pack, model, loras, mix, prompt, prompts, **inputs):
     """One denoiser pass by itself. With a single Euler step down to 0 the picture is what the pass predicts."""
     import comfy.samplers
 
-    alone = comfy.samplers.CFGGuider(pack.nodes.passes.with_mix(model, parts_of(**loras), mix))
+    alone = comfy.samplers.CFGGuider(pack.host.guided_unet.with_mix(model, parts_of(**loras), mix))
     # The other prompts are there, though nothing reads them, because ComfyUI carries areas from one to another.
     alone.inner_set_conds({"positive": prompts[prompt], **{f"beside {name}": cond for name, cond in prompts.items()}})
     alone.set_cfg(1.0)
@@ -81,19 +68,23 @@ def by_hand(pack, model, loras, positive=None, negative=None, start=None, **chan
     def row(prompt, mix):
         return one_row(pack, model, loras, mix, prompt, prompts, start=start)
 
-    uncond, cond = row("negative", wanted(1.0, 1.0)), row("positive", wanted(1.0, 1.0))
+    uncond, cond = row("negative", wanted_mix(1.0, 1.0)), row("positive", wanted_mix(1.0, 1.0))
     guidance = [scales[f"{role}_guidance"] * (row(*toward) - row(*away)) for role, (toward, away) in GUIDANCE.items()]
     return uncond + scales["cfg"] * (cond - uncond) + sum(guidance)
 
 
-def shared_and_unshared(guide, model, loras, **changes):
+def unshared_guider(pack, model, loras, positive=None, negative=None, **changes):
+    """A guider that sends every row through the whole UNet by itself."""
+    prompts = positive or conditioning("main"), negative or conditioning("uncond")
+    images = (loras.get(image) for image in ("content", "style"))
+    settings = pack.host.guider.GuidanceSettings(**{**SETTINGS, **changes})
+    return pack.host.guider.dual_guider(model, *prompts, *images, settings, share_encoder=False)
+
+
+def shared_and_unshared(guide, pack, model, loras, **changes):
     """The same step twice: equal rows go through the encoder once, and every row goes by itself."""
-    pictures = []
-    for share in (True, False):
-        ours = guider(guide, model, loras, **changes)
-        ours.model_patcher.wrappers["diffusion_model"]["consislora_guided"][0].share_encoder = share
-        pictures.append(sampled(ours, sigmas=ONE_STEP))
-    return pictures
+    guiders = guider(guide, model, loras, **changes), unshared_guider(pack, model, loras, **changes)
+    return [sampled(ours, sigmas=ONE_STEP) for ours in guiders]
 
 
 def encoder_rows(model):
@@ -134,7 +125,7 @@ def with_weight_patches(model, lora):
 def test_another_lora_as_a_weight_patch_adds_to_guidance(guide, pack, loras, another_lora):
     model = comfy_model()
     patched = with_weight_patches(model, another_lora)
-    shared, unshared = shared_and_unshared(guide, patched, loras)
+    shared, unshared = shared_and_unshared(guide, pack, patched, loras)
     assert relative_error(shared, by_hand(pack, patched, loras)) < 1e-5
     assert relative_error(shared, unshared) < 1e-5
     assert relative_error(shared, sampled(guider(guide, model, loras), sigmas=ONE_STEP)) > 1e-3
@@ -158,7 +149,7 @@ def test_freeu_keeps_the_encoder_shared_and_gives_the_same_numbers(node, connect
     model = comfy_model()
     patched = getattr(comfy_extras.nodes_freelunch, node)().patch(model, 1.3, 1.4, 0.9, 0.2)[0]
     rows = encoder_rows(model)
-    shared, unshared = shared_and_unshared(guide, patched, loras)
+    shared, unshared = shared_and_unshared(guide, pack, patched, loras)
     assert rows == [2, 6]
     assert relative_error(shared, unshared) < 1e-5
     given = {image: loras.get(image) for image in ("content", "style")}
@@ -215,7 +206,7 @@ def test_a_merged_model_is_guided_as_the_model_it_comes_to(guide, pack, loras):
     for one, other, mean in weights:
         mean.copy_(0.25 * one + 0.75 * other)
     merged = ModelMergeSimple().merge(ones, others, 0.25)[0]
-    shared, unshared = shared_and_unshared(guide, merged, loras)
+    shared, unshared = shared_and_unshared(guide, pack, merged, loras)
     assert relative_error(shared, unshared) < 1e-5
     assert relative_error(shared, sampled(guider(guide, both, loras), sigmas=ONE_STEP)) < 1e-5
     off = sampled(guider(guide, merged, loras, **OFF), sigmas=TWO_STEPS)
@@ -235,7 +226,7 @@ def with_attention_replaced(model):
 
 
 @pytest.mark.parametrize("patch", [with_hypertile, with_attention_replaced])
-def test_a_patch_that_may_count_rows_turns_sharing_off_and_says_so_once(patch, guide, loras, caplog):
+def test_a_patch_that_may_count_rows_turns_sharing_off_and_says_so_once(patch, guide, pack, loras, caplog):
     model = comfy_model()
     patched, rows = patch(model), encoder_rows(model)
 
@@ -243,10 +234,9 @@ def test_a_patch_that_may_count_rows_turns_sharing_off_and_says_so_once(patch, g
         torch.manual_seed(0)  # HyperTile rolls dice
         return sampled(ours, sigmas=TWO_STEPS)
 
-    ours, told = guider(guide, patched, loras), guider(guide, patched, loras)
-    told.model_patcher.wrappers["diffusion_model"]["consislora_guided"][0].share_encoder = False
+    ours = guider(guide, patched, loras)
     with caplog.at_level(logging.INFO):
-        assert torch.equal(picture(ours), picture(told))
+        assert torch.equal(picture(ours), picture(unshared_guider(pack, patched, loras)))
         picture(ours)
         assert set(rows) == {6}
         assert caplog.text.count("each row goes through the whole UNet") == 1
@@ -300,9 +290,9 @@ WAYS = pytest.mark.parametrize("on", ["positive", "both", "older node"])
 
 @CONTROLS
 @WAYS
-def test_control_changes_the_picture_and_sharing_does_not(control, on, guide, loras):
+def test_control_changes_the_picture_and_sharing_does_not(control, on, guide, pack, loras):
     model = comfy_model()
-    shared, unshared = shared_and_unshared(guide, model, loras, **controlled(control, on))
+    shared, unshared = shared_and_unshared(guide, pack, model, loras, **controlled(control, on))
     assert relative_error(shared, unshared) < 1e-5
     assert relative_error(shared, sampled(guider(guide, model, loras), sigmas=ONE_STEP)) > 1e-3
 
@@ -376,7 +366,7 @@ POSITIVES = {
 @pytest.mark.parametrize("positive", POSITIVES.values(), ids=POSITIVES)
 def test_a_prompt_in_places_is_guided_as_the_sum_of_its_rows(positive, guide, pack, loras):
     model, positive = comfy_model(), positive()
-    shared, unshared = shared_and_unshared(guide, model, loras, positive=positive)
+    shared, unshared = shared_and_unshared(guide, pack, model, loras, positive=positive)
     assert relative_error(shared, unshared) < 1e-5
     assert relative_error(shared, by_hand(pack, model, loras, positive=positive)) < 1e-5
     assert relative_error(shared, sampled(guider(guide, model, loras), sigmas=ONE_STEP)) > 1e-3
@@ -487,19 +477,20 @@ def test_inpainting_keeps_what_the_mask_leaves_out(sampler, guide, pack, loras):
 # Structure lock
 
 
-def test_a_locked_picture_comes_back_when_the_same_model_restores_it(guide, pack):
+def test_a_locked_picture_comes_back_when_the_same_model_reconstructs_it(guide, pack):
     """Euler inversion is undone by as many Euler steps, the closer the finer they are."""
     from demo_model import model as demo
 
     model, clip, vae = demo.load()
     latent = {"samples": vae.encode(loaded("crown-flat").movedim(1, -1))}
-    guider = guide.restoring(model, clip.encode_from_tokens_scheduled(clip.tokenize("")), content=None)
+    empty_prompt = clip.encode_from_tokens_scheduled(clip.tokenize(""))
+    guider, sampling = pack.host.guider.reconstruction_guider(model, empty_prompt, content=None), pack.host.sampling
 
     def error(steps):
-        sigmas = pack.nodes.bridge.sigmas(model, steps, "euler", "karras", 1.0)
-        inverted = pack.nodes.bridge.inverted(guider, latent, sigmas)
-        restored = pack.nodes.bridge.sample(guider, inverted, 0, "euler", sigmas, noised=True)
-        return relative_error(restored["samples"], latent["samples"])
+        sigmas = sampling.ksampler_sigmas(model, steps, "euler", "karras", 1.0)
+        inverted = sampling.invert(guider, latent, sigmas)
+        reconstructed = sampling.sample(guider, inverted, 0, "euler", sigmas, noised=True)
+        return relative_error(reconstructed["samples"], latent["samples"])
 
     assert error(40) < 0.5 * error(10)
     assert error(40) < 0.1
@@ -533,11 +524,11 @@ def hooked(name, lora):
 
 def test_a_lora_hook_on_the_positive_acts_in_that_row_alone(guide, pack, loras, another_lora):
     model, positive = comfy_model(), hooked("main", another_lora)
-    shared, unshared = shared_and_unshared(guide, model, loras, positive=positive)
+    shared, unshared = shared_and_unshared(guide, pack, model, loras, positive=positive)
     assert relative_error(shared, unshared) < 1e-5
 
     def cond(model):
-        return one_row(pack, model, loras, wanted(1.0, 1.0), "positive", {"positive": conditioning("main")})
+        return one_row(pack, model, loras, wanted_mix(1.0, 1.0), "positive", {"positive": conditioning("main")})
 
     change = SETTINGS["cfg"] * (cond(with_weight_patches(model, another_lora)) - cond(model))
     assert relative_error(shared, by_hand(pack, model, loras) + change) < 1e-5
@@ -553,7 +544,7 @@ def test_a_lora_hook_without_guidance_is_that_of_the_applied_loras_to_the_bit(gu
 def test_a_lora_hook_on_the_negative_acts_in_the_guidance_that_reads_it(guide, pack, loras, another_lora):
     model, negative = comfy_model(), hooked("uncond", another_lora)
     usual = sampled(guider(guide, model, loras), sigmas=ONE_STEP)
-    shared, unshared = shared_and_unshared(guide, model, loras, negative=negative)
+    shared, unshared = shared_and_unshared(guide, pack, model, loras, negative=negative)
     assert relative_error(shared, unshared) < 1e-5
     assert relative_error(shared, by_hand(pack, model, loras, negative=negative)) < 1e-5
     assert relative_error(shared, usual) > 1e-4
@@ -668,7 +659,7 @@ def test_one_image_alone_is_guided(image, guide, pack, loras):
     model, one = comfy_model(), only(loras, image)
     off = sampled(guider(guide, model, one, **OFF), sigmas=TWO_STEPS)
     assert torch.equal(off, sampled(cfg_guider(applied(pack, model, one)), sigmas=TWO_STEPS))
-    shared, unshared = shared_and_unshared(guide, model, one)
+    shared, unshared = shared_and_unshared(guide, pack, model, one)
     assert relative_error(shared, unshared) < 1e-5
     assert relative_error(shared, by_hand(pack, model, one)) < 1e-5
 

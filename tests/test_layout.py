@@ -1,4 +1,4 @@
-"""The rooms keep to themselves: core and batch client know no ComfyUI, and no import runs in a circle."""
+"""The plan of rooms: who may import whom, where ComfyUI may be imported, and that no import runs in a circle."""
 
 import ast
 import sys
@@ -7,48 +7,90 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-CORE = {path.stem: path for path in (ROOT / "consislora_core").glob("*.py") if path.stem != "__init__"}
-NODES = {path.stem: path for path in (ROOT / "nodes").glob("*.py") if path.stem != "__init__"}
-BATCH = {path.stem: path for path in (ROOT / "batch").glob("*.py") if path.stem != "__main__"}
-NODE_FILES = {name for name, path in NODES.items() if "(io.ComfyNode)" in path.read_text(encoding="utf-8")}
+
+# What each room may import besides the standard library and itself: other rooms, and packages.
+COMFYUI = {"comfy", "comfy_api", "comfy_execution", "folder_paths", "latent_preview"}
+METHOD = {"torch", "einops", "safetensors"}
+PLAN = {
+    "consislora_core": METHOD | {"filelock", "peft"},
+    "host": METHOD | COMFYUI | {"consislora_core", "PIL", "numpy"},
+    "catalogue": {"consislora_core", "PIL", "filelock"},
+    "nodes": METHOD | COMFYUI | {"host", "catalogue", "consislora_core", "demo_model", "PIL", "c2pa"},
+    "batch": {"catalogue", "consislora_core", "aiohttp", "tqdm", "PIL", "ray"},
+    "demo": {"batch", "PIL", "torch", "psutil"},
+}
+# Packages that few files need, and which those are.
+ONLY = {"ray": {"ray_workers"}, "peft": {"peft_format"}, "c2pa": {"sign"}, "filelock": {"store", "sheets"}}
+LINES = {"nodes": (1500, 330), "consislora_core": (1700, 330)}  # at most: of the room, of a file
+
+FILES = {room: {path.stem: path for path in (ROOT / room).glob("*.py")} for room in PLAN}
+EVERY_FILE = [(room, name) for room, files in FILES.items() for name in files]
 
 
-def imports(path: Path) -> set[str]:
-    """Names of the modules a file imports, those of its own folder, or of batch, with a dot before them."""
+def imports(room: str, name: str) -> set[str]:
+    """What a file imports: files of its own room with a dot before the name, other rooms, and packages."""
     found = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in ast.walk(ast.parse(FILES[room][name].read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             found |= {alias.name.split(".")[0] for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.level == 0:
-            package, _, module = node.module.partition(".")
-            own = [module] if module else [alias.name for alias in node.names]
-            found |= {"." + name for name in own} if package == "batch" else {package}
-        elif isinstance(node, ast.ImportFrom) and node.level == 1:
-            found |= {"." + name for name in ([node.module] if node.module else [alias.name for alias in node.names])}
+        elif isinstance(node, ast.ImportFrom):
+            path = (node.module or "").split(".")
+            if node.level == 0 and path[0] == room or node.level == 1:  # this room, by its name or by a dot
+                own = path[1:2] if node.level == 0 else list(filter(None, path[:1]))
+                found |= {f".{module}" for module in own or [alias.name for alias in node.names]}
+            else:
+                found.add(path[0])
     return found
 
 
-@pytest.mark.parametrize("name", CORE)
-def test_the_core_imports_no_comfyui(name):
-    allowed = {"torch", "einops", "safetensors", "filelock", "PIL"} | {"." + other for other in CORE}
-    assert imports(CORE[name]) <= allowed | sys.stdlib_module_names
+@pytest.mark.parametrize(("room", "name"), EVERY_FILE)
+def test_a_room_imports_only_what_the_plan_lets_it(room, name):
+    others = {other for other in imports(room, name) if not other.startswith(".")}
+    assert others <= PLAN[room] | sys.stdlib_module_names
 
 
-@pytest.mark.parametrize("name", BATCH)
-def test_the_batch_client_needs_neither_comfyui_nor_torch(name):
-    allowed = {"aiohttp", "tqdm", "PIL", "consislora_core"} | {"." + other for other in BATCH}
-    assert imports(BATCH[name]) <= allowed | sys.stdlib_module_names | ({"ray"} if name == "cluster" else set())
+@pytest.mark.parametrize(("room", "name"), EVERY_FILE)
+def test_what_few_files_need_is_imported_by_those_alone(room, name):
+    allowed = {package for package, files in ONLY.items() if name in files}
+    assert not (ONLY.keys() - allowed) & imports(room, name)
 
 
-@pytest.mark.parametrize("folder", [CORE, NODES, BATCH], ids=["core", "nodes", "batch"])
-def test_no_import_runs_in_a_circle(folder):
-    left = {name: {other[1:] for other in imports(path) if other.startswith(".")} for name, path in folder.items()}
+@pytest.mark.parametrize("name", ["__init__", "files"])
+def test_the_files_that_a_sheet_needs_are_read_without_torch(name):
+    assert not METHOD & imports("consislora_core", name)
+
+
+@pytest.mark.parametrize("name", FILES["catalogue"])
+def test_the_catalogue_needs_no_more_of_the_core_than_its_files(name):
+    source = FILES["catalogue"][name].read_text(encoding="utf-8")
+    assert source.count("consislora_core") == source.count("consislora_core.files")
+
+
+@pytest.mark.parametrize("room", PLAN)
+def test_no_import_runs_in_a_circle(room):
+    left = {name: {own[1:] for own in imports(room, name) if own.startswith(".")} for name in FILES[room]}
     while left:
         ready = {name for name, needs in left.items() if not needs & left.keys()}
         assert ready, f"a circle among {sorted(left)}"
         left = {name: needs for name, needs in left.items() if name not in ready}
 
 
-@pytest.mark.parametrize("name", sorted(NODE_FILES))
-def test_a_node_file_imports_no_other_node_file(name):
-    assert not {"." + other for other in NODE_FILES} & imports(NODES[name])
+def test_no_room_imports_one_that_imports_it():
+    left = {room: PLAN[room] & PLAN.keys() for room in PLAN}
+    while left:
+        ready = {room for room, needs in left.items() if not needs & left.keys()}
+        assert ready, f"a circle among {sorted(left)}"
+        left = {room: needs for room, needs in left.items() if room not in ready}
+
+
+def test_a_node_file_imports_no_other_node_file():
+    nodes = {name for name, path in FILES["nodes"].items() if "(io.ComfyNode)" in path.read_text(encoding="utf-8")}
+    for name in nodes:
+        assert not {f".{other}" for other in nodes} & imports("nodes", name)
+
+
+@pytest.mark.parametrize("room", LINES)
+def test_a_room_stays_small(room):
+    lines = {name: path.read_text(encoding="utf-8").count("\n") for name, path in FILES[room].items()}
+    whole, single = LINES[room]
+    assert sum(lines.values()) <= whole and max(lines.values()) <= single

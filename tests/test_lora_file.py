@@ -167,10 +167,9 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path, monke
 
 
 @pytest.fixture(scope="module")
-def question():
+def question(host):
     """(x, sigma, cond, tensors) to ask every UNet."""
-    tensors = run("stage1_content")
-    cond = tensors["prompt_embeds"], tensors["pooled_prompt_embeds"], tensors["time_ids"][None]
+    tensors, (_, _, cond) = run("stage1_content"), host
     return tensors["z_t"][3, None] * 3, torch.tensor([2.0]), cond, tensors
 
 
@@ -195,7 +194,7 @@ def comfy_answer(pack, model, question):
     x, sigma, _, tensors = question
     comfy.model_management.load_models_gpu([model])
     with torch.inference_mode():
-        cond = pack.nodes.bridge.encoded_conditioning(model, comfy_conditioning(tensors), x)
+        cond = pack.host.training_model.encoded_conditioning(model, comfy_conditioning(tensors), x)
         # ComfyUI's samplers hand a model's wrappers over in this way.
         return model.model.apply_model(x, sigma, transformer_options={"wrappers": model.wrappers}, **cond)
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 from reference import DATA
 
+from batch.comfy_client import WorkflowError
 from consislora_core import lora_file
-from demo.server import WorkflowError
 
 AUTHORS = DATA / "loras" / "stage2_style.safetensors"
 
@@ -83,7 +83,7 @@ def test_the_prompt_is_found_behind_the_conditioning(pack):
         "3": {"class_type": "ConsisLoRATrainImage", "inputs": {"positive": ["9", 0]}},
     }
     words = [
-        pack.nodes.graph.text_behind(hidden, "positive")
+        pack.host.prompt_graph.text_behind(hidden, "positive")
         for hidden in (*(SimpleNamespace(prompt=graph, unique_id=node) for node in "23"), None)
     ]
     assert words == ["A [c]", "", ""]

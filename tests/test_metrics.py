@@ -5,16 +5,8 @@ import torch
 import torch.nn.functional as F
 from images import IMAGES, loaded
 
-from consislora_core.metrics import (
-    content_score,
-    content_similarity,
-    leakage,
-    perceptual_distance,
-    silhouette_overlap,
-    ssim,
-    style_distance,
-    style_similarity,
-)
+from benchmarks.picture_scores import perceptual_distance, ssim, style_distance
+from consislora_core.metrics import content_score, content_similarity, leakage, silhouette_overlap, style_similarity
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +51,7 @@ def test_a_score_does_not_depend_on_the_rest_of_the_batch(score, pictures):
     torch.testing.assert_close(score(pictures, pictures[:1]), alone)
 
 
-def test_content_falls_as_the_thing_moves_and_further_when_it_is_another():
+def test_content_falls_as_the_subject_moves_and_further_when_it_is_another():
     owl, crown = loaded("owl-flat"), loaded("crown-flat")
     scores = [content_score(shifted(owl, pixels), owl) for pixels in (0, 1, 2, 4, 8)]
     assert falls(scores)
@@ -157,15 +149,15 @@ def test_leakage_is_0_for_a_clean_picture_and_1_for_the_style_image_and_grows_be
     assert falls([-scores])
 
 
-def test_leakage_counts_from_the_clean_picture_so_that_a_likeness_of_the_two_things_is_none():
+def test_leakage_counts_from_the_clean_picture_so_that_a_likeness_of_the_two_subjects_is_none():
     style = directions(1)
-    clean = F.normalize(style + directions(1, seed=1), dim=1)  # a thing like the style image's
+    clean = F.normalize(style + directions(1, seed=1), dim=1)  # a subject like the style image's
     assert content_similarity(clean, style) > 0.5
     torch.testing.assert_close(leakage(clean, style, clean), torch.zeros(1))
     assert leakage(directions(1, seed=1), style, clean) < 0
 
 
-def test_a_thing_of_one_among_n_style_images_leaks_by_1_over_n():
+def test_a_subject_of_one_among_n_style_images_leaks_by_1_over_n():
     clean, *styles = torch.eye(5).split(1)
     torch.testing.assert_close(leakage(styles[0], torch.cat(styles), clean), torch.tensor([0.25]))
 
@@ -176,5 +168,5 @@ def test_perceptual_distance_compares_directions_place_by_place():
     a, b = torch.eye(2).view(2, 2, 1, 1).expand(2, 2, 4, 4).split(1)
     half = torch.cat([a[..., :2], b[..., 2:]], -1)
     assert [perceptual_distance([x], [a]).item() for x in (a, half, b)] == pytest.approx([0, 1, 2])
-    apart = perceptual_distance(maps, [layer[:1] for layer in maps])
-    assert apart[0] < 1e-6 and apart[1:].min() > 0.01
+    distances = perceptual_distance(maps, [layer[:1] for layer in maps])
+    assert distances[0] < 1e-6 and distances[1:].min() > 0.01

@@ -15,11 +15,11 @@ def test_loading_the_pack_leaves_slow_packages_for_later(tmp_path):
     script = """
 import json, sys
 sys.path.insert(0, sys.argv[1])
-import conftest
-conftest.load_comfy(sys.argv[2])
+import in_process
+in_process.load_comfy(sys.argv[2])
 import comfy_api.latest, nodes  # ComfyUI's own, which are there before any pack
 before = set(sys.modules)
-conftest.load_pack()
+in_process.load_pack()
 print(json.dumps(sorted(set(sys.modules) - before)))
 """
     command = [sys.executable, "-c", script, str(ROOT / "tests"), str(tmp_path)]

@@ -32,7 +32,7 @@ def diffusers_host(tensors, request):
 def comfy_host(tensors, request, memory="fast", dtype=torch.float32):
     """The very path the training nodes take, with latents as VAE Encode gives them."""
     pack = request.getfixturevalue("pack")
-    bridge, model = pack.nodes.bridge, comfy_model()
+    bridge, model = pack.host.training_model, comfy_model()
     latent = {"samples": tensors["z_0"] / INDEX["vae_scaling_factor"]}
     shape = latent["samples"].shape
     with torch.inference_mode(), bridge.open_for_training(model, shape, dtype, memory) as denoiser:
@@ -115,7 +115,7 @@ def test_training_gives_the_authors_losses_and_weights(host, name, request):
 @RUNS
 def test_in_lower_precision_the_losses_stay_near_the_authors(name, dtype, tolerance, memory, request):
     """Weights differ more: in its first steps Adam makes a full step of a gradient that is all rounding."""
-    tensors, loss_scale = run(name), request.getfixturevalue("pack").nodes.bridge.loss_scale(dtype)
+    tensors, loss_scale = run(name), request.getfixturevalue("pack").host.training_model.loss_scale(dtype)
     with comfy_host(tensors, request, memory, dtype) as (model, z_0, cond):
         losses = [event.loss for _, event in steps_on_their_noise(name, model, z_0, cond, loss_scale)]
     assert losses == pytest.approx(tensors["loss"].tolist(), rel=tolerance)

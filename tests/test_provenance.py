@@ -22,7 +22,7 @@ def lora():
 
 def saved(pack, lora, *given):
     name = pack.nodes.lora.Save.execute(lora, "rights", *given).result[0]
-    return lora_file.read(pack.nodes.folders.lora_path(name))
+    return lora_file.read(pack.host.paths.lora_path(name))
 
 
 def test_a_lora_and_its_files_have_one_hash_and_another_lora_another(pack, lora):
@@ -56,7 +56,7 @@ def stylising(seed: int) -> dict:
 
 
 def test_a_node_that_runs_notes_it_and_one_that_does_not_is_recalled(pack, lora):
-    provenance, hidden = pack.nodes.provenance, running(stylising(1), "2")
+    provenance, hidden = pack.host.provenance, running(stylising(1), "2")
     provenance.note(hidden, {"content": None, "style": lora}, {"seed": 1, "content_positive": [["text", {}]]})
     record = {"2": {"style": provenance.described(lora), "seed": 1}}
     assert hidden.extra_pnginfo == {"workflow": {}, "consislora": record}
@@ -68,12 +68,12 @@ def test_a_node_that_runs_notes_it_and_one_that_does_not_is_recalled(pack, lora)
 
 
 def test_what_is_remembered_has_a_limit(pack, lora, monkeypatch):
-    provenance = pack.nodes.provenance
-    monkeypatch.setattr(provenance, "noted", {})
+    provenance = pack.host.provenance
+    monkeypatch.setattr(provenance, "records", {})
     monkeypatch.setattr(provenance, "KEPT", 3)
     for seed in range(5):
         provenance.note(running(stylising(seed), "2"), {}, {"seed": seed})
-    assert [record["seed"] for record in provenance.noted.values()] == [2, 3, 4]
+    assert [record["seed"] for record in provenance.records.values()] == [2, 3, 4]
 
 
 # ---- in the server
@@ -81,7 +81,7 @@ def test_what_is_remembered_has_a_limit(pack, lora, monkeypatch):
 
 def test_a_saved_picture_tells_its_loras_also_when_sampling_was_remembered(server, trained):
     prompt = quick("dual_guidance_demo", steps=1, content_strength=0.75)
-    first = told(server, prompt)
+    first = recorded(server, prompt)
     (record,) = first.values()
     assert record["content_strength"] == 0.75
     for image, words in (("content", "A [c]"), ("style", "An image in the style of [v]")):
@@ -92,10 +92,10 @@ def test_a_saved_picture_tells_its_loras_also_when_sampling_was_remembered(serve
     renamed = {**prompt}
     (result,) = [node for node, one in prompt.items() if one["class_type"] == "SaveImage"]
     renamed[result] = {**prompt[result], "inputs": {**prompt[result]["inputs"], "filename_prefix": "renamed"}}
-    assert told(server, renamed) == first
+    assert recorded(server, renamed) == first
 
 
-def told(server, prompt: dict) -> dict:
+def recorded(server, prompt: dict) -> dict:
     (file,) = server.images(server.run(prompt))
     with Image.open(file) as image:
         return json.loads(image.text["consislora"])

@@ -10,7 +10,7 @@ from conftest import COMFYUI
 from safetensors import safe_open
 
 from demo.run import IMAGES, WORKFLOW, nodes
-from demo.server import ComfyServer, ServerError, _link
+from demo.server import ComfyServer, ServerError, link_folder
 
 STEPS = 120  # a checkpoint comes every 50
 
@@ -98,7 +98,7 @@ def test_killed_at_random_moments_it_goes_on_and_ends_with_the_same_bytes(server
 def test_of_two_servers_at_the_same_training_one_trains_and_the_other_waits_and_reads(server, base):
     server.upload(next(IMAGES.glob("crown-flat.png")))
     (base / "models").mkdir()
-    _link(base / "models" / "loras", server.base / "models" / "loras")
+    link_folder(base / "models" / "loras", server.base / "models" / "loras")
     before = server.log
     with ComfyServer(base, COMFYUI) as other:
         queued = []

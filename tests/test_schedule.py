@@ -33,7 +33,7 @@ def test_loss_and_learning_rate_change_at_the_transition_step():
 
 
 @pytest.mark.parametrize("make", [image_stage, style_stage])
-def test_unless_told_otherwise_the_schedule_stays_as_set(make):
+def test_unless_another_is_chosen_the_schedule_stays_as_set(make):
     assert make(preset="paper") == make() and make().noises == 1
 
 

@@ -3,7 +3,8 @@
 import psutil
 import pytest
 
-from demo.server import ComfyServer, ServerError, WorkflowError
+from batch.comfy_client import WorkflowError
+from demo.server import ComfyServer, ServerError
 
 BLANK = {"class_type": "EmptyImage", "inputs": {"width": 64, "height": 64, "batch_size": 1, "color": 0}}
 

@@ -69,7 +69,7 @@ def saved(pack, sign, monkeypatch, **changes):
     monkeypatch.setattr(sign.SaveSigned, "hidden", hidden, raising=False)
     given = {"filename_prefix": "a/signed", "algorithm": "es256", **changes}
     output = sign.SaveSigned.execute(torch.rand(2, 64, 64, 3), **given)
-    folder = pack.nodes.folders.output_folder()
+    folder = pack.host.paths.output_folder()
     return [folder / one["subfolder"] / one["filename"] for one in output.ui.as_dict()["images"]]
 
 
@@ -81,10 +81,10 @@ def read(content: bytes) -> tuple[str, dict]:
 def test_saved_pictures_are_signed_and_tell_what_made_them(pack, sign, monkeypatch):
     for file in saved(pack, sign, monkeypatch):
         state, manifest = read(file.read_bytes())
-        told = {assertion["label"]: assertion["data"] for assertion in manifest["assertions"]}
+        assertions = {assertion["label"]: assertion["data"] for assertion in manifest["assertions"]}
         assert state == "Valid"
-        assert told["io.github.consislora"] == RECORD
-        assert told["c2pa.actions.v2"]["actions"][0]["digitalSourceType"].endswith("trainedAlgorithmicMedia")
+        assert assertions["io.github.consislora"] == RECORD
+        assert assertions["c2pa.actions.v2"]["actions"][0]["digitalSourceType"].endswith("trainedAlgorithmicMedia")
         with Image.open(file) as picture:
             assert json.loads(picture.text["consislora"]) == RECORD and "workflow" in picture.text
 

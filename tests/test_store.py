@@ -13,14 +13,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from reference import diffusers_denoiser, diffusers_unet, run
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from consislora_core import lora_file
 from consislora_core.lora_file import ImageLora, LoraLayer
 from consislora_core.schedule import image_stage
-from consislora_core.store import Nameless, Store, fingerprint
+from consislora_core.store import Store, Unhashable, fingerprint
 from consislora_core.trainer import Trainer
 
 KEYS = [fingerprint(number) for number in range(5)]
@@ -31,13 +30,6 @@ PATH = "transformer_blocks.0.attn1.to_q"
 @pytest.fixture
 def store(tmp_path):
     return Store(tmp_path / "store", limit=10**9)
-
-
-@pytest.fixture(scope="module")
-def host():
-    tensors = run("stage1_content")
-    cond = tensors["prompt_embeds"], tensors["pooled_prompt_embeds"], tensors["time_ids"][None]
-    return diffusers_denoiser(diffusers_unet()), tensors["z_0"], cond
 
 
 def lora(seed: int = 0, size: int = 8) -> ImageLora:
@@ -57,7 +49,7 @@ def never():
 
 
 def trained(host, store=None, key=KEYS[0], cut_at=None, **settings):
-    """Losses and parts of a training that looks for a checkpoint, and may be cut short after one."""
+    """Losses and parts of a training that resumes from a checkpoint, and may be cut short after one."""
     with Trainer(*host, image_stage(**SHORT | settings)) as trainer:
         losses = store.resume(key, trainer) if store else []
         for event in trainer:
@@ -96,7 +88,7 @@ def test_equal_values_have_equal_names():
 
 
 def test_a_function_has_no_name():
-    with pytest.raises(Nameless, match="lambda"):
+    with pytest.raises(Unhashable, match="lambda"):
         fingerprint({"wrappers": [lambda x: x]})
 
 
@@ -237,17 +229,9 @@ def other_tensors(path):
 
 
 DAMAGES = [
-    truncate,
-    empty,
-    huge_header,
-    pickled,
-    of_another_key,
-    no_record,
-    record_of_another_kind,
-    record_of_nothing,
-    record_without_end,
-    other_tensors,
-]
+    truncate, empty, huge_header, pickled, of_another_key, no_record, record_of_another_kind, record_of_nothing,
+    record_without_end, other_tensors,
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.__name__)
@@ -306,7 +290,7 @@ def not_writable(store, monkeypatch):
 
 
 @pytest.mark.parametrize("fault", [refused, in_a_files_place, not_writable], ids=lambda fault: fault.__name__)
-def test_what_the_disk_refuses_is_told_once_and_training_goes_on(host, store, caplog, monkeypatch, fault):
+def test_errors_of_the_disk_are_reported_once_and_training_goes_on(host, store, caplog, monkeypatch, fault):
     fault(store, monkeypatch)
     with store.locked(KEYS[0], never):
         assert store.find(KEYS[0]) is None

@@ -5,7 +5,7 @@ import weakref
 
 import pytest
 import torch
-from reference import diffusers_denoiser, diffusers_unet, relative_error, run
+from reference import diffusers_unet, flat, relative_error
 
 from consislora_core.adapters import fresh_part, inserted
 from consislora_core.losses import Draw, draw, noise_loss, reconstruction_loss
@@ -15,28 +15,9 @@ from consislora_core.trainer import Trainer
 SHORT = dict(steps=6, transition_step=3, learning_rate=1e-2, reconstruction_learning_rate=1e-2, rank=2)
 
 
-@pytest.fixture(scope="module")
-def host():
-    """(denoiser, z_0, cond) on the tiny UNet in diffusers."""
-    tensors = run("stage1_content")
-    cond = tensors["prompt_embeds"], tensors["pooled_prompt_embeds"], tensors["time_ids"][None]
-    return diffusers_denoiser(diffusers_unet()), tensors["z_0"], cond
-
-
 def train(host, stage, **settings):
     with Trainer(*host, stage, **settings) as trainer:
         return [event.loss for event in trainer], trainer.parts()
-
-
-def flat(parts):
-    return torch.cat(
-        [
-            tensor.flatten()
-            for _, part in sorted(parts.items())
-            for _, layer in sorted(part.items())
-            for tensor in layer[:2]
-        ]
-    )
 
 
 def test_nothing_holds_a_trainer_when_it_is_done(host):
@@ -118,7 +99,7 @@ def test_stage_two_learns_style_anew_and_leaves_the_content_part_alone(host):
 
 
 @pytest.mark.parametrize("noises", [1, 2])
-def test_images_trained_apart_get_the_loras_that_each_would_get_alone(host, noises):
+def test_images_trained_separately_get_the_loras_that_each_would_get_alone(host, noises):
     model, z_0, cond = host
     images = torch.cat([z_0, z_0.flip(-1), z_0.roll(3, -1)])
     content = None

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from reference import INDEX, comfy_conditioning, comfy_model, relative_error, run
+from reference import INDEX, comfy_conditioning, comfy_model, flat, relative_error, run
 
 TENSORS = run("stage1_content")
 FEW_STEPS = dict(steps=3, transition_step=2, learning_rate=1e-3, reconstruction_learning_rate=1e-3, rank=2, seed=0)
@@ -19,7 +19,7 @@ FEW_STEPS = dict(steps=3, transition_step=2, learning_rate=1e-3, reconstruction_
 @pytest.fixture(autouse=True)
 def store(pack):
     """Empty, or a test would get what another one has trained."""
-    store = pack.nodes.identity.store()
+    store = pack.host.paths.training_store()
     shutil.rmtree(store.folder, ignore_errors=True)
     return store
 
@@ -51,43 +51,22 @@ def train_style(nodes, model, content_lora, **changes):
         return nodes.TrainStyle.execute(model, content_lora=content_lora, noise_offset=0.03, **given).result
 
 
+PATCHER = ("patches", "object_patches", "injections", "wrappers", "callbacks", "hook_patches", "model_options",
+           "attachments")  # fmt: skip
+
+
 def everything_about(model):
     """All that training could have left behind, in a form that compares."""
-    base = model.model
-    layers = {}
+    base, layers = model.model, {}
     for name, module in base.named_modules():
         hooks = {key: dict(value) for key, value in vars(module).items() if key.endswith("_hooks")}
-        plain = {
-            key: value for key, value in vars(module).items() if not key.startswith("_") and not torch.is_tensor(value)
-        }
+        plain = {key: v for key, v in vars(module).items() if not key.startswith("_") and not torch.is_tensor(v)}
         layers[name] = (type(module), list(module._modules), hooks, plain, module.training)
-    tensors = {
-        name: (
-            id(p),
-            p.data_ptr(),
-            p.dtype,
-            p.requires_grad,
-            p.is_inference(),
-            p.grad is None,
-            hashlib.sha256(p.detach().float().numpy().tobytes()).hexdigest(),
-        )
-        for name, p in [*base.named_parameters(), *base.named_buffers()]
-    }
-    patcher = {
-        key: (len(value) if hasattr(value, "__len__") else value)
-        for key, value in vars(model).items()
-        if key
-        in (
-            "patches",
-            "object_patches",
-            "injections",
-            "wrappers",
-            "callbacks",
-            "hook_patches",
-            "model_options",
-            "attachments",
-        )
-    }
+    tensors = {}
+    for name, p in [*base.named_parameters(), *base.named_buffers()]:
+        digest = hashlib.sha256(p.detach().float().numpy().tobytes()).hexdigest()
+        tensors[name] = (id(p), p.data_ptr(), p.dtype, p.requires_grad, p.is_inference(), p.grad is None, digest)
+    patcher = {key: len(v) if hasattr(v, "__len__") else v for key, v in vars(model).items() if key in PATCHER}
     return layers, tensors, patcher, torch.is_grad_enabled(), torch.is_inference_mode_enabled()
 
 
@@ -104,21 +83,10 @@ def loaded_model(**kind):
 def picture(model):
     import comfy.sample
 
-    positive = comfy_conditioning(TENSORS)
+    prompts, latent = [comfy_conditioning(TENSORS)] * 2, torch.zeros(1, 4, 16, 16)
+    how = 2, 3.0, "euler", "normal"
     with torch.inference_mode():
-        return comfy.sample.sample(
-            model,
-            torch.ones(1, 4, 16, 16),
-            2,
-            3.0,
-            "euler",
-            "normal",
-            positive,
-            positive,
-            torch.zeros(1, 4, 16, 16),
-            disable_pbar=True,
-            seed=1,
-        )
+        return comfy.sample.sample(model, latent + 1, *how, *prompts, latent, disable_pbar=True, seed=1)
 
 
 def test_a_pair_is_trained(nodes):
@@ -178,12 +146,12 @@ def test_every_precision_trains_nearly_alike(nodes, comfy, precision):
 def test_a_torch_without_onednn_trains_alike(nodes, pack, store, monkeypatch):
     expected = train_image(nodes, comfy_model(), precision="fp32")[1]["loss"]
     shutil.rmtree(store.folder)
-    monkeypatch.setattr(pack.nodes.frozen, "_onednn_has_linear", lambda *_: False)
+    monkeypatch.setattr(pack.host.frozen_unet, "_has_onednn_linear", lambda *_: False)
     assert train_image(nodes, comfy_model(), precision="fp32")[1]["loss"] == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
-def test_lean_trains_the_same_bits_as_fast_and_keeps_less_for_the_way_back(nodes, comfy, store, precision):
+def test_lean_trains_the_same_bits_as_fast_and_saves_fewer_tensors_for_backward(nodes, comfy, store, precision):
     model, trained, kept = comfy_model(), {}, {}
     for memory in ("fast", "lean"):
         sizes = []
@@ -234,7 +202,7 @@ def test_latents_of_any_size_and_aspect_train(nodes, comfy, shape):
 
 
 def test_size_conditioning_is_the_pictures_own_size_unless_the_conditioning_names_one(pack):
-    bridge, model = pack.nodes.bridge, comfy_model()
+    bridge, model = pack.host.training_model, comfy_model()
     z_0 = torch.zeros(1, 4, 16, 24)
     pooled = {"pooled_output": TENSORS["pooled_prompt_embeds"]}
     named = {**pooled, "width": 192, "height": 128, "crop_w": 0, "crop_h": 0, "target_width": 192, "target_height": 128}
@@ -265,7 +233,7 @@ def test_the_users_model_is_exactly_as_it_was(nodes, pack, ending, stored, memor
         if len(steps_seen) == 2 and ending == "failure":
             raise RuntimeError("injected")
 
-    monkeypatch.setattr(pack.nodes.progress.Progress, "show", end_early)
+    monkeypatch.setattr(pack.host.progress.Progress, "show", end_early)
     if ending == "success":
         train_image(nodes, model, memory=memory)
     else:
@@ -316,22 +284,11 @@ def sd15_model():
     import comfy.model_patcher
     import comfy.supported_models
 
-    config = comfy.supported_models.SD15(
-        dict(
-            image_size=32,
-            in_channels=4,
-            out_channels=4,
-            model_channels=32,
-            num_res_blocks=[1, 1],
-            channel_mult=[1, 2],
-            transformer_depth=[1, 0],
-            transformer_depth_output=[1, 1, 0, 0],
-            transformer_depth_middle=0,
-            context_dim=64,
-            use_spatial_transformer=True,
-            legacy=False,
-        )
-    )
+    config = comfy.supported_models.SD15(dict(
+        image_size=32, in_channels=4, out_channels=4, model_channels=32, num_res_blocks=[1, 1], channel_mult=[1, 2],
+        transformer_depth=[1, 0], transformer_depth_output=[1, 1, 0, 0], transformer_depth_middle=0, context_dim=64,
+        use_spatial_transformer=True, legacy=False,
+    ))  # fmt: skip
     config.unet_config.update(num_heads=2, num_head_channels=-1)
     config.set_inference_dtype(torch.float32, None)
     return comfy.model_patcher.ModelPatcher(config.get_model({}), torch.device("cpu"), torch.device("cpu"))
@@ -426,7 +383,7 @@ def steps(pack, monkeypatch):
     class Steps(list):
         cancel_at = None
 
-    steps, show = Steps(), pack.nodes.progress.Progress.show
+    steps, show = Steps(), pack.host.progress.Progress.show
 
     def spy(progress, event):
         steps.append(event.step)
@@ -434,7 +391,7 @@ def steps(pack, monkeypatch):
             comfy.model_management.interrupt_current_processing()
         show(progress, event)
 
-    monkeypatch.setattr(pack.nodes.progress.Progress, "show", spy)
+    monkeypatch.setattr(pack.host.progress.Progress, "show", spy)
     return steps
 
 
@@ -483,11 +440,10 @@ def test_another_content_part_trains_stage_two_anew(nodes, comfy, steps):
     assert steps == [1, 2, 3]
 
 
-def key(nodes, model, precision=torch.float32):
+def key(nodes, model, precision="fp32"):
     given = inputs()
     stage = nodes.image_stage(3, 2, 1e-3, 1e-3, rank=2)
-    base = nodes.identity.base_fingerprint(model)
-    return nodes.identity.training_key(model, base, given["latent"], given["positive"], stage, {}, precision)
+    return nodes.TrainingRequest.from_inputs(model, given["latent"], given["positive"], stage, precision).key
 
 
 def with_lora(lora_model, strength, model=None):
@@ -590,11 +546,6 @@ def train_each(nodes, model, *shifts, **changes):
         return nodes.TrainImages.execute(model, **inputs(**{**given, **changes})).result[0]
 
 
-def weights(lora):
-    parts = (part for _, part in sorted(lora.parts.items()))
-    return torch.cat([side.flatten() for part in parts for _, layer in sorted(part.items()) for side in layer[:2]])
-
-
 def test_each_image_gets_the_lora_it_would_get_alone_and_is_never_trained_again(nodes, comfy, steps, store):
     rates = dict(learning_rate=2e-4, reconstruction_learning_rate=1e-4)
     model = comfy_model()
@@ -605,7 +556,7 @@ def test_each_image_gets_the_lora_it_would_get_alone_and_is_never_trained_again(
     each = train_each(nodes, model, 0, 1, 2, 0)
     assert steps == [1, 2, 3]
     for ours, theirs in zip(each, [*alone, alone[0]], strict=True):
-        assert relative_error(weights(ours), weights(theirs)) < 1e-4
+        assert relative_error(flat(ours.parts), flat(theirs.parts)) < 1e-4
         assert ours.metadata == theirs.metadata
     train_each(nodes, model, 2, 1, 0)
     train_image(nodes, model, latent=images(2), **rates)
@@ -635,8 +586,8 @@ def test_images_of_no_latent_are_refused(nodes, comfy):
         train_each(nodes, comfy_model(), 0, latent={"samples": torch.zeros(0, 4, 16, 16)})
 
 
-def test_a_loss_that_is_not_finite_keeps_the_last_good_checkpoint(nodes, comfy, steps, store, monkeypatch):
-    monkeypatch.setattr(nodes, "CHECKPOINT_EVERY", 2)
+def test_a_loss_that_is_not_finite_keeps_the_last_good_checkpoint(nodes, pack, comfy, steps, store, monkeypatch):
+    monkeypatch.setattr(pack.host.training_run, "CHECKPOINT_EVERY", 2)
     whole, *_ = train_image(nodes, comfy_model(), steps=6)
     shutil.rmtree(store.folder)
     steps.clear()
@@ -655,10 +606,10 @@ def test_a_loss_that_is_not_finite_keeps_the_last_good_checkpoint(nodes, comfy, 
     assert bits(lora) == bits(whole)
 
 
-def test_out_of_memory_is_told_with_advice_and_frees_all_and_the_next_training_works(
-    nodes, comfy, steps, store, monkeypatch
+def test_out_of_memory_is_reported_with_advice_and_frees_all_and_the_next_training_works(
+    nodes, pack, comfy, steps, store, monkeypatch
 ):
-    monkeypatch.setattr(nodes, "CHECKPOINT_EVERY", 2)
+    monkeypatch.setattr(pack.host.training_run, "CHECKPOINT_EVERY", 2)
     whole, *_ = train_image(nodes, comfy_model(), steps=6)
     shutil.rmtree(store.folder)
     steps.clear()
@@ -676,18 +627,18 @@ def test_out_of_memory_is_told_with_advice_and_frees_all_and_the_next_training_w
         broken.setattr(model.model, "apply_model", exhausted)
         with pytest.raises(
             comfy.model_management.OOM_EXCEPTION, match="128 x 128 pixels.*Close what else uses"
-        ) as told:
+        ) as caught:
             train_image(nodes, model, steps=6)
     assert [one() for one in held] == [None]
-    assert told.value.__context__ is None
+    assert caught.value.__context__ is None
     assert everything_about(model) == before
     lora, *_ = train_image(nodes, model, steps=6)
     assert steps == [1, 2, 3, 3, 4, 5, 6]
     assert bits(lora) == bits(whole)
 
 
-def test_where_saving_takes_long_it_is_done_seldom(nodes, comfy, store, monkeypatch):
-    monkeypatch.setattr(nodes, "CHECKPOINT_EVERY", 1)
+def test_where_saving_takes_long_it_is_done_seldom(nodes, pack, comfy, store, monkeypatch):
+    monkeypatch.setattr(pack.host.training_run, "CHECKPOINT_EVERY", 1)
     saved = []
 
     def slow(self, *_):
@@ -699,10 +650,10 @@ def test_where_saving_takes_long_it_is_done_seldom(nodes, comfy, store, monkeypa
     assert saved == [1]
 
 
-def test_a_folder_that_cannot_be_written_is_told_once_and_the_lora_still_comes_out(
-    nodes, comfy, steps, store, monkeypatch, caplog
+def test_a_folder_that_cannot_be_written_is_reported_once_and_the_lora_still_comes_out(
+    nodes, pack, comfy, steps, store, monkeypatch, caplog
 ):
-    monkeypatch.setattr(nodes, "CHECKPOINT_EVERY", 1)
+    monkeypatch.setattr(pack.host.training_run, "CHECKPOINT_EVERY", 1)
     store.folder.parent.mkdir(exist_ok=True)
     store.folder.write_bytes(b"")
     try:
@@ -714,7 +665,7 @@ def test_a_folder_that_cannot_be_written_is_told_once_and_the_lora_still_comes_o
     assert caplog.text.count("Free some space, or make the folder writable") == 2  # once a training
 
 
-def test_a_limit_that_is_no_number_is_refused_in_words(nodes, monkeypatch):
+def test_a_limit_that_is_no_number_is_refused_in_words(pack, monkeypatch):
     monkeypatch.setenv("CONSISLORA_STORE_GB", "20 GB")
     with pytest.raises(ValueError, match="CONSISLORA_STORE_GB is '20 GB'; it must be a number of gigabytes"):
-        nodes.identity.store()
+        pack.host.paths.training_store()

@@ -1,13 +1,12 @@
 """The shared workflow files: up to date, known to the server, and the same in the real frontend."""
 
-import importlib.util
 from io import BytesIO
 from pathlib import Path
 
 import pytest
 from browser import drop, queued
 from PIL import Image
-from prompts import FOLDER, api, graph, quick
+from prompts import FOLDER, api, graph, load_script, quick
 from test_help import open_without_proxy
 
 from demo.run import NAME
@@ -22,10 +21,7 @@ FILE_LOADERS = ["CheckpointLoaderSimple", "CLIPVisionLoader", "ConsisLoRALoad", 
 
 @pytest.fixture(scope="module")
 def build():
-    spec = importlib.util.spec_from_file_location("build", FOLDER / "build.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script(FOLDER / "build.py")
 
 
 @pytest.fixture(scope="module")
@@ -124,7 +120,7 @@ def test_the_grid_shows_every_pair_and_each_picture_is_another(server, trained):
     assert len({Image.open(file).tobytes() for file in single}) == 9
 
 
-def test_four_pictures_are_parted(server, trained):
+def test_four_pictures_are_split(server, trained):
     saved = server.images(server.run(quick("evaluate_and_gate_demo", steps=1)))
     assert sum(file.name.startswith(("consislora_accepted", "consislora_rejected")) for file in saved) == 4
 

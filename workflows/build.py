@@ -1,4 +1,4 @@
-"""Writes the workflow files, both forms of each, from the descriptions below.
+"""Writes the workflow files, both forms of each, from the descriptions below and the texts in notes/.
 
     python workflows/build.py [http://127.0.0.1:8188]
 
@@ -17,12 +17,12 @@ WIDGETS = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO")
 NOTE = "MarkdownNote"
 BLUE, BROWN, GREEN = "#3f789e", "#8a6d3b", "#5b8c5a"
 
-# Room that a node takes beside its sockets and widgets, in the frontend's pixels.
+# Space that a node takes beside its sockets and widgets, in the frontend's pixels.
 TITLE, SLOT, WIDGET, GAP = 30, 20, 26, 50
 WIDTH = 350
 CONTENTS = {"CLIPTextEncode": 90, "LoadImage": 230, "SaveImage": 320, "LossGraphNode": 230, NOTE: 440}
 CONTENTS |= {"ConsisLoRACatalogLoad": 260, "ConsisLoRACatalogSave": 320}  # its report; its picture
-CONTROLS = {"index": "increment"}  # what becomes of a number after each run, where it does not stay
+CONTROLS = {"index": "increment"}  # how a number changes after each run, where it does
 CONTENTS |= {"ConsisLoRATrainImage": 380, "ConsisLoRATrainStyle": 380}  # preview and loss while it trains
 CONTENTS |= {"ConsisLoRASampler": 200, "ConsisLoRAGuider": 200}  # the pad
 CONTENTS |= {"ConsisLoRAEvaluate": 240, "PreviewAny": 120, "PreviewImage": 300}
@@ -60,8 +60,8 @@ LOADED = {image: From(f"{image}_lora", "consislora") for image in ("content", "s
 class Settings(NamedTuple):
     """What differs from one base model to the next.
 
-    words: about it, for the notes. images: content and style. another: picture in the style image's look.
-    rates: of learning. bounds: of Gate. encoder: for Evaluate, if there is one.
+    words: about it, for the notes. images: content and style. another: a second picture in the style image's style.
+    rates: learning rates. bounds: of Gate. encoder: for Evaluate, if there is one.
     """
 
     name: str
@@ -95,31 +95,31 @@ class Use(NamedTuple):
 def train_and_stylise(settings: Settings, note: str) -> Workflow:
     """Two pictures in, two LoRAs and a stylised picture out: the whole method."""
     _, style_image = settings.images
-    look = Group("2. The look", BLUE, [picture("style", "Style image", style_image, settings.side)])
-    return whole_method(settings, note, look)
+    style = Group("2. The style", BLUE, [picture("style", "Style image", style_image, settings.side)])
+    return whole_method(settings, note, style)
 
 
 def multi_reference(settings: Settings, note: str) -> Workflow:
-    """The whole method with two pictures in one look: they train one style LoRA together."""
+    """The whole method with two pictures in one style: they train one style LoRA together."""
     _, style_image = settings.images
     one = sized("one", "Style image", style_image, settings.side)
-    another = sized("another", "Another in this look", settings.another, settings.side)
+    another = sized("another", "Another in this style", settings.another, settings.side)
     pictures = {"image1": From("one_sized", "IMAGE"), "image2": From("another_sized", "IMAGE")}
     together = {"together": Node("ImageBatch", "Together", pictures), **latent("style", "together")}
-    return whole_method(settings, note, Group("2. The look, in two pictures", BLUE, [{**one, **together}, another]))
+    return whole_method(settings, note, Group("2. The style, in two pictures", BLUE, [{**one, **together}, another]))
 
 
-def whole_method(settings: Settings, note: str, look: Group) -> Workflow:
+def whole_method(settings: Settings, note: str, style: Group) -> Workflow:
     content_image, _ = settings.images
-    thing = Group("1. The thing", BLUE, [picture("content", "Content image", content_image, settings.side)])
+    content = Group("1. The subject", BLUE, [picture("content", "Content image", content_image, settings.side)])
     return [
         [start_here(settings, note)],
-        [thing, look],
+        [content, style],
         [
-            Group("3. Learn the thing", BROWN, learn_thing(settings.rates)),
-            Group("4. Learn the look, in two stages", BROWN, learn_look(settings.rates)),
+            Group("3. Learn the subject", BROWN, learn_content(settings.rates)),
+            Group("4. Learn the style, in two stages", BROWN, learn_style(settings.rates)),
         ],
-        [Group("5. The thing in the look", GREEN, stylise(settings))],
+        [Group("5. The subject in the style", GREEN, stylise(settings))],
     ]
 
 
@@ -128,8 +128,8 @@ def train_content(settings: Settings, note: str) -> Workflow:
     image, _ = settings.images
     return [
         [start_here(settings, note)],
-        [Group("1. The thing", BLUE, [picture("content", "Content image", image, settings.side)])],
-        [Group("2. Learn the thing", BROWN, learn_thing(settings.rates))],
+        [Group("1. The subject", BLUE, [picture("content", "Content image", image, settings.side)])],
+        [Group("2. Learn the subject", BROWN, learn_content(settings.rates))],
     ]
 
 
@@ -138,8 +138,8 @@ def train_style(settings: Settings, note: str) -> Workflow:
     _, image = settings.images
     return [
         [start_here(settings, note)],
-        [Group("1. The look", BLUE, [picture("style", "Style image", image, settings.side)])],
-        [Group("2. Learn the look, in two stages", BROWN, learn_look(settings.rates))],
+        [Group("1. The style", BLUE, [picture("style", "Style image", image, settings.side)])],
+        [Group("2. Learn the style, in two stages", BROWN, learn_style(settings.rates))],
     ]
 
 
@@ -150,7 +150,7 @@ def strength_grid(settings: Settings, note: str) -> Workflow:
     return [
         [start_here(settings, note)],
         [
-            Group("1. The thing and the look", BLUE, [both_loaded()]),
+            Group("1. Subject and style", BLUE, [both_loaded()]),
             Group("2. What the pictures show", BLUE, [asked(BOTH, settings.side)]),
         ],
         [
@@ -170,7 +170,7 @@ def strength_grid(settings: Settings, note: str) -> Workflow:
 
 
 def evaluate_and_gate(settings: Settings, note: str) -> Workflow:
-    """Saved LoRAs in, four pictures out, the good parted from the bad."""
+    """Saved LoRAs in, four pictures out, split by their scores."""
     images = {image: From(f"{image}_image", "IMAGE") for image in ("content", "style")}
     shown = {
         f"{image}_image": Node("LoadImage", f"{image.title()} image", {"image": file})
@@ -185,13 +185,13 @@ def evaluate_and_gate(settings: Settings, note: str) -> Workflow:
     return [
         [start_here(settings, note)],
         [
-            Group("1. The thing and the look", BLUE, [both_loaded()]),
+            Group("1. Subject and style", BLUE, [both_loaded()]),
             Group("2. What the pictures show", BLUE, [asked(BOTH, settings.side, count=4)]),
         ],
         [Group("3. What they are compared with", BLUE, [shown])],
         [
             Group(
-                "4. Four pictures, scored and parted",
+                "4. Four pictures, scored and split",
                 GREEN,
                 [
                     {
@@ -216,7 +216,7 @@ def kept(side: str) -> Node:
 
 
 def guided(use: Use, settings: Settings) -> Workflow:
-    """Saved LoRAs in, a picture out, content and style guided apart."""
+    """Saved LoRAs in, a picture out, content and style guided separately."""
     loaded = {f"{image}_lora": load(image) for image in use.images}
     loras = {image: From(f"{image}_lora", "consislora") for image in use.images}
     inputs = {"model": MODEL, **loras, **sampling(settings), **use.scales}
@@ -233,10 +233,10 @@ def guided(use: Use, settings: Settings) -> Workflow:
 
 def catalogue(settings: Settings, note: str) -> Workflow:
     """Folders in, folders out: the whole method for every pair of a content and a style picture."""
-    loras = {"content": From("content_training", "consislora"), "style": From("look_training", "consislora")}
+    loras = {"content": From("content_training", "consislora"), "style": From("stage_2_training", "consislora")}
     empty = {"samples": From("content_latent", "LATENT"), "multiplier": 0.0}
     saved = {"images": From("decoded", "IMAGE"), "job": From("pairs", "job"), **loras}
-    words = {**asked(BOTH, settings.side), "empty": Node("LatentMultiply", "Empty, in the thing's size", empty)}
+    words = {**asked(BOTH, settings.side), "empty": Node("LatentMultiply", "Empty, in the subject's size", empty)}
     made = {
         "sampled": Node("ConsisLoRASampler", "Sample, guided", {"model": MODEL, **loras, **sampling(settings)}),
         "decoded": decoded(),
@@ -247,12 +247,18 @@ def catalogue(settings: Settings, note: str) -> Workflow:
         latents |= {f"{image}_sized": scaled(From("pairs", image), settings.side), **latent(image, f"{image}_sized")}
     return [
         [start_here(settings, note)],
-        [Group("1. The folders", BLUE, [{"pairs": Node("ConsisLoRACatalogLoad", "Every thing, every look")}, latents])],
         [
-            Group("2. Learn the thing", BROWN, learn_thing(settings.rates)[:1]),
-            Group("3. Learn the look, in two stages", BROWN, learn_look(settings.rates)[:2]),
+            Group(
+                "1. The folders",
+                BLUE,
+                [{"pairs": Node("ConsisLoRACatalogLoad", "Every subject, every style")}, latents],
+            )
         ],
-        [Group("4. The thing in the look", GREEN, [words, made])],
+        [
+            Group("2. Learn the subject", BROWN, learn_content(settings.rates)[:1]),
+            Group("3. Learn the style, in two stages", BROWN, learn_style(settings.rates)[:2]),
+        ],
+        [Group("4. The subject in the style", GREEN, [words, made])],
     ]
 
 
@@ -279,7 +285,7 @@ def latent(key: str, pixels: str) -> Column:
     return {f"{key}_latent": Node("VAEEncode", "To latent", {"pixels": From(pixels, "IMAGE"), "vae": VAE})}
 
 
-def learn_thing(rates: dict[str, float]) -> list[Column]:
+def learn_content(rates: dict[str, float]) -> list[Column]:
     return [
         {
             "content_prompt": text("What the content image is called", "A [c]"),
@@ -294,7 +300,7 @@ def learn_thing(rates: dict[str, float]) -> list[Column]:
     ]
 
 
-def learn_look(rates: dict[str, float]) -> list[Column]:
+def learn_style(rates: dict[str, float]) -> list[Column]:
     stage_1 = {"content_lora": From("style_training", "consislora")}
     stage_2_rates = {name: rate for name, rate in rates.items() if name == "reconstruction_learning_rate"}
     return [
@@ -305,23 +311,28 @@ def learn_look(rates: dict[str, float]) -> list[Column]:
             ),
         },
         {
-            "look_prompt": text("What its look is called", "An image in the style of [v]"),
-            "look_training": train(
-                "ConsisLoRATrainStyle", "Stage 2: its look alone", "style", "look_prompt", **stage_1, **stage_2_rates
+            "stage_2_prompt": text("What its style is called", "An image in the style of [v]"),
+            "stage_2_training": train(
+                "ConsisLoRATrainStyle",
+                "Stage 2: its style alone",
+                "style",
+                "stage_2_prompt",
+                **stage_1,
+                **stage_2_rates,
             ),
         },
         {
             "style_loss": loss("Loss, stage 1", "style_training"),
-            "look_loss": loss("Loss, stage 2", "look_training"),
-            "style_file": save("Save the style LoRA", "look_training", "consislora/style"),
+            "stage_2_loss": loss("Loss, stage 2", "stage_2_training"),
+            "style_file": save("Save the style LoRA", "stage_2_training", "consislora/style"),
         },
     ]
 
 
 def stylise(settings: Settings) -> list[Column]:
-    loras = {"content": From("content_training", "consislora"), "style": From("look_training", "consislora")}
+    loras = {"content": From("content_training", "consislora"), "style": From("stage_2_training", "consislora")}
     sampled = Node("ConsisLoRASampler", "Sample, guided", {"model": MODEL, **loras, **sampling(settings)})
-    return [asked(BOTH, settings.side), {"sampled": sampled, **shown("The thing in the look")}]
+    return [asked(BOTH, settings.side), {"sampled": sampled, **shown("The subject in the style")}]
 
 
 def asked(prompt: str, side: int, count: int = 1) -> Column:
@@ -376,196 +387,39 @@ def both_loaded() -> Column:
     return {f"{image}_lora": load(image) for image in LOADED}
 
 
-TRAIN_SDXL = """\
-# Your product in any look
+def note(*names: str) -> str:
+    """The text of notes/, with fields that `str.format` fills."""
+    return "".join((FOLDER / "notes" / f"{name}.md").read_text(encoding="utf-8") for name in names)
 
-1. **Load Checkpoint**: choose an SDXL checkpoint.
-2. **Content image**: a photo of the thing. **Style image**: one picture in the look you want.
-3. **Queue.** Training comes first and takes a while; each LoRA is then saved in `models/loras/consislora`.
-
-Afterwards change only what stands in group 5 and queue again: the training is remembered, until you change something
-it depends on.
-
-- The thing has lost its shape: raise `content_guidance`, or lower `style_strength`.
-- The look is too weak: raise `style_guidance`, or lower `content_strength`.
-- Prompt: name the thing and keep the rare words, such as *a [c] teapot in the style of [v]*.
-
-`steps` and learning rates are those of the paper. To use the LoRAs another day, put **Load ConsisLoRA** in the
-place of the training nodes.
-"""
-
-TRAIN_DEMO = """\
-# A thing in another look, on any computer
-
-This uses **Load Demo Model**, a tiny model that comes with the pack and knows emoji only, so that everything here is
-done in a few minutes without a graphics card. For real pictures open *train_and_stylise_sdxl*.
-
-1. **Content image** and **Style image**: drop in the pictures from the pack's `demo/images`, or your own icons on
-white.
-2. **Queue.** Training comes first; each LoRA is then saved in `models/loras/consislora`.
-
-Afterwards change only what stands in group 5 and queue again: the training is remembered.
-
-- The thing has lost its shape: raise `content_guidance`, or lower `style_strength`.
-- The look is too weak: raise `style_guidance`, or lower `content_strength`.
-
-Learning rates are five times the paper's, for a model this small. `seed` 3 and `style_guidance` 2 were picked by eye
-among 24 seeds: with your own pictures try some seeds too.
-"""
-
-CATALOGUE = """\
-# A whole catalogue in every look
-
-{base}
-
-1. Put photos of the things into `input/catalogue/contents`, pictures of the looks into `input/catalogue/styles`.
-2. Set the number beside **Run** to the number of pairs, then **Queue**. Every run takes the next pair.
-
-Results are in `output/catalogue`, with a sheet, `results.csv`. What is done is passed over, so that you can stop and go
-on at any time; to have a result made again, delete its picture. Files that cannot be opened are in the sheet too.
-
-Every picture is trained once, however many pairs it is in. Prompt, strengths and guidance in group 4 hold for the whole
-catalogue. For other values in each picture, use the command that the README tells of.
-"""
-
-START = """\
-# {title}
-
-{base}
-
-First run *train_and_stylise_{name}*, or *train_content_{name}* and *train_style_{name}*: what they save first is
-loaded here. Or choose your own file; press **R** to refresh the list.
-
-"""
-
-DUAL = """\
-Change the two guidances first. Each works by itself: `content_guidance` pulls toward the thing and
-`style_guidance` toward the look.
-
-- The thing has lost its shape: raise `content_guidance`, or lower `style_strength`.
-- The look is too weak: raise `style_guidance`, or lower `content_strength`.
-- Harsh colours, torn edges: the guidance, or `cfg`, is too high.
-- Too slow: `end_percent` 0.6 or `reuse_steps` 2. With both guidances at 0 it is plain sampling; guided, a step takes
-about twice as long.
-
-The four prompts of the sampler may stay empty. To say what each guidance looks at, connect **CLIP Text Encode** nodes:
-*a [c]* and *a [v]* to `content_positive` and `content_negative`, *in the style of [v]* and *in the style of [c]* to
-the `style` ones. With all four a step takes about three times as long as plain sampling.
-"""
-
-CONTENT_ONLY = """\
-Change the **Prompt** first: keep *[c]*, and say in words where the thing is and how it looks.
-
-- The thing has lost its shape: raise `content_guidance`, then `content_strength`.
-- It looks like the photo, whatever the words say: lower them.
-- Harsh colours, torn edges: `content_guidance`, or `cfg`, is too high.
-
-`style_guidance` is 0, for no style LoRA is connected and there is no look to pull toward. Above 0 it pushes away from
-the photo's own look.
-"""
-
-STYLE_ONLY = """\
-Change the **Prompt** first: name anything, and keep *in the style of [v]*.
-
-- The look is too weak: raise `style_guidance`, then `style_strength`.
-- The thing you named loses its shape: lower them.
-- Harsh colours, torn edges: `style_guidance`, or `cfg`, is too high.
-
-`content_guidance` is 0, for no content LoRA is connected and there is no thing to hold. Above 0 it pushes away from
-the thing in the style image: try 0.5 if that one creeps in.
-"""
-
-CONTENT_TRAINING = """\
-# Learn a thing
-
-{base}
-
-1. **Content image**: one photo of the thing, as large in the picture as it can be.
-2. **Queue.** The LoRA is saved in `models/loras/consislora`. Then open *dual_guidance_{name}*, or
-*strength_grid_{name}* to find good values.
-
-`[c]` is the thing's name from now on: prompts need it. Whether you may use the photo can be noted in **Save**: it is
-kept in the LoRA's file and in every picture made with it.
-"""
-
-STYLE_TRAINING = """\
-# Learn a look
-
-{base}
-
-1. **Style image**: one picture in the look you want.
-2. **Queue.** Training has two stages: first all of the picture, then its look alone. The LoRA is saved in
-`models/loras/consislora`. Then open *dual_guidance_{name}* or *style_only_{name}*.
-
-`[v]` is the look's name from now on: prompts need it. Whose look it is, and whether you may use it, can be noted in
-**Save**: it is kept in the LoRA's file and in every picture made with it.
-"""
-
-SEVERAL = """\
-# One look from several pictures
-
-{base}
-
-1. **Content image**: a photo of the thing.
-2. **Style image** and **Another in this look**: two pictures in one look that show different things: each step
-learns from one of them.
-3. **Queue.** Training comes first; each LoRA is then saved in `models/loras/consislora`.
-
-- More than two: copy **Another in this look** with its **Scale**, and put one more **Batch Images** before *To latent*.
-- The pictures of a batch have one size: the others are cropped at the middle to the shape of the first.
-- `steps` are shared out among the pictures: with more than three of them raise it in both stages.
-- Pictures in different looks give a mixture that is like none of them: train each by itself.
-"""
-
-GRID = """\
-Change first what stands in group 3: the first and the last value of each axis, and how many. Then take the pair you
-like best to *dual_guidance_{name}*.
-
-- `sweep`: both guidances, or both strengths. What is not swept keeps the value of its own widget.
-- Further right the thing is held more firmly, further up the look is stronger.
-- All pictures have the same seed, so that they differ in these two values alone.
-- A grid of 3 x 3 takes as long as nine pictures. A small picture (group 2) and few `steps` are enough to compare.
-"""
-
-JUDGING = """\
-Four pictures are made and scored, and those that miss a bound in **Accept or reject** go another way. The bounds
-here are only a place to start: look at the cards under **Scores**, then choose values between the good and the bad.
-
-- `edges` and `silhouette`: does the picture have the shape of the content image? They need no network, and suit things
-that stand on a plain ground and keep their place.
-- `content` and `style`: does it look like the content image, and like the style image? `leakage`: how much of the style
-image's thing is in it? All three need **Load CLIP Vision**, with a CLIP or DINOv2 in `models/clip_vision`.
-- A side without pictures is left out, and nothing is saved for it.
-"""
 
 BOTH = "a [c] in the style of [v]"
 USES = {
     "dual_guidance": Use(
-        title="The thing in the look, each guided apart",
-        loaded="The thing and the look",
-        made="The thing in the look",
+        title="Subject and style, each guided by itself",
+        loaded="Subject and style",
+        made="The subject in the style",
         images=("content", "style"),
         scales={},
         prompts={"demo": BOTH, "sdxl": BOTH},
-        note=START + DUAL,
+        note=note("start", "dual_guidance"),
     ),
     "content_only": Use(
-        title="Your thing, the rest in words",
-        loaded="The thing",
-        made="The thing in your words",
+        title="Your subject, the rest by prompt",
+        loaded="The subject",
+        made="The subject as prompted",
         images=("content",),
         scales={"style_guidance": 0.0},
         prompts={"demo": "a [c], twemoji", "sdxl": "a [c] on a beach, golden hour, photograph"},
-        note=START + CONTENT_ONLY,
+        note=note("start", "content_only"),
     ),
     "style_only": Use(
-        title="Anything in your look",
-        loaded="The look",
-        made="Your words in the look",
+        title="Anything in your style",
+        loaded="The style",
+        made="Your prompt in the style",
         images=("style",),
         scales={"content_guidance": 0.0},
         prompts={"demo": "cat face in the style of [v]", "sdxl": "a teapot in the style of [v]"},
-        note=START + STYLE_ONLY,
+        note=note("start", "style_only"),
     ),
 }
 
@@ -601,19 +455,21 @@ SDXL = Settings(
     encoder=Node("CLIPVisionLoader", "CLIP or DINOv2", {"clip_name": "clip_vision_h.safetensors"}),
 )
 WORKFLOWS = {
-    "train_and_stylise_demo": train_and_stylise(DEMO, TRAIN_DEMO),
-    "train_and_stylise_sdxl": train_and_stylise(SDXL, TRAIN_SDXL),
-    "catalogue_demo": catalogue(DEMO, CATALOGUE.format(base=DEMO.words)),
-    "catalogue_sdxl": catalogue(SDXL, CATALOGUE.format(base="First choose your **SDXL checkpoint**.")),
+    "train_and_stylise_demo": train_and_stylise(DEMO, note("train_and_stylise_demo")),
+    "train_and_stylise_sdxl": train_and_stylise(SDXL, note("train_and_stylise_sdxl")),
+    "catalogue_demo": catalogue(DEMO, note("catalogue").format(base=DEMO.words)),
+    "catalogue_sdxl": catalogue(SDXL, note("catalogue").format(base="First choose your **SDXL checkpoint**.")),
     **{f"{name}_{base.name}": guided(use, base) for name, use in USES.items() for base in (DEMO, SDXL)},
     **{
-        f"{make.__name__}_{base.name}": make(base, note.format(title=title, base=base.words, name=base.name))
-        for make, title, note in (
-            (train_content, "", CONTENT_TRAINING),
-            (train_style, "", STYLE_TRAINING),
-            (multi_reference, "", SEVERAL),
-            (strength_grid, "Which guidance?", START + GRID),
-            (evaluate_and_gate, "Only the good ones", START + JUDGING),
+        f"{make.__name__}_{base.name}": make(
+            base, note(*names, make.__name__).format(title=title, base=base.words, name=base.name)
+        )
+        for make, title, names in (
+            (train_content, "", ()),
+            (train_style, "", ()),
+            (multi_reference, "", ()),
+            (strength_grid, "Which guidance?", ("start",)),
+            (evaluate_and_gate, "Only the good ones", ("start",)),
         )
         for base in (DEMO, SDXL)
     },
@@ -621,7 +477,7 @@ WORKFLOWS = {
 
 
 def files(object_info: dict) -> dict[Path, str]:
-    """The text of every workflow file, by its path; `object_info` is what the server's /object_info answers."""
+    """The text of every workflow file, by its path; `object_info` is the answer of the server's /object_info."""
     made = {}
     for name, workflow in WORKFLOWS.items():
         made[FOLDER / f"{name}.json"] = json.dumps(graph_form(workflow, object_info), indent=1) + "\n"
@@ -716,11 +572,11 @@ def all_links(workflow: Workflow, object_info: dict) -> list[list]:
 
 
 def specs(type: str, object_info: dict) -> dict[str, list]:
-    """The inputs of a node by name, as the server tells them: [type or choices, options]."""
+    """The inputs of a node by name, as the server describes them: [type or choices, options]."""
     if type == NOTE:
         return {"": ["STRING", {}]}
-    told = object_info[type]["input"]
-    return {**told.get("required", {}), **told.get("optional", {})}
+    inputs = object_info[type]["input"]
+    return {**inputs.get("required", {}), **inputs.get("optional", {})}
 
 
 def is_widget(spec: list) -> bool:

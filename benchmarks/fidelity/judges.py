@@ -1,20 +1,19 @@
-"""`python benchmarks/fidelity/judges.py WORK`: trains the benchmark's two judges and says how far to trust them.
+"""`python benchmarks/fidelity/judges.py WORK`: trains the benchmark's two judges and measures how reliable they are.
 
-One names the thing in a picture, the other the emoji set it is drawn in; both also give features and feature maps for
-`consislora_core.metrics`. They see real drawings, moved, blurred and, for the content judge, recoloured, but never a
-generated picture. Unlike the demo model they know its held-out things and unseen sets: who judges has to.
+One classifies the subject of a picture, the other the emoji set it is drawn in; both also give features and feature
+maps for `consislora_core.metrics`. They learn from real drawings, moved, blurred and, for the content judge,
+recoloured, but never from a generated picture. Unlike the demo model they know its held-out subjects and unseen sets,
+as a judge has to.
 
-What they are tested on they have not learned from: the truths of all pairs in `pairs.py`, the pictures of the demo,
-and other drawings picked at random. The content judge has seen no drawing of fxemoji either.
+They are tested on drawings that they have not learned from: the ground truths of all pairs in `pairs.py`, the pictures
+of the demo, and other drawings picked at random. The content judge has not learned from any drawing of fxemoji either.
 
-WORK keeps emoji and rendered drawings. Some fifteen minutes on one CPU core; results: `content.safetensors` and
-`style.safetensors` beside this file, the accuracies into their metadata.
+WORK keeps emoji and rendered drawings. Takes some fifteen minutes on one CPU core; results: `content.safetensors` and
+`style.safetensors` beside this file, with the accuracies in their metadata.
 """
 
-import importlib.util
 import json
 import random
-import runpy
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -22,11 +21,13 @@ from typing import NamedTuple
 
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[2])
-    if not all(map(importlib.util.find_spec, ["torch", "safetensors", "resvg_py"])):
-        runpy.run_path(sys.path[0] + "/bootstrap.py")["enter"]("benchmarks")
+    from benchmarks.common import set_up
+
+    set_up()
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -37,17 +38,17 @@ FOLDER = Path(__file__).resolve().parent
 TRUTHS = {pair.truth for pairs in PAIRS.values() for pair in pairs}
 SIDE = 128
 SHARPNESS = 16.0  # of the softmax over cosines
-UNKNOWN = "fxemoji"  # the set no drawing of which the content judge learns from
+UNKNOWN = "fxemoji"  # the content judge learns from no drawing of this set
 DEMO = [
-    *((CONTENT_SET, thing) for thing in ("crown", "owl", "taxi")),
-    *(("fluent-emoji-high-contrast", thing) for thing in ("umbrella", "cherry-blossom")),
+    *((CONTENT_SET, subject) for subject in ("crown", "owl", "taxi")),
+    *(("fluent-emoji-high-contrast", subject) for subject in ("umbrella", "cherry-blossom")),
     ("fluent-emoji", "balloon"),
 ]
-TURNED = {"increasing", "decreasing", "waning", "waxing", "quarter", "left", "right"}  # other things in a mirror
+TURNED = {"increasing", "decreasing", "waning", "waxing", "quarter", "left", "right"}  # other subjects when mirrored
 
 
 def lines(x: Tensor) -> Tensor:
-    """How dark a picture is and how strong its edges are (b 2 h w); which colours it has is not content."""
+    """Darkness and edge strength (b 2 h w) of pictures: colours are not content."""
     dark = 1 - x.mean(1, keepdim=True)
     across, down = F.pad(x, (1, 1, 0, 0), "replicate"), F.pad(x, (0, 0, 1, 1), "replicate")
     across, down = across[..., 2:] - across[..., :-2], down[..., 2:, :] - down[..., :-2, :]
@@ -59,28 +60,28 @@ def colours(x: Tensor) -> Tensor:
 
 
 def by_place(x: Tensor) -> Tensor:
-    """b 16c: what is where."""
+    """b 16c: averages over a grid of 4 x 4 positions."""
     return F.adaptive_avg_pool2d(x, 4).flatten(1)
 
 
 def anywhere(x: Tensor) -> Tensor:
-    """b 2c: mean and spread over the picture, as where things are is not style."""
+    """b 2c: mean and standard deviation over the picture: positions are not style."""
     x = x.flatten(2)
     return torch.cat([x.mean(-1), x.std(-1)], 1)
 
 
 class Kind(NamedTuple):
-    """What one judge is: what it sees, its layers, what it gathers from the last of them.
+    """The architecture and training of one judge: its input, its layers, its pooling.
 
-    side: of the pictures it looks at, in pixels. window: which part of that it learns from, in each of so many images.
+    side: of its input pictures, in pixels. window: the share of a side that each training image shows.
     """
 
-    sees: Callable[[Tensor], Tensor]
-    seen: int  # channels
+    to_input: Callable[[Tensor], Tensor]
+    channels: int  # of the input
     widths: tuple[int, ...]
     strides: tuple[int, ...]
-    gathers: Callable[[Tensor], Tensor]
-    gathered: int  # numbers a channel
+    pool: Callable[[Tensor], Tensor]
+    pooled: int  # values for each channel
     features: int
     side: int
     window: float
@@ -115,22 +116,22 @@ class Judge(nn.Module):
     def __init__(self, kind: Kind, names: list[str]):
         super().__init__()
         self.names, self.kind = names, kind
-        sizes = zip((kind.seen, *kind.widths), kind.widths, (5, 3, 3, 3, 3), kind.strides, strict=False)
+        sizes = zip((kind.channels, *kind.widths), kind.widths, (5, 3, 3, 3, 3), kind.strides, strict=False)
         self.layers = nn.ModuleList(
             nn.Sequential(nn.Conv2d(a, b, k, s, k // 2, bias=False), nn.BatchNorm2d(b), nn.ReLU())
             for a, b, k, s in sizes
         )
-        self.project = nn.Linear(kind.gathered * kind.widths[-1], kind.features)
+        self.project = nn.Linear(kind.pooled * kind.widths[-1], kind.features)
         self.directions = nn.Parameter(torch.randn(len(names), kind.features))
 
     def forward(self, picture: Tensor) -> Judgement:
         """picture: b 3 h w, 0 to 1, square; made smaller where it is larger than the judge's side."""
         side = min(self.kind.side, picture.shape[-1])
-        x, maps = self.kind.sees(F.adaptive_avg_pool2d(picture, side)), []
+        x, maps = self.kind.to_input(F.adaptive_avg_pool2d(picture, side)), []
         for layer in self.layers:
             x = layer(x)
             maps.append(x)
-        features = F.normalize(self.project(self.kind.gathers(x.float())).float(), dim=1)
+        features = F.normalize(self.project(self.kind.pool(x.float())).float(), dim=1)
         return Judgement(SHARPNESS * features @ F.normalize(self.directions, dim=1).T, features, maps)
 
 
@@ -143,21 +144,19 @@ def load_judge(name: str) -> Judge:
     return judge.float().eval().requires_grad_(False)
 
 
-# ---- drawings
-
-
 class Drawings(NamedTuple):
-    """pictures: n 128 128 3, uint8. labels: n of (set, thing)."""
+    """pictures: n 128 128 3, uint8. labels: n of (set, subject)."""
 
     pictures: Tensor
     labels: list[tuple[str, str]]
 
     def batch(self, chosen) -> Tensor:
-        return self.pictures[chosen].movedim(-1, 1).float() / 255
+        """The drawings of these indices: b 3 h w, 0 to 1."""
+        return rearrange(self.pictures[chosen], "n h w c -> n c h w").float() / 255
 
 
 def render_everything(work: Path) -> Drawings:
-    """Every thing in every set, cached in WORK."""
+    """Every subject in every set, cached in WORK."""
     import numpy as np
 
     from demo_model.recipe.drawings import TRAIN_SETS, EmojiSet, fetch_sets, things
@@ -170,27 +169,24 @@ def render_everything(work: Path) -> Drawings:
         for name in names:
             print(f"Rendering {name} ...", file=sys.stderr, flush=True)
             emoji = EmojiSet(work / "emoji", name)
-            for thing in known:
-                if (picture := emoji.render(thing, SIDE)) is not None:
+            for subject in known:
+                if (picture := emoji.render(subject, SIDE)) is not None:
                     pictures.append(np.asarray(picture))
-                    found.append((name, thing))
+                    found.append((name, subject))
         np.save(cache, np.stack(pictures))
         labels.write_text(json.dumps(found))
     return Drawings(torch.from_numpy(np.load(cache)), [tuple(label) for label in json.loads(labels.read_text())])
 
 
 def kept_from(name: str, drawings: Drawings) -> list[bool]:
-    """Which drawings a judge is tested on and does not learn from."""
+    """Whether a judge is tested on a drawing, and does not learn from it: for each drawing."""
     always = {*TRUTHS, *DEMO}
     others = set(random.Random(0).sample(drawings.labels, len(drawings.labels) // 20))
     return [label in always | others or (name == "content" and label[0] == UNKNOWN) for label in drawings.labels]
 
 
-# ---- training
-
-
 def moved(x: Tensor, may_turn: Tensor, window: float) -> Tensor:
-    """A window on each, shifted, scaled, slightly rotated; half of those that may (b) turned left to right."""
+    """A random window of each picture, shifted, scaled and slightly rotated; half of those in may_turn (b) mirrored."""
     b = len(x)
     turn = torch.where(may_turn & (torch.rand(b) < 0.5), -1.0, 1.0)
     scale, angle = window * (1 + 0.1 * (2 * torch.rand(b) - 1)), 0.05 * torch.randn(b)
@@ -202,14 +198,14 @@ def moved(x: Tensor, may_turn: Tensor, window: float) -> Tensor:
 
 
 def softened(x: Tensor) -> Tensor:
-    """Up to as blurred and as noisy as the demo's VAE leaves a picture."""
+    """Blurred and noisy, up to the degree of the demo VAE's pictures."""
     for _ in range(2):
         x = x.lerp(F.avg_pool2d(x, 3, 1, 1, count_include_pad=False), torch.rand(len(x), 1, 1, 1) ** 2)
     return x + 0.04 * torch.rand(len(x), 1, 1, 1) * torch.randn_like(x)
 
 
 def recoloured(x: Tensor) -> Tensor:
-    """Other hues and other greys; black and white stay."""
+    """Other hues and greys; black and white are unchanged."""
     mix = torch.randn(len(x), 3, 3) * 0.5 * torch.rand(len(x), 1, 1)
     mix = torch.eye(3) + mix - mix.mean(-1, keepdim=True)
     x = torch.einsum("boc,bchw->bohw", mix, x).clamp(0, 1)
@@ -221,7 +217,7 @@ def train(name: str, drawings: Drawings) -> Judge:
     column = {"style": 0, "content": 1}[name]
     names = sorted({label[column] for label in drawings.labels})
     answers = torch.tensor([names.index(label[column]) for label in drawings.labels])
-    may_turn = torch.tensor([not TURNED & set(thing.split("-")) for _, thing in drawings.labels])
+    may_turn = torch.tensor([not TURNED & set(subject.split("-")) for _, subject in drawings.labels])
     learned = torch.tensor(kept).logical_not().nonzero().flatten()
     torch.manual_seed(0)
     judge = Judge(kind, names).to(memory_format=torch.channels_last)
@@ -244,15 +240,12 @@ def train(name: str, drawings: Drawings) -> Judge:
     return judge.eval()
 
 
-# ---- testing
-
-
 @torch.no_grad()
 def accuracies(name: str, judge: Judge, drawings: Drawings) -> dict[str, float]:
-    """Shares of right answers on drawings that the judge has not learned from, by what they are.
+    """Accuracies on drawings that the judge has not learned from, by group.
 
-    For style the last is for drawings from the benchmark's own five sets, with only those five to choose from: other
-    sets are near twins of them, such as the two in black and white.
+    For style the last is for drawings of the benchmark's own five sets, with only those five to choose from: other sets
+    are nearly the same, such as the two in black and white.
     """
     kept = [i for i, is_kept in enumerate(kept_from(name, drawings)) if is_kept]
     column = {"style": 0, "content": 1}[name]
@@ -276,14 +269,14 @@ def accuracies(name: str, judge: Judge, drawings: Drawings) -> dict[str, float]:
 
 
 def nearest(judge: Judge, drawings: Drawings) -> float:
-    """How many of the pairs' truths have features nearer to their own content image's than to any other pair's."""
-    things, truths = sorted({thing for _, thing in TRUTHS}), sorted(TRUTHS)
+    """The share of ground truths whose features are nearest to those of their own content image."""
+    subjects, truths = sorted({subject for _, subject in TRUTHS}), sorted(TRUTHS)
     places = {label: i for i, label in enumerate(drawings.labels)}
     ours, contents = (
         judge(drawings.batch([places[label] for label in labels])).features
-        for labels in (truths, [(CONTENT_SET, thing) for thing in things])
+        for labels in (truths, [(CONTENT_SET, subject) for subject in subjects])
     )
-    own = torch.tensor([things.index(thing) for _, thing in truths])
+    own = torch.tensor([subjects.index(subject) for _, subject in truths])
     return ((ours @ contents.T).argmax(1) == own).float().mean().item()
 
 

@@ -1,10 +1,10 @@
-"""The benchmark's pairs: what is drawn, in whose look, and where the right answer is.
+"""The benchmark's pairs: which subject is drawn in which style, and its ground truth.
 
-All things are among those that the demo model has not learned (`demo_model/recipe/held_out.txt`), all style sets too.
-In each split every content image meets every style image, so that each image is trained on once. Content things are those
-that all sets draw alike: in the aligned sets with silhouettes that overlap by 0.75 or more, in the others, by eye, as
-much the same object. No pair has two faces. `tune` and `report` share no thing, and any beginning of either is balanced
-over the styles. Nothing was ever chosen by pictures of `report`; `tune` has been looked at often.
+The demo model has learned none of the subjects (`demo_model/recipe/held_out.txt`) and none of the style sets. In each
+split every content image is paired with every style image, so that each image is trained on once. Content subjects are
+those that all sets draw alike: in the aligned sets with silhouettes that overlap by 0.75 or more, in the others, by
+eye, as much the same object. No pair has two faces. `tune` and `report` share no subject, and any first pairs of either
+are balanced over the styles. Nothing was ever chosen by pictures of `report`; those of `tune` were used often.
 """
 
 from itertools import product
@@ -14,7 +14,7 @@ CONTENT_SET = "fluent-emoji-flat"
 STYLE_SETS = ("fluent-emoji", "fluent-emoji-high-contrast", "openmoji", "streamline-emojis")
 ALIGNED_SETS = STYLE_SETS[:2]  # drawn on the same outlines as the content images' set
 
-Drawing = tuple[str, str]  # set, thing
+Drawing = tuple[str, str]  # set, subject
 
 
 class Pair(NamedTuple):
@@ -23,14 +23,14 @@ class Pair(NamedTuple):
 
     @property
     def truth(self) -> Drawing:
-        """The drawing of the content image's thing by whoever drew the style image."""
+        """The ground truth: the content image's subject, drawn in the style image's set."""
         return self.style[0], self.content[1]
 
 
 def crossed(contents: str, styles: str) -> list[Pair]:
-    """Every content thing with every style thing, which are drawn in STYLE_SETS in turn."""
-    drawings = [(STYLE_SETS[i % len(STYLE_SETS)], thing) for i, thing in enumerate(styles.split())]
-    return [Pair((CONTENT_SET, thing), style) for thing, style in product(contents.split(), drawings)]
+    """Every content subject with every style subject; the latter are drawn in STYLE_SETS in turn."""
+    drawings = [(STYLE_SETS[i % len(STYLE_SETS)], subject) for i, subject in enumerate(styles.split())]
+    return [Pair((CONTENT_SET, subject), style) for subject, style in product(contents.split(), drawings)]
 
 
 PAIRS = {
@@ -46,7 +46,7 @@ PAIRS = {
 }
 
 # For style parts from several drawings: of each set its first style image in `report`, its second, and two others.
-SAME_LOOK = {}
+SAME_STYLE = {}
 for emoji in STYLE_SETS:
     first, second, *_ = dict.fromkeys(style for _, style in PAIRS["report"] if style[0] == emoji)
-    SAME_LOOK[first] = [first, second, (emoji, "crocodile"), (emoji, "taxi")]
+    SAME_STYLE[first] = [first, second, (emoji, "crocodile"), (emoji, "taxi")]

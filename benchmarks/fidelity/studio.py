@@ -1,6 +1,6 @@
-"""The demo model in a ComfyUI in this process: trains on drawings, many side by side, and makes pictures.
+"""The demo model in a ComfyUI in this process: trains on drawings, many together, and makes pictures.
 
-Both are kept in a folder under a hash of all that determines them, and found there again.
+Both are cached in a folder under a hash of all that determines them.
 """
 
 import re
@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from einops import rearrange
 from PIL import Image
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
@@ -26,7 +27,7 @@ from consislora_core.files import written_whole
 from consislora_core.lora_file import ImageLora, from_state_dict, to_state_dict, write_tensors
 from consislora_core.losses import add_noise, draw, noise_loss
 from consislora_core.schedule import Stage
-from consislora_core.store import CODE, fingerprint
+from consislora_core.store import METHOD, fingerprint
 from consislora_core.trainer import Trainer
 
 SAMPLER, SCHEDULER, STEPS, CFG = "dpmpp_2m", "karras", 20, 2.0  # the demo's
@@ -34,12 +35,12 @@ CHANNELS, SIDE = 4, 16  # of a latent
 DECODER = ("first_stage_model.decoder.", "first_stage_model.post_quant_conv.")
 ENDS = ("down", "up")
 ATTENTION = re.compile(r".*transformer_blocks\.\d+\.attn[12]\.to_(q|k|v|out\.0)")
-GIVEN = dict(
+DEFAULTS = dict(
     content_guidance=0.0, style_guidance=0.0, content_strength=1.0, style_strength=1.0,
     start_percent=0.0, end_percent=1.0, reuse_steps=1, cfg=CFG,
 )  # fmt: skip
 
-# A LoRA of alpha = rank by layer: down (rows rank in), up (rows out rank).
+# A LoRA of alpha = rank on all attention layers, by layer: down (loras rank in), up (loras out rank).
 Everywhere = dict[str, tuple[Tensor, Tensor]]
 
 
@@ -51,7 +52,7 @@ class Own(NamedTuple):
 
 
 class Learned(NamedTuple):
-    """What a training left. state: of the trainer, from which a next phase goes on."""
+    """The result of a training. state: of the trainer, from which a next phase continues."""
 
     owns: dict[Drawing, Own]
     state: dict[str, Tensor]
@@ -69,29 +70,27 @@ class Studio:
         self.drawings = render_everything(work)
         self.place = {drawing: i for i, drawing in enumerate(self.drawings.labels)}
         weights = {name: weight for name, weight in load_file(WEIGHTS).items() if not name.startswith(DECODER)}
-        self.base = fingerprint([CODE, save(weights)])  # what a training sees
-        self.whole = fingerprint([CODE, WEIGHTS.read_bytes()])  # and a picture
+        self.base = fingerprint([METHOD, save(weights)])  # what a training depends on
+        self.whole = fingerprint([METHOD, WEIGHTS.read_bytes()])  # what a picture depends on
         self.loras, self.pictures = work / "fidelity" / "loras", work / "fidelity" / "pictures"
         for folder in (self.loras, self.pictures):
             folder.mkdir(parents=True, exist_ok=True)
 
     def drawn(self, *drawings: Drawing) -> Tensor:
-        """b 3 h w, 0 to 1"""
+        """The pictures of drawings: b 3 h w, 0 to 1."""
         return self.drawings.batch([self.place[drawing] for drawing in drawings])
 
     @torch.inference_mode()
     def latents(self, *drawings: Drawing) -> dict[str, Tensor]:
-        return {"samples": self.vae.encode(self.drawn(*drawings).movedim(1, -1))}
+        return {"samples": self.vae.encode(rearrange(self.drawn(*drawings), "b c h w -> b h w c"))}
 
     @torch.inference_mode()
     def decoded(self, latent: dict[str, Tensor]) -> Tensor:
-        return self.vae.decode(latent["samples"]).movedim(-1, 1).clamp(0, 1)
+        return rearrange(self.vae.decode(latent["samples"]), "b h w c -> b c h w").clamp(0, 1)
 
     @torch.inference_mode()
     def text(self, text: str) -> list:
         return self.clip.encode_from_tokens_scheduled(self.clip.tokenize(text))
-
-    # ---- training
 
     def learned(
         self,
@@ -101,10 +100,10 @@ class Studio:
         frozen: Learned | None = None,
         together: bool = False,
     ) -> Learned:
-        """An ImageLora for each drawing, all trained at once; together: one for all, a drawing a step.
+        """An ImageLora for each drawing, all trained as one batch; together: one LoRA for all, a drawing a step.
 
-        frozen: a training on the same drawings, whose content parts act and do not learn. Stages that begin with the
-        same phases share them.
+        frozen: a training on the same drawings, whose content parts are frozen. Stages that begin with the same phases
+        share them.
         """
         names = frozen and [own.name for own in frozen.owns.values()]
         name = fingerprint([self.base, asdict(stage), prompt, drawings, names, *["together"] * together])
@@ -123,7 +122,7 @@ class Studio:
                 trainer.load_state_dict(before)
             for _ in trainer:
                 pass
-            loras = [to_state_dict(ImageLora(trainer.parts(row), {})) for row in range(trainer.rows)]
+            loras = [to_state_dict(ImageLora(trainer.parts(i), {})) for i in range(trainer.loras)]
             self._keep(name, loras, trainer.state_dict())
         return self._kept(name, drawings, from_state_dict)
 
@@ -153,10 +152,10 @@ class Studio:
     @contextmanager
     def _training(self, what: str, prompt: str, drawings: list[Drawing]) -> Iterator[tuple]:
         print(f"Training {len(drawings)} LoRAs, {what} ...", file=sys.stderr, flush=True)
-        bridge, latents = self.pack.nodes.bridge, self.latents(*drawings)
-        with bridge.open_for_training(self.model, latents["samples"].shape, torch.float32) as denoiser:
-            z_0 = bridge.clean_latents(self.model, latents)
-            yield denoiser, z_0, bridge.encoded_conditioning(self.model, self.text(prompt), z_0)
+        host, latents = self.pack.host.training_model, self.latents(*drawings)
+        with host.open_for_training(self.model, latents["samples"].shape, torch.float32) as denoiser:
+            z_0 = host.clean_latents(self.model, latents)
+            yield denoiser, z_0, host.encoded_conditioning(self.model, self.text(prompt), z_0)
 
     def _keep(self, name: str, loras: list[dict[str, Tensor]], state: dict[str, Tensor]) -> None:
         parts = {**{str(row): lora for row, lora in enumerate(loras)}, "state": state}
@@ -174,8 +173,6 @@ class Studio:
         owns = [Own(f"{name} {row}", lora_of(parts[row])) for row in sorted(parts, key=int)]
         return Learned(dict(zip(drawings, owns if len(owns) > 1 else owns * len(drawings), strict=True)), state)
 
-    # ---- sampling
-
     def picture(
         self,
         content: Own | None,
@@ -184,32 +181,32 @@ class Studio:
         prompt: str = "a [c] in the style of [v]",
         start: Drawing | None = None,
         denoise: float = 1.0,
-        **given,
+        **settings,
     ) -> Tensor:
-        """1 3 h w, 0 to 1. start: what is noised instead of nothing. given: inputs of Dual Guidance, unlike GIVEN."""
-        given = GIVEN | given
+        """1 3 h w, 0 to 1. start: the drawing to noise, instead of an empty latent. settings: other than DEFAULTS."""
+        settings = DEFAULTS | settings
         names = [own and own.name for own in (content, style)]
-        name = fingerprint([self.whole, *names, seed, prompt, start, denoise, given])
+        name = fingerprint([self.whole, *names, seed, prompt, start, denoise, settings])
         if not (file := self.pictures / f"{name}.png").exists():
             latent = self.latents(start) if start else {"samples": torch.zeros(1, CHANNELS, SIDE, SIDE)}
-            bridge = self.pack.nodes.bridge
-            sigmas = bridge.sigmas(self.model, STEPS, SAMPLER, SCHEDULER, denoise)
-            with torch.inference_mode(), self._guider(content, style, self.text(prompt), given) as guider:
-                (picture,) = self.decoded(bridge.sample(guider, latent, seed, SAMPLER, sigmas))
+            sampling = self.pack.host.sampling
+            sigmas = sampling.ksampler_sigmas(self.model, STEPS, SAMPLER, SCHEDULER, denoise)
+            with torch.inference_mode(), self._guider(content, style, self.text(prompt), settings) as guider:
+                (picture,) = self.decoded(sampling.sample(guider, latent, seed, SAMPLER, sigmas))
             with written_whole(file) as unfinished:
-                pixels = (255 * picture.movedim(0, -1)).round().byte().cpu().numpy()
+                pixels = (255 * rearrange(picture, "c h w -> h w c")).round().byte().cpu().numpy()
                 Image.fromarray(pixels).save(unfinished, "png")
         with Image.open(file) as image:
-            return torch.tensor(np.asarray(image)).movedim(-1, 0)[None] / 255
+            return rearrange(torch.tensor(np.asarray(image)), "h w c -> 1 c h w") / 255
 
     @contextmanager
-    def _guider(self, content: Own | None, style: Own | None, positive: list, given: dict) -> Iterator[Any]:
+    def _guider(self, content: Own | None, style: Own | None, positive: list, settings: dict) -> Iterator[Any]:
         import comfy.samplers
 
         owns = {role: own.lora for role, own in (("content", content), ("style", style)) if own}
         if any(isinstance(lora, ImageLora) for lora in owns.values()):
             guider = self.pack.nodes.guide.Guider
-            yield guider.execute(self.model, positive, self.text(""), **owns, **given).result[0]
+            yield guider.execute(self.model, positive, self.text(""), **owns, **settings).result[0]
             return
         guider = comfy.samplers.CFGGuider(self.model)
         guider.set_conds(positive, self.text(""))
@@ -226,7 +223,7 @@ def _everywhere_of(ends: dict[str, Tensor]) -> Everywhere:
 
 
 def fresh_everywhere(unet: nn.Module, rank: int, z_0: Tensor, generator: torch.Generator) -> Everywhere:
-    """As `fresh_part`, the same in each row of z_0, ready to learn."""
+    """As `fresh_part`, but on all attention layers, and the same for each latent of z_0."""
     lora = {}
     for name, layer in unet.named_modules():
         if ATTENTION.fullmatch(name):
@@ -238,7 +235,7 @@ def fresh_everywhere(unet: nn.Module, rank: int, z_0: Tensor, generator: torch.G
 
 @contextmanager
 def everywhere(unet: nn.Module, lora: Everywhere) -> Iterator[None]:
-    """Within the context the LoRA acts: of one row on all the batch, of several on a batch of as many."""
+    """Within the context LoRAs act: one on the whole batch, or each on one row."""
 
     def add(down, up, layer, inputs, output):
         return output + inputs[0] @ down.to(output).mT @ up.to(output).mT

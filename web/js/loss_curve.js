@@ -23,8 +23,8 @@ app.registerExtension({
     const before = node.onExecuted;
     node.onExecuted = function (output) {
       before?.apply(this, arguments);
-      const [told] = output?.consislora_loss ?? [];
-      if (told) curveOf(node).add(told);
+      const [curve] = output?.consislora_loss ?? [];
+      if (curve) curveOf(node).add(curve);
     };
   },
 });
@@ -47,7 +47,7 @@ class Curve {
     this.root = document.createElement("div");
     this.root.className = "consislora-loss";
     this.root.style.cssText = "width: 100%; height: 100%; position: relative; font-size: 11px";
-    this.root.addEventListener("pointermove", (event) => this.tell(event));
+    this.root.addEventListener("pointermove", (event) => this.showStepAt(event));
     const widget = node.addDOMWidget("loss_curve", "consislora_loss", this.root, {
       serialize: false,
       getMinHeight: () => HEIGHT + 20,
@@ -57,10 +57,10 @@ class Curve {
     node.setSize([node.size[0], Math.max(node.size[1], node.computeSize()[1])]);
   }
 
-  // losses: of the steps from `first` on, counted from 0. phases: [loss, steps] of each. told: of time and memory.
-  add({ first, losses, phases, told }) {
+  // losses: of the steps from `first` on, counted from 0. phases: [loss, steps] of each. caption: time and memory.
+  add({ first, losses, phases, caption }) {
     this.losses = [...this.losses.slice(0, first), ...losses];
-    this.told = told ?? this.told;
+    this.caption = caption ?? this.caption;
     this.phases = phases;
     this.draw();
   }
@@ -84,11 +84,11 @@ class Curve {
     this.root.innerHTML = `<svg viewBox="0 0 ${WIDTH} ${HEIGHT}" preserveAspectRatio="none"
       style="width: 100%; height: ${HEIGHT}px; background: var(--comfy-input-bg, #222); border-radius: 4px">
       ${curves.join("")}</svg><div style="display: flex; justify-content: space-between">
-      <span class="words"></span><span class="told">${this.told ?? ""}</span></div>`;
-    this.say(this.losses.length - 1);
+      <span class="words"></span><span class="caption">${this.caption ?? ""}</span></div>`;
+    this.showStep(this.losses.length - 1);
   }
 
-  say(step) {
+  showStep(step) {
     const before = (count) => this.phases.slice(0, count).reduce((sum, [, length]) => sum + length, 0);
     const phase = this.phases.findIndex((_, i) => step < before(i + 1));
     if (!(step in this.losses) || phase < 0) return;
@@ -98,10 +98,10 @@ class Curve {
     words.textContent = `${kind} ${this.losses[step].toPrecision(3)} · ${step + 1} / ${before(this.phases.length)}`;
   }
 
-  tell(event) {
+  showStepAt(event) {
     const box = this.root.getBoundingClientRect();
     const steps = this.phases.reduce((sum, [, length]) => sum + length, 0);
-    this.say(Math.floor(((event.clientX - box.left) / box.width) * steps));
+    this.showStep(Math.floor(((event.clientX - box.left) / box.width) * steps));
   }
 }
 

@@ -1,0 +1,95 @@
+"""Makes the pictures of a job sheet at one ComfyUI."""
+
+import io
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+from PIL import Image
+
+from batch.comfy_client import ComfyClient, Refused, failure_text
+from batch.fill_workflow import INPUTS, Workflow
+from catalogue.sheets import RESULTS, Result, read_results
+
+ATTEMPTS = 3  # a job during which the server breaks down as often is given up
+
+Made = tuple[Result, bytes | None]  # an entry of the sheet, and the PNG if there is one
+Keep = Callable[[Result, bytes | None], None]  # gets every result as it comes
+Show = Callable[[str], None]  # gets what is going on
+
+
+class Order(NamedTuple):
+    """A job as a server gets it.
+
+    result: what is known of it before. folder: of its results on the server. pictures: files by their name on the
+    server. loras: names of the LoRAs that are trained or loaded for it.
+    """
+
+    result: Result
+    workflow: Workflow
+    folder: str
+    pictures: dict[str, Path]
+    loras: frozenset[str]
+
+    def read_pictures(self) -> dict[str, bytes]:
+        return {name: path.read_bytes() for name, path in self.pictures.items()}
+
+
+class JobRunner:
+    """Runs jobs at one server, one after another. report: takes messages for the user."""
+
+    def __init__(self, client: ComfyClient, report: Callable[[str], None] = print):
+        self.client, self.report = client, report
+        self.get = client.get
+        self.uploaded: set[str] = set()
+
+    async def run_all(self, orders: Iterable[Order], keep: Keep, show: Show) -> None:
+        """Runs all orders. Raises Unreachable."""
+        for order in orders:
+            name = order.result.name
+            show(name)
+
+            def on_event(kind: str, data: dict | bytes, name: str = name) -> None:
+                if kind == "progress":
+                    show(f"{name}, step {data['value']} of {data['max']}")
+
+            keep(*await self.run(order, order.read_pictures(), on_event))
+
+    async def run(self, order: Order, pictures: dict[str, bytes], on_event: Callable = lambda kind, data: None) -> Made:
+        """Runs one order; what the server refuses or a node fails at is in the result. Raises Unreachable."""
+        started = time.monotonic()
+        try:
+            result, picture = await self._run(order, pictures, on_event)
+        except Refused as error:
+            result, picture = replace(order.result, error=str(error)), None
+        return replace(result, seconds=round(time.monotonic() - started, 1)), picture
+
+    async def _run(self, order: Order, pictures: dict[str, bytes], on_event: Callable) -> Made:
+        for name in pictures.keys() - self.uploaded:
+            await self.client.upload(pictures[name], name, INPUTS)
+            self.uploaded.add(name)
+        for _ in range(ATTEMPTS):
+            entry = await self.client.run(order.workflow, on_event)
+            if entry:
+                error = failure_text(entry)
+                return (replace(order.result, error=error), None) if error else await self._fetch(order)
+            self.report(f"{order.result.name}: the server was restarted; the job is queued again.")
+        return replace(order.result, error=given_up_text("server")), None
+
+    async def _fetch(self, order: Order) -> Made:
+        """The picture and its entry, under the name that the sheet gave the job."""
+        ours = order.result
+        data = await self.client.file(f"{ours.key}.png", order.folder)
+        sheet = await self.client.file(RESULTS, order.folder)
+        if data is None or sheet is None:
+            return replace(ours, error="the workflow ended without a picture. Look into the server's log."), None
+        with Image.open(io.BytesIO(data), formats=["PNG"]) as picture:
+            picture.verify()
+        theirs = read_results(RESULTS, sheet).get(ours.key, ours)
+        return replace(theirs, name=ours.name, key=ours.key, content=ours.content, style=ours.style, files=""), data
+
+
+def given_up_text(what: str) -> str:
+    return f"the {what} broke down {ATTEMPTS} times during this job. Look into ComfyUI's log."

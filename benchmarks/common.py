@@ -1,0 +1,70 @@
+"""What the benchmarks share: where they run, what they state of the versions, estimates and tables."""
+
+import importlib.util
+import os
+import re
+import runpy
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+RESAMPLES = 10_000
+COLOURS = ("#3f789e", "#c0562b", "#5b8c5a")
+
+
+def set_up() -> None:
+    """Goes on in an environment with all packages and ComfyUI. One that has them, with a torch for its GPU, stays."""
+    packages = ["torch", "einops", "pytest", "matplotlib", "resvg_py"]
+    if not ("COMFYUI_PATH" in os.environ and all(map(importlib.util.find_spec, packages))):
+        runpy.run_path(str(ROOT / "bootstrap.py"))["enter"]("benchmarks")
+
+
+def comfyui_version() -> str:
+    return runpy.run_path(os.environ["COMFYUI_PATH"] + "/comfyui_version.py")["__version__"]
+
+
+class Estimate(NamedTuple):
+    """A mean and its 95 % interval."""
+
+    mean: float
+    low: float
+    high: float
+
+    def __str__(self):
+        return f"{self.mean:.3f} ({self.low:.3f} to {self.high:.3f})"
+
+
+def estimate(values) -> Estimate:
+    """The mean of a tensor of n values, and its bootstrap interval."""
+    import torch
+
+    chosen = torch.randint(len(values), (RESAMPLES, len(values)), generator=torch.Generator().manual_seed(0))
+    return Estimate(values.mean().item(), *values[chosen].mean(1).quantile(torch.tensor([0.025, 0.975])).tolist())
+
+
+def table(header: list[str], lines: list[list]) -> str:
+    """A table in Markdown."""
+    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in [header, ["---"] * len(header), *lines]) + "\n"
+
+
+def template(name: str) -> list[str]:
+    """The sections of templates/NAME.md, with fields that `str.format` fills."""
+    text = (ROOT / "benchmarks" / "templates" / f"{name}.md").read_text(encoding="utf-8")
+    return re.split(r"(?m)^(?=## )", text)
+
+
+def joined(sections: list[str]) -> str:
+    """Sections as one text, a blank line between them."""
+    return "\n\n".join(section.strip() for section in sections) + "\n"
+
+
+def chart_axes(count: int):
+    """A matplotlib figure with `count` square charts side by side, and its axes."""
+    from matplotlib.figure import Figure
+
+    figure = Figure((5.5 * count, 4.5), dpi=100, layout="constrained")
+    axes = figure.subplots(1, count, squeeze=False)[0]
+    for axis in axes:
+        axis.grid(color="lightgray")
+    return figure, axes

@@ -1,0 +1,299 @@
+"""Job sheets and the sheet of results, as CSV or JSON."""
+
+import csv
+import io
+import json
+import math
+import typing
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import MISSING, Field, dataclass, fields, replace
+from pathlib import Path
+
+from filelock import FileLock
+
+from . import written_whole
+from .names import inside, portable
+from .pictures import NAME, filled_name
+
+MAX_ROWS, MAX_SHEET_BYTES = 50_000, 50_000_000
+SHOWN = 30  # problems that an error text lists
+RESULTS = "results.csv"
+
+Record = dict[str, object]  # the cells of a spreadsheet's row, by column
+Table = list[tuple[int, Record]]  # with the row's number as a spreadsheet shows it
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """How a picture is made. None: as in the workflow, or not known."""
+
+    content_strength: float | None = None
+    style_strength: float | None = None
+    content_guidance: float | None = None
+    style_guidance: float | None = None
+    cfg: float | None = None
+    steps: int | None = None
+    seed: int | None = None
+
+
+SETTINGS = tuple(field.name for field in fields(Settings))
+
+
+@dataclass(frozen=True)
+class Job(Settings):
+    """One picture to make. None: as in the workflow."""
+
+    content: str  # a picture file, relative to the sheet's folder
+    style: str
+    name: str = ""  # of the result
+    prompt: str | None = None
+    negative_prompt: str | None = None
+    content_lora: str | None = None  # a file in models/loras, instead of a training
+    style_lora: str | None = None
+
+
+@dataclass(frozen=True)
+class Result(Settings):
+    """The outcome of a job, as the results sheet has it. Empty: not known."""
+
+    name: str
+    key: str = ""  # a hash of all inputs of the job: with another key it is another job, even under the same name
+    content: str = ""
+    style: str = ""
+    files: str = ""  # relative to the sheet's folder, separated by ;
+    content_adapter: str = ""
+    style_adapter: str = ""
+    scores: str = ""
+    accepted: str = ""  # yes or no
+    reason: str = ""
+    finished: str = ""  # wall-clock time, for people: nothing is ordered by it
+    seconds: float | None = None
+    error: str = ""
+
+    def is_done(self, key: str, folder: Path) -> bool:
+        """Whether this is the result of the job with that key, and its pictures still exist."""
+        names = self.files.split(";")
+        return not self.error and self.key == key and all(name and (folder / name).is_file() for name in names)
+
+
+def columns(kind: type[Settings]) -> list[Field]:
+    """The fields of a Job or a Result in the order of a sheet's columns: settings last."""
+    return sorted(fields(kind), key=lambda field: field.kw_only)
+
+
+def read_jobs(path: Path) -> list[Job]:
+    """The jobs of a CSV or JSON sheet. Raises ValueError that lists all problems of the sheet."""
+    table = _read_table(path)
+    jobs, problems = [], _unknown_columns(table)
+    for number, record in table:
+        job, found = _parsed(Job, record)
+        problems += [f"row {number}, {problem}" for problem in found]
+        if job:
+            jobs.append((number, job))
+    problems += _duplicate_names(jobs)
+    if problems:
+        raise ValueError(error_text(path.name, problems))
+    if not jobs:
+        raise ValueError(f"{path.name} holds no jobs. Give it a row for each picture, under content and style.")
+    return _named([job for _, job in jobs])
+
+
+def error_text(name: str, problems: list[str]) -> str:
+    """The problems of a sheet or catalogue as one text, which lists at most `SHOWN` of them."""
+    count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+    more = [f"... and {len(problems) - SHOWN} more"] if len(problems) > SHOWN else []
+    return "\n".join([f"{name} has {count}:", *(f"- {problem}" for problem in problems[:SHOWN]), *more])
+
+
+def _unknown_columns(table: Table) -> list[str]:
+    known = [field.name for field in columns(Job)]
+    unknown = Counter(column for _, record in table for column in record if column not in known)
+    return [
+        f"column {column or 'without a name'}: there is no such column. Known are {', '.join(known)}."
+        for column in unknown
+    ]
+
+
+def _duplicate_names(jobs: list[tuple[int, Job]]) -> list[str]:
+    seen: dict[str, int] = {}
+    problems = []
+    for number, job in jobs:
+        first = seen.setdefault(job.name.casefold(), number)
+        if job.name and first != number:
+            problems.append(f"row {number}, column name: {job.name!r} is the name of row {first} too. Choose another.")
+    return problems
+
+
+def _named(jobs: list[Job]) -> list[Job]:
+    """Names the jobs that have no name after their pictures, with a number where the name is taken."""
+    taken, result = {job.name.casefold() for job in jobs}, []
+    for job in jobs:
+        if not job.name:
+            base = portable(filled_name(NAME, Path(job.content).stem, Path(job.style).stem))
+            numbered = (base if number == 1 else f"{base}_{number}" for number in range(1, len(jobs) + len(taken) + 2))
+            job = replace(job, name=next(name for name in numbered if name.casefold() not in taken))
+            taken.add(job.name.casefold())
+        result.append(job)
+    return result
+
+
+def _parsed(kind: type, record: Record) -> tuple[typing.Any, list[str]]:
+    """A Job or a Result from a record, or None and the problems of its cells."""
+    values, problems = {}, []
+    for field in columns(kind):
+        try:
+            value = _parsed_cell(field.type, record.get(field.name))
+            if value is not None:
+                values[field.name] = value
+            elif field.default is MISSING:
+                raise ValueError("it is empty, and it is needed.")
+        except ValueError as error:
+            problems.append(f"column {field.name}: {error}")
+    if kind is Job and "name" in values:
+        try:
+            inside(Path("results"), values["name"])
+        except ValueError as error:
+            problems.append(f"column name: {error}")
+    return (None if problems else kind(**values)), problems
+
+
+def _parsed_cell(kind: type, value: object) -> str | float | int | None:
+    """A cell's value in its column's type; None where it is empty. Raises ValueError."""
+    kind = (typing.get_args(kind) or (kind,))[0]
+    if value is None or (isinstance(value, str) and not value.strip()):
+        return None
+    if kind is str and isinstance(value, str):
+        return value.strip()
+    try:
+        if kind is float and not isinstance(value, bool):
+            number = float(value.replace(",", ".") if isinstance(value, str) else value)
+            if math.isfinite(number):
+                return number
+        if kind is int and (isinstance(value, str) or type(value) is int):
+            return int(value)
+    except (ValueError, TypeError, OverflowError):
+        pass
+    wanted = {str: "text", float: "a number, such as 0.8", int: "a whole number, such as 42"}[kind]
+    raise ValueError(f"{value!r:.60} is not {wanted}.")
+
+
+def _read_table(path: Path) -> Table:
+    """The records of a CSV or JSON file that are not blank. Raises ValueError for a file that is not such a sheet."""
+    try:
+        with path.open("rb") as file:
+            data = file.read(MAX_SHEET_BYTES + 1)
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror or error}.") from error
+    return _parsed_table(path.name, data)
+
+
+def _parsed_table(name: str, data: bytes) -> Table:
+    if len(data) > MAX_SHEET_BYTES:
+        raise ValueError(f"{name} is larger than {MAX_SHEET_BYTES // 10**6} MB. Split it into several sheets.")
+    try:
+        text = data.decode("utf-8-sig")
+        table = _json_table(text) if name.lower().endswith(".json") else _csv_table(text)
+    except UnicodeDecodeError:
+        raise ValueError(f"{name} is not UTF-8 text. Save it as CSV UTF-8.") from None
+    except (ValueError, csv.Error, RecursionError) as error:
+        raise ValueError(f"{name} cannot be read as a sheet: {error}.") from None
+    if len(table) > MAX_ROWS:
+        raise ValueError(f"{name} has more than {MAX_ROWS} rows. Split it into several sheets.")
+    return table
+
+
+def _json_table(text: str) -> Table:
+    records = json.loads(text)
+    if not isinstance(records, list) or not all(isinstance(record, dict) for record in records):
+        raise ValueError("a list of objects was expected, one a job")
+    return list(enumerate(records, 1))
+
+
+def _csv_table(text: str) -> Table:
+    """Columns are separated by commas, semicolons or tabs, depending on a spreadsheet's country."""
+    first_line = text.partition("\n")[0]
+    delimiter = max(",;\t", key=first_line.count)
+    lines = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    header = [column.strip().lower().replace(" ", "_") for column in next(lines, [])]
+    duplicates = [column for column, count in Counter(header).items() if column and count > 1]
+    if duplicates:
+        raise ValueError(f"the column {duplicates[0]} is there twice")
+    table = []
+    for number, cells in enumerate(lines, 2):
+        if any(value.strip() for value in cells[len(header) :]):
+            raise ValueError(f"row {number} has more cells than the first row has columns")
+        if any(value.strip() for value in cells):
+            table.append((number, {column: value for column, value in zip(header, cells, strict=False) if value}))
+    return table
+
+
+def _write_table(path: Path, records: list[Record]) -> None:
+    """Writes a CSV or JSON sheet whole or not at all. Raises OSError."""
+    columns = dict.fromkeys(column for record in records for column in record)
+    as_json = path.suffix.lower() == ".json"
+    # Spreadsheets recognise UTF-8 by its byte order mark. File names from other systems may have no encoding.
+    encoding = dict(encoding="utf-8" if as_json else "utf-8-sig", errors="backslashreplace", newline="")
+    with written_whole(path) as unfinished, unfinished.open("w", **encoding) as file:
+        if as_json:
+            json.dump(records, file, ensure_ascii=False, indent=1)
+        else:
+            writer = csv.DictWriter(file, columns)
+            writer.writeheader()
+            writer.writerows(records)
+
+
+def read_results(name: str, data: bytes) -> dict[str, Result]:
+    """Results by name from the bytes of a sheet. Raises ValueError that lists all problems of the sheet."""
+    return _parsed_results(name, _parsed_table(name, data))
+
+
+def _parsed_results(name: str, table: Table) -> dict[str, Result]:
+    results, problems = {}, []
+    for number, record in table:
+        result, found = _parsed(Result, record)
+        problems += [f"row {number}, {problem}" for problem in found]
+        if result:
+            results[result.name] = result
+    if problems:
+        raise ValueError(error_text(name, problems))
+    return results
+
+
+def as_record(result: Result) -> Record:
+    """The cells of a result, by column."""
+    return {field.name: getattr(result, field.name) for field in columns(Result)}
+
+
+class ResultsSheet:
+    """The sheet of results, CSV or JSON by its suffix. Processes may share it; a kill leaves the earlier one."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def read(self) -> dict[str, Result]:
+        """Results by name, in the order in which they were recorded. Raises ValueError for invalid cells."""
+        return _parsed_results(str(self.path), self._table())
+
+    def record(self, results: Iterable[Result], forget: Iterable[str] = ()) -> None:
+        """Adds results, each in place of an earlier one of its name, and removes those of the names in `forget`.
+
+        Columns that a person has added stay. Raises OSError, and ValueError as `read` does.
+        """
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{self.path}.lock"):
+            records = {str(record.get("name")): record for _, record in self._table()}
+            for name in forget:
+                records.pop(name, None)
+            for result in results:
+                records[result.name] = {**as_record(result), **self._added(records.get(result.name, {}))}
+            if len(records) > MAX_ROWS:
+                raise ValueError(f"{self.path} has {MAX_ROWS} rows already. Go on in another folder.")
+            _write_table(self.path, list(records.values()))
+
+    def _added(self, record: Record) -> Record:
+        ours = as_record(Result(""))
+        return {column: value for column, value in record.items() if column not in ours}
+
+    def _table(self) -> Table:
+        return _read_table(self.path) if self.path.exists() else []

@@ -1,0 +1,41 @@
+"""What a running node reads of the workflow it runs in."""
+
+import json
+from collections.abc import Collection
+from typing import Any
+
+from comfy.cli_args import args
+
+
+def text_behind(hidden: Any, input_name: str) -> str:
+    """The text of the CLIP Text Encode that feeds an input of the running node; empty if another node feeds it."""
+    graph = (hidden and hidden.prompt) or {}
+    origin = graph.get(hidden and hidden.unique_id, {"inputs": {}})["inputs"].get(input_name, [None])[0]
+    text = graph[origin]["inputs"].get("text") if origin in graph else None
+    return text if isinstance(text, str) else ""
+
+
+def numbers_behind(hidden: Any, input_name: str, names: Collection[str]) -> dict[str, float]:
+    """Values of widgets by name, each from the nearest node that has it upstream of an input of the running node."""
+    graph = (hidden and hidden.prompt) or {}
+    found, seen = {}, set()
+    links = [graph.get(hidden and hidden.unique_id, {"inputs": {}})["inputs"].get(input_name)]
+    for link in links:
+        if isinstance(link, list) and link[0] in graph and link[0] not in seen:
+            seen.add(link[0])
+            inputs = graph[link[0]]["inputs"]
+            links += inputs.values()
+            found = {name: value for name, value in inputs.items() if _is_number(value) and name in names} | found
+    return found
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def workflow_texts(hidden: Any) -> dict[str, str]:
+    """The text chunks that ComfyUI's Save Image writes into a PNG, from which the frontend opens the workflow again."""
+    if args.disable_metadata or not hidden:
+        return {}
+    texts = {"prompt": hidden.prompt, **(hidden.extra_pnginfo or {})}
+    return {name: json.dumps(value) for name, value in texts.items() if value is not None}

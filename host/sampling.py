@@ -1,0 +1,61 @@
+"""Noise levels, sampling and inversion as ComfyUI does them, with any guider."""
+
+import comfy.model_management
+import comfy.sample
+import comfy.samplers
+import comfy.utils
+import latent_preview
+import torch
+from comfy.model_patcher import ModelPatcher
+from torch import Tensor
+
+NEARLY_CLEAN = 1e-4  # the sigma that inversion starts from: at 0 the Euler step's direction is undefined
+
+
+def ksampler_sigmas(model: ModelPatcher, steps: int, sampler_name: str, scheduler: str, denoise: float) -> Tensor:
+    """The noise levels of ComfyUI's KSampler with these settings, descending."""
+    return comfy.samplers.KSampler(
+        model, steps, model.load_device, sampler=sampler_name, scheduler=scheduler, denoise=denoise
+    ).sigmas
+
+
+def sample(
+    guider: comfy.samplers.CFGGuider,
+    latent: dict,
+    seed: int,
+    sampler_name: str,
+    sigmas: Tensor,
+    noised: bool = False,
+    run: tuple[int, int] = (0, 1),
+) -> dict:
+    """Samples a latent as ComfyUI's KSampler does, with any guider: the same noise, mask, preview and progress.
+
+    noised: the latent already has the noise of the first level, and none is added. run: number of this sampling, from
+    0, and how many the node makes, for its progress bar.
+    """
+    number, runs = run
+    model = guider.model_patcher
+    start = comfy.sample.fix_empty_latent_channels(model, latent["samples"])
+    noise = comfy.sample.prepare_noise(start, seed, latent.get("batch_index"))
+    progress = latent_preview.prepare_callback(model, runs * (len(sigmas) - 1))
+
+    def show(step, z_0_hat, x, steps):
+        progress(number * steps + step, z_0_hat, x, runs * steps)
+
+    samples = guider.sample(
+        torch.zeros_like(noise) if noised else noise,
+        start,
+        comfy.samplers.sampler_object(sampler_name),
+        sigmas,
+        latent.get("noise_mask"),
+        show,
+        disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
+        seed=seed,
+    )
+    return {**latent, "samples": samples.to(comfy.model_management.intermediate_device())}
+
+
+def invert(guider: comfy.samplers.CFGGuider, latent: dict, sigmas: Tensor) -> dict:
+    """The noisy latent that Euler steps down `sigmas` turn into this one: DDIM inversion (arXiv 2010.02502)."""
+    ascending = torch.cat([sigmas.new_tensor([NEARLY_CLEAN]), sigmas.flip(0)[1:]])
+    return sample(guider, latent, 0, "euler", ascending, noised=True)

@@ -1,0 +1,117 @@
+"""A training request, and its key: a hash of all that decides what the training gives."""
+
+import hashlib
+import logging
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from types import FunctionType
+from typing import Any
+
+import torch
+from comfy.model_patcher import ModelPatcher
+from comfy.weight_adapter import WeightAdapterBase
+from torch import Tensor
+
+from ..consislora_core.lora_file import Part
+from ..consislora_core.schedule import Stage
+from ..consislora_core.store import METHOD, Unhashable, fingerprint
+from .training_model import check_roles, training_dtype
+
+
+@dataclass(frozen=True, eq=False)
+class TrainingRequest:
+    """All that decides what a training gives.
+
+    latent: ComfyUI's, with the samples (b c h w) of one image, or of several of one subject. positive: one
+    conditioning. frozen: parts that act but do not learn, by role.
+    """
+
+    model: ModelPatcher
+    latent: dict
+    positive: list
+    stage: Stage
+    dtype: torch.dtype
+    frozen: Mapping[str, Part]
+    base_hash: str  # `base_fingerprint` of the model
+
+    @classmethod
+    def from_inputs(
+        cls,
+        model: ModelPatcher,
+        latent: dict,
+        positive: list,
+        stage: Stage,
+        precision: str,
+        frozen: Mapping[str, Part] | None = None,
+    ) -> "TrainingRequest":
+        """From the inputs of a node. Raises ValueError for a model without SDXL's content and style blocks."""
+        check_roles(model)
+        dtype = training_dtype(model, precision)
+        return cls(model, latent, positive, stage, dtype, frozen or {}, base_fingerprint(model))
+
+    @cached_property
+    def key(self) -> str | None:
+        """The name of the training in the store; None for a model or text that code of other nodes changes."""
+        try:
+            return fingerprint(
+                {
+                    "code": METHOD,
+                    "base": self.base_hash,
+                    "changes": _changes(self.model),
+                    "latent": self.latent["samples"],
+                    "positive": self.positive,
+                    "stage": asdict(self.stage),
+                    "frozen": self.frozen,
+                    "dtype": str(self.dtype),
+                }
+            )
+        except Unhashable as error:
+            logging.info("ConsisLoRA: not looked up in the store of trained LoRAs and not kept there: %s.", error)
+            return None
+
+
+def base_fingerprint(model: ModelPatcher) -> str:
+    """16 hex digits that name a base model: SHA-256 of samples of every weight, as stored and without patches."""
+    weights = {key: _sample(entries[0][0]) for key, entries in model.get_key_patches("diffusion_model.").items()}
+    return fingerprint([str(model.model.model_config.unet_config), weights])[:16]
+
+
+def tensor_fingerprint(tensor: Tensor) -> str:
+    """16 hex digits of the SHA-256 of a tensor's values in fp32."""
+    return hashlib.sha256(tensor.detach().to("cpu", torch.float32).contiguous().numpy().tobytes()).hexdigest()[:16]
+
+
+def _sample(tensor: Tensor) -> Tensor:
+    """All of a small tensor; 16 spans of 64 values of a large one, for what changes a model changes whole layers.
+
+    Spans, because a weight may still be on the disk, where single values would read as many pages.
+    """
+    flat = tensor.detach().reshape(-1)
+    return flat if len(flat) <= 1024 else flat[: len(flat) // 16 * 16].view(16, -1)[:, :64].cpu()
+
+
+def _changes(model: ModelPatcher) -> list:
+    """What nodes have changed of the base model, as far as training depends on it, in a form for `fingerprint`."""
+    sampling = model.get_model_object("model_sampling")
+    numbers = {name: value for name, value in vars(sampling).items() if isinstance(value, (int, float, str))}
+    return [
+        [kind.__qualname__ for kind in (*type(model.model).__mro__, *type(sampling).__mro__)],
+        type(model.model.latent_format).__qualname__,
+        numbers,
+        dict(sampling.named_buffers()),
+        {key: _plain(patches) for key, patches in model.patches.items() if key.startswith("diffusion_model.")},
+        {key: value for key, value in model.object_patches.items() if key != "model_sampling"},
+        [model.wrappers, model.callbacks, model.injections, model.model_options.get("transformer_options", {})],
+    ]
+
+
+def _plain(patch: Any) -> Any:
+    """A weight patch as plain values: patches are nested lists of strengths, tensors, adapters and plain functions."""
+    if isinstance(patch, (list, tuple)):
+        return [_plain(item) for item in patch]
+    if isinstance(patch, WeightAdapterBase):
+        return [type(patch).__qualname__, _plain(patch.weights)]
+    if isinstance(patch, FunctionType) and not patch.__closure__:
+        return f"{patch.__module__}.{patch.__qualname__}"
+    return _sample(patch) if torch.is_tensor(patch) else patch

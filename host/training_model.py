@@ -1,0 +1,218 @@
+"""MODEL to `Denoiser`: weights in place, gradients on, memory choice, conditioning; afterwards as it was."""
+
+import logging
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+import comfy.model_management
+import comfy.patcher_extension
+import torch
+from comfy.model_patcher import ModelPatcher
+from torch import Tensor
+
+from ..consislora_core.roles import targets
+from ..consislora_core.trainer import Denoiser
+from .frozen_unet import frozen_unet
+
+MEMORY = ("auto", "fast", "lean")
+# A step's activations, in values per latent pixel and model channel, measured on UNets of 64 to 128 channels
+# (benchmarks/memory.py counts 236 for fast) and rounded up to leave room for temporary tensors. They grow linearly with
+# both, since attention does not store its scores.
+ACTIVATIONS = {"fast": 340, "lean": 100}
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def training_dtype(model: ModelPatcher, precision: str) -> torch.dtype:
+    """The dtype to compute a training in.
+
+    precision: one of `PRECISIONS`, or "auto" for the dtype the model samples in. fp16, whose gradients overflow, then
+    becomes bf16, or fp32 on devices where bf16 is slow.
+    """
+    if precision != "auto":
+        return PRECISIONS[precision]
+    inference = model.model.manual_cast_dtype or model.model.get_dtype()
+    if inference != torch.float16:
+        return inference
+    return torch.bfloat16 if comfy.model_management.should_use_bf16(model.load_device) else torch.float32
+
+
+def loss_scale(dtype: torch.dtype) -> float:
+    """The factor on the loss with which a training in this dtype starts."""
+    return 2.0**16 if dtype == torch.float16 else 1.0
+
+
+@contextmanager
+def open_for_training(
+    model: ModelPatcher, latent_shape: tuple[int, ...], dtype: torch.dtype, memory: str = "fast"
+) -> Iterator[Denoiser]:
+    """Loads the model and yields it as the `Denoiser` that the core trains; on exit the model is as it was.
+
+    Make all tensors of the training inside this context: ComfyUI runs nodes in inference mode, whose tensors autograd
+    refuses.
+
+    latent_shape: (b, c, h, w) of one step's whole batch. memory: one of `MEMORY`; the numbers are the same with each.
+    Raises ValueError for a model without SDXL's content and style blocks.
+    """
+    base = model.model
+    check_roles(model)
+    lean = _load_model(model, latent_shape, dtype, memory)
+    options = comfy.patcher_extension.merge_nested_dicts(
+        model.model_options.get("transformer_options", {}), {"wrappers": model.wrappers, "cond_or_uncond": [0]}
+    )
+    batched, recordable = _BatchedConditioning(dtype), _can_be_recorded(model)
+
+    def denoise(x: Tensor, sigma: Tensor, cond: dict[str, Tensor]) -> Tensor:
+        return base.apply_model(x, sigma, transformer_options={**options, "sigmas": sigma}, **batched.of(cond, len(x)))
+
+    with ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        stack.enter_context(_in_training_flag())
+        stack.enter_context(frozen_unet(base, dtype, model.load_device, lean and not _is_wrapped(options)))
+        sigmas = base.model_sampling.sigmas.detach().to("cpu", torch.float32, copy=True)
+        yield Denoiser(base.diffusion_model, denoise, sigmas, dtype, recordable)
+
+
+def check_roles(model: ModelPatcher) -> None:
+    """Raises ValueError for a model without the content and style blocks of SDXL."""
+    targets(dict(model.model.diffusion_model.named_modules()) if hasattr(model.model, "diffusion_model") else {})
+
+
+def _is_wrapped(options: dict) -> bool:
+    """Whether other nodes, such as Apply ConsisLoRA, wrap the forward pass: recomputation would run without them."""
+    kind = comfy.patcher_extension.WrappersMP.DIFFUSION_MODEL
+    wrapped = bool(comfy.patcher_extension.get_all_wrappers(kind, options))
+    if wrapped:
+        logging.info("ConsisLoRA: other nodes act on this model, so it cannot train lean and trains fast.")
+    return wrapped
+
+
+def _can_be_recorded(model: ModelPatcher) -> bool:
+    """Whether every step runs the same kernels: the whole model is on an NVIDIA GPU and no other node changes it."""
+    unet = model.model.diffusion_model
+    return (
+        torch.version.cuda is not None
+        and all(parameter.is_cuda for parameter in unet.parameters())
+        and not any("forward" in vars(module) for module in unet.modules())
+        and not model.wrappers
+        and not model.model_options.get("transformer_options")
+    )
+
+
+def _load_model(model: ModelPatcher, latent_shape: tuple[int, ...], dtype: torch.dtype, memory: str) -> bool:
+    """Unloads every other model and loads this one; returns whether to train lean."""
+    batch, _, height, width = latent_shape
+    unit = batch * height * width * model.model.model_config.unet_config["model_channels"] * dtype.itemsize
+    needed = {kind: count * unit for kind, count in ACTIVATIONS.items()}
+    # Text encoders and VAE are not needed for minutes.
+    ours = [
+        loaded
+        for loaded in comfy.model_management.current_loaded_models
+        if loaded.model is not None and loaded.model.is_clone(model)
+    ]
+    comfy.model_management.free_memory(1e30, model.load_device, keep_loaded=ours)
+    comfy.model_management.load_models_gpu([model], memory_required=needed.get(memory, needed["lean"]))
+    if memory != "auto":
+        return memory == "lean"
+    free = comfy.model_management.get_free_memory(model.load_device)
+    lean = needed["fast"] > free
+    logging.info(
+        "ConsisLoRA: memory auto trains %s; beside the model fast would take about %.1f GB, lean %.1f GB, and "
+        "%.1f GB are free.",
+        "lean" if lean else "fast",
+        needed["fast"] / 1e9,
+        needed["lean"] / 1e9,
+        free / 1e9,
+    )
+    return lean
+
+
+@contextmanager
+def _in_training_flag() -> Iterator[None]:
+    """Sets the flag by which newer ComfyUI lets some models choose code that autograd can follow."""
+    before = getattr(comfy.model_management, "in_training", None)
+    if before is None:
+        yield
+        return
+    comfy.model_management.in_training = True
+    try:
+        yield
+    finally:
+        comfy.model_management.in_training = before
+
+
+class _BatchedConditioning:
+    """Conditioning expanded to the batch. Every step gets the same tensor objects, so that layers can cache by them."""
+
+    def __init__(self, dtype: torch.dtype):
+        self.dtype, self.cond, self.count = dtype, None, 0
+
+    def of(self, cond: dict[str, Tensor], count: int) -> dict[str, Tensor]:
+        if cond is not self.cond or count != self.count:
+            self.cond, self.count = cond, count
+            self.rows = {name: value.to(self.dtype).expand(count, *value.shape[1:]) for name, value in cond.items()}
+        return self.rows
+
+
+def check_latent(model: ModelPatcher, latent: dict) -> None:
+    """Raises ValueError for a latent whose shape or channels the model cannot take."""
+    samples = latent["samples"]
+    channels = model.model.latent_format.latent_channels
+    if samples.ndim != 4 or len(samples) == 0 or samples.shape[1] != channels:
+        raise ValueError(
+            f"latent has shape {tuple(samples.shape)}; "
+            f"this model takes (batch of at least 1, {channels} channels, height, width). "
+            "Connect VAE Encode, with the VAE of this checkpoint."
+        )
+
+
+def clean_latents(model: ModelPatcher, latent: dict) -> Tensor:
+    """z_0 (b c h w, fp32) in the model's latent space, on its device. Call inside `open_for_training`.
+
+    Raises ValueError as `check_latent` does.
+    """
+    check_latent(model, latent)
+    return model.model.process_latent_in(latent["samples"].clone().to(model.load_device, torch.float32))
+
+
+def encoded_conditioning(model: ModelPatcher, positive: list, z_0: Tensor) -> dict[str, Tensor]:
+    """The conditioning that `denoise` takes: cross-attention text (1 n d) and SDXL's pooled-and-size vector `y` (1 d).
+
+    Size conditioning is the latent's own size unless the conditioning names one (CLIPTextEncodeSDXL). Call inside
+    `open_for_training`. Raises ValueError for several conditionings, or text of another base model's CLIP.
+    """
+    if len(positive) != 1:
+        raise ValueError(
+            f"positive holds {len(positive)} conditionings; training takes one. Connect a single CLIP Text Encode."
+        )
+    (text, extras), config = positive[0], model.model.model_config.unet_config
+    if text.shape[-1] != config["context_dim"]:
+        raise ValueError(
+            f"positive has text features of width {text.shape[-1]}, this model takes {config['context_dim']}: "
+            "it was encoded with the CLIP of another base model. Connect the CLIP of this checkpoint."
+        )
+    if extras.get("pooled_output") is None:
+        raise ValueError(
+            "positive has no pooled text vector, which SDXL needs. "
+            "Connect CLIP Text Encode with the CLIP of this checkpoint."
+        )
+    height, width = (8 * side for side in z_0.shape[-2:])
+    inputs = {
+        "width": width,
+        "height": height,
+        "prompt_type": "positive",
+        **extras,
+        "cross_attn": text,
+        "noise": z_0,
+        "device": z_0.device,
+    }
+    conds = model.model.extra_conds(
+        **{key: value.clone() if torch.is_tensor(value) else value for key, value in inputs.items()}
+    )
+    encoded = {name: cond.cond.to(z_0.device) for name, cond in conds.items()}
+    if encoded["y"].shape[-1] != config["adm_in_channels"]:
+        raise ValueError(
+            f"positive has a pooled vector of width {extras['pooled_output'].shape[-1]}, which does not fit this "
+            "model: it was encoded with the CLIP of another base model. Connect the CLIP of this checkpoint."
+        )
+    return encoded

@@ -1,0 +1,187 @@
+"""A training with store, checkpoints, progress and cancel."""
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from functools import partial
+from typing import Any, NamedTuple
+
+import comfy.model_management
+import torch
+
+from ..consislora_core import __version__
+from ..consislora_core.lora_file import ImageLora
+from ..consislora_core.store import fingerprint
+from ..consislora_core.trainer import Trainer
+from .paths import training_store
+from .progress import Progress, stop_if_cancelled
+from .prompt_graph import text_behind
+from .training_key import TrainingRequest, tensor_fingerprint
+from .training_model import check_latent, clean_latents, encoded_conditioning, loss_scale, open_for_training
+
+Cancelled = comfy.model_management.InterruptProcessingException
+OutOfMemory = comfy.model_management.OOM_EXCEPTION  # at which ComfyUI unloads its models
+
+CHECKPOINT_EVERY = 50  # steps, and less often where saving would take more than this share of the time
+CHECKPOINT_SHARE = 1 / 100
+
+
+class Trained(NamedTuple):
+    """What a training gave. losses: of every step. from_store: it was trained before."""
+
+    lora: ImageLora
+    losses: list[float]
+    from_store: bool = False
+
+
+def train(request: TrainingRequest, memory: str, hidden: Any = None) -> Trained:
+    """Trains one LoRA, or takes it from the store.
+
+    memory: one of `training_model.MEMORY`. hidden: the running node's hidden inputs, for progress and metadata. Raises
+    ValueError for inputs that do not fit the model, FloatingPointError for a loss that is not finite, `Cancelled`, and
+    `OutOfMemory` with advice.
+    """
+    (trained,) = _find_or_train([request], hidden, memory)
+    return trained
+
+
+def train_each(request: TrainingRequest, memory: str, at_once: int, hidden: Any = None) -> list[ImageLora]:
+    """One LoRA for each image of the request's latent; up to `at_once` of those that the store lacks train together.
+
+    Raises as `train` does.
+    """
+    check_latent(request.model, request.latent)
+    requests = [replace(request, latent={"samples": image}) for image in request.latent["samples"].split(1)]
+    names = [request.key or number for number, request in enumerate(requests)]
+    wanted = dict(zip(names, requests, strict=True))  # equal images train once
+    store = training_store()
+    missing = [name for name, request in wanted.items() if request.key is None or not store.has(request.key)]
+    groups = [[name] for name in wanted if name not in missing]
+    groups += [missing[start : start + at_once] for start in range(0, len(missing), at_once)]
+    loras = {}
+    for number, group in enumerate(groups):
+        trained = _find_or_train([wanted[name] for name in group], hidden, memory, (number, len(groups)))
+        loras |= {name: lora for name, (lora, *_) in zip(group, trained, strict=True)}
+    return [loras[name] for name in names]
+
+
+def _find_or_train(
+    requests: Sequence[TrainingRequest], hidden: Any, memory: str, run: tuple[int, int] = (0, 1)
+) -> list[Trained]:
+    """The LoRA of each request, from the store or trained now. run: as `Progress` takes it."""
+    stage = requests[0].stage
+    progress = Progress(requests[0].model, stage, hidden and hidden.unique_id, run)
+    keys = [request.key for request in requests]
+    if None in keys:
+        return _train(requests, hidden, progress, memory)
+    store = training_store()
+    with ExitStack() as locks:
+        for key in sorted(keys):  # all processes lock in the same order, so that no two wait for each other
+            locks.enter_context(store.locked(key, waiting=stop_if_cancelled))
+        found = {key: Trained(*known, from_store=True) for key in keys if (known := store.find(key))}
+        if found:
+            logging.info("ConsisLoRA %s stage: trained before, taken from %s.", stage.name, store.folder)
+        missing = {key: request for key, request in zip(keys, requests, strict=True) if key not in found}
+        if missing:
+            name = keys[0] if len(missing) == 1 else fingerprint(list(missing))  # of the checkpoint
+            resume, save = partial(store.resume, name), partial(store.save_checkpoint, name)
+            trained = _train(list(missing.values()), hidden, progress, memory, resume, save)
+            for key, result in zip(missing, trained, strict=True):
+                store.keep(key, result.lora, result.losses)
+                found[key] = result
+            store.drop_checkpoint(name)
+    return [found[key] for key in keys]
+
+
+def _train(
+    requests: Sequence[TrainingRequest],
+    hidden: Any,
+    progress: Progress,
+    memory: str,
+    resume: Callable[[Trainer], list] = lambda trainer: [],
+    save: Callable[[Trainer, list], None] = lambda trainer, losses: None,
+) -> list[Trained]:
+    """Trains requests that differ in their latents only, as one batch.
+
+    resume: sets a new trainer to an earlier checkpoint and returns the losses until there, a tuple of all requests' for
+    each step. save: writes a checkpoint; called every `CHECKPOINT_EVERY` steps or less often, and on cancel.
+    """
+    try:
+        return _train_together(requests, hidden, progress, memory, resume, save)
+    except OutOfMemory:
+        pass
+    # Out here no traceback holds the tensors of the training any more.
+    raise OutOfMemory(_out_of_memory_text(requests))
+
+
+def _train_together(
+    requests: Sequence[TrainingRequest],
+    hidden: Any,
+    progress: Progress,
+    memory: str,
+    resume: Callable[[Trainer], list],
+    save: Callable[[Trainer, list], None],
+) -> list[Trained]:
+    model, stage, dtype = requests[0].model, requests[0].stage, requests[0].dtype
+    latent = {"samples": torch.cat([request.latent["samples"] for request in requests])}
+    shape = (len(requests) * stage.noises, *latent["samples"].shape[1:])
+    with open_for_training(model, shape, dtype, memory) as denoiser:
+        z_0 = clean_latents(model, latent)
+        cond = encoded_conditioning(model, requests[0].positive, z_0)
+        apart = len(requests) > 1
+        frozen = [request.frozen for request in requests] if apart else requests[0].frozen
+        with Trainer(denoiser, z_0, cond, stage, frozen, loss_scale(dtype), apart) as trainer:
+            losses = _run(trainer, progress, resume, save)
+            return [
+                Trained(ImageLora(trainer.parts(row), _metadata(request, hidden)), [step[row] for step in losses])
+                for row, request in enumerate(requests)
+            ]
+
+
+def _run(trainer: Trainer, progress: Progress, resume: Callable, save: Callable) -> list[tuple[float, ...]]:
+    """All steps from the last checkpoint on; the losses of every step."""
+    losses = resume(trainer)
+    progress.losses = [sum(step) / len(step) for step in losses]
+    if losses:
+        logging.info("ConsisLoRA %s stage: goes on from step %d.", trainer.stage.name, trainer.step)
+    began, saving = time.monotonic(), 0.0
+    try:
+        for event in trainer:
+            losses.append(event.losses)
+            progress.losses.append(event.loss)
+            now = time.monotonic()
+            if event.step % CHECKPOINT_EVERY == 0 and saving <= CHECKPOINT_SHARE * (now - began):
+                save(trainer, losses)
+                saving += time.monotonic() - now
+            progress.show(event)
+    except Cancelled:
+        save(trainer, losses)
+        raise
+    return losses
+
+
+def _metadata(request: TrainingRequest, hidden: Any) -> dict[str, str]:
+    """What a LoRA's file says of its training."""
+    facts = {
+        "stage": request.stage.name,
+        "prompt": text_behind(hidden, "positive"),
+        "steps": str(request.stage.steps),
+        "rank": str(request.stage.rank),
+        "seed": str(request.stage.seed),
+        "image_hash": tensor_fingerprint(request.latent["samples"]),
+        "base_model_hash": request.base_hash,
+        "version": __version__,
+    }
+    return {f"consislora.{name}": value for name, value in facts.items()}
+
+
+def _out_of_memory_text(requests: Sequence[TrainingRequest]) -> str:
+    height, width = (8 * side for side in requests[0].latent["samples"].shape[-2:])
+    fewer = f", fewer than {len(requests)} images at once" if len(requests) > 1 else ""
+    return (
+        f"There is not enough memory to train on {width} x {height} pixels in {requests[0].dtype}. Close what else "
+        "uses the graphics card and queue again: training goes on from its last checkpoint. Or choose memory lean"
+        f"{fewer}, a smaller image, precision bf16, or a lower rank."
+    )

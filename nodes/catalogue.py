@@ -1,0 +1,215 @@
+"""A whole catalogue: every content image in every style, from folders, into a folder with a sheet of results."""
+
+import hashlib
+import json
+import logging
+from datetime import datetime, timezone
+
+from comfy_api.latest import io
+from comfy_execution.graph_utils import ExecutionBlocker
+from torch import Tensor
+
+from ..catalogue.names import inside
+from ..catalogue.pictures import NAME, PictureCache, write_picture
+from ..catalogue.plan import CatalogueJob, Plan, plan_catalogue
+from ..catalogue.sheets import RESULTS, SETTINGS, Result, ResultsSheet, as_record, error_text
+from ..consislora_core.lora_file import ImageLora
+from ..host import drawing
+from ..host.paths import input_folder, output_folder
+from ..host.progress import show_text
+from ..host.prompt_graph import numbers_behind, workflow_texts
+from .sockets import CATEGORY, CatalogJob, ConsisLora, aliases
+
+ONE, ALL = "one pair per run", "all pairs in one run"
+FACTS = ("stage", "image_hash", "steps", "rank", "seed")  # of a LoRA's metadata, for the sheet
+
+
+class CatalogLoad(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="ConsisLoRACatalogLoad",
+            display_name="Load Catalogue",
+            category=CATEGORY,
+            **aliases("batch", "load images from folder"),
+            description="Pairs every content image with every style image of two folders, and skips "
+            "what the catalogue already has.",
+            inputs=[
+                io.String.Input(
+                    "contents",
+                    default="catalogue/contents",
+                    multiline=True,
+                    tooltip="A folder of pictures inside ComfyUI's input folder, or several folders and files, "
+                    "one a line.",
+                ),
+                io.String.Input(
+                    "styles",
+                    default="catalogue/styles",
+                    multiline=True,
+                    tooltip="The same for the style images.",
+                ),
+                io.String.Input(
+                    "catalogue",
+                    default="catalogue",
+                    tooltip="Folder inside ComfyUI's output folder for the results and their sheet, results.csv.",
+                ),
+                io.String.Input(
+                    "name",
+                    default=NAME,
+                    tooltip="How results are named; the names of the two pictures are put in. A slash makes folders.",
+                ),
+                io.Combo.Input(
+                    "run",
+                    options=[ONE, ALL],
+                    default=ONE,
+                    tooltip="One pair per run loses nothing when something fails; all pairs in one run need one click.",
+                ),
+                io.Int.Input(
+                    "index",
+                    default=0,
+                    min=0,
+                    max=2**31 - 1,
+                    control_after_generate=True,
+                    tooltip="Which pair, from 0; after the last comes the first again. "
+                    "Set its control to increment and queue as many runs as there are pairs.",
+                ),
+            ],
+            outputs=[
+                io.Image.Output(display_name="content", is_output_list=True, tooltip="The content image."),
+                io.Image.Output(display_name="style", is_output_list=True, tooltip="The style image."),
+                CatalogJob.Output(display_name="job", is_output_list=True, tooltip="For Save Catalogue."),
+                io.String.Output(
+                    display_name="name", is_output_list=True, tooltip="The name that the result will have."
+                ),
+                io.String.Output(
+                    display_name="report", tooltip="What comes now, what is done, and which files cannot be used."
+                ),
+            ],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, contents, styles, catalogue, name, run, index):
+        plan = plan_of(contents, styles, catalogue, name)
+        files = sorted({path for pair in plan.pairs for path in (pair.content, pair.style)})
+        stats = [(str(path), path.stat().st_mtime_ns, path.stat().st_size) for path in files]
+        results = plan.sheet.read()
+        done = [plan.is_done(pair, results) for pair in plan.pairs if pair.name in results]
+        state = str([stats, list(plan.problems), sorted(results), done])
+        # Hashed, because ComfyUI writes it into the picture's metadata.
+        return hashlib.sha256(state.encode(errors="backslashreplace")).hexdigest()
+
+    @classmethod
+    def execute(cls, contents, styles, catalogue, name, run, index) -> io.NodeOutput:
+        plan = plan_of(contents, styles, catalogue, name)
+        if not plan.pairs:
+            problems = [f"{name}: {problem}" for name, problem in plan.problems.items()]
+            raise ValueError(error_text("The catalogue", problems or ["contents or styles is empty. Name a folder."]))
+        results, cache = plan.sheet.read(), PictureCache(drawing.to_image, plan.name_of, dict(plan.problems))
+        chosen = plan.pairs if run == ALL else [plan.pairs[index % len(plan.pairs)]]
+        jobs = plan.pending(chosen, results, cache)
+        plan.record_bad_files(results, cache)
+        names = [job.name for job in jobs]
+        report = plan.report(results, names, cache.problems)
+        logging.info("ConsisLoRA catalogue: %s", report)
+        show_text(cls.hidden, report)
+        if not jobs:
+            return io.NodeOutput(*4 * [[ExecutionBlocker(None)]], report)
+        contents, styles = zip(
+            *((cache.open(pair.content), cache.open(pair.style)) for pair in jobs.values()), strict=True
+        )
+        return io.NodeOutput(list(contents), list(styles), list(jobs), names, report)
+
+
+class CatalogSave(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="ConsisLoRACatalogSave",
+            display_name="Save Catalogue",
+            category=CATEGORY,
+            **aliases("batch", "save images to folder"),
+            is_output_node=True,
+            description="Writes a result of the catalogue as PNG, with its workflow, and an entry in results.csv.",
+            inputs=[
+                io.Image.Input("images", tooltip="The result."),
+                CatalogJob.Input("job", tooltip="From Load Catalogue: name and folder of the result."),
+                ConsisLora.Input(
+                    "content", optional=True, tooltip="The LoRA of the content image, to record in sheet and picture."
+                ),
+                ConsisLora.Input(
+                    "style", optional=True, tooltip="The LoRA of the style image, to record in sheet and picture."
+                ),
+                io.String.Input(
+                    "report", optional=True, force_input=True, tooltip="The scores, from Evaluate, for the sheet."
+                ),
+                io.Boolean.Input(
+                    "accepted", optional=True, force_input=True, tooltip="Whether the result is good enough."
+                ),
+                io.String.Input(
+                    "reasons", optional=True, force_input=True, tooltip="Why it is not, from Accept or Reject."
+                ),
+            ],
+            outputs=[io.String.Output(display_name="files", tooltip="The files, inside ComfyUI's output folder.")],
+            hidden=[io.Hidden.prompt, io.Hidden.extra_pnginfo, io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def execute(
+        cls, images: Tensor, job: CatalogueJob, content: ImageLora | None = None, style: ImageLora | None = None,
+        report: str = "", accepted: bool | None = None, reasons: str = "",
+    ) -> io.NodeOutput:  # fmt: skip
+        if not images.isfinite().all():
+            raise ValueError(
+                "The picture holds values that are not numbers (NaN or infinity): model or VAE failed. "
+                "Run the VAE in fp32 if it is SDXL's own, or lower the guidance."
+            )
+        names = [job.name, *(f"{job.name}_{number}" for number in range(2, len(images) + 1))]
+        paths = [inside(job.folder, f"{name}.png") for name in names]
+        result = Result(
+            job.name,
+            job.key,
+            job.content,
+            job.style,
+            ";".join(path.relative_to(job.folder).as_posix() for path in paths),
+            described(content),
+            described(style),
+            **numbers_behind(cls.hidden, "images", SETTINGS),
+            scores=report,
+            accepted={None: "", True: "yes", False: "no"}[accepted],
+            reason=reasons,
+            finished=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        )
+        texts = workflow_texts(cls.hidden) | {"consislora": facts(result, content, style)}
+        try:
+            for image, path in zip(images, paths, strict=True):
+                write_picture(drawing.to_picture(image), path, texts)
+            ResultsSheet(job.folder / RESULTS).record([result])
+        except (OSError, NotImplementedError) as error:  # the second where a network folder has no locks
+            raise ValueError(
+                f"{job.name} could not be saved to {job.folder}: {error}. Free some space, make the "
+                f"folder writable, or close {RESULTS} in other programs; then queue the pair again."
+            ) from error
+        files = [path.relative_to(output_folder()) for path in paths]
+        shown = [{"filename": file.name, "subfolder": file.parent.as_posix(), "type": "output"} for file in files]
+        return io.NodeOutput("\n".join(file.as_posix() for file in files), ui={"images": shown})
+
+
+def plan_of(contents: str, styles: str, catalogue: str, name: str) -> Plan:
+    """The plan in ComfyUI's own folders. Raises ValueError for names that lead out of them."""
+    return plan_catalogue(input_folder(), inside(output_folder(), catalogue), contents, styles, name)
+
+
+def described(lora: ImageLora | None) -> str:
+    """A LoRA in a few words: its title if it came from a file, and how it was trained."""
+    metadata = lora.metadata if lora else {}
+    facts = [f"{name} {metadata[f'consislora.{name}']}" for name in FACTS if f"consislora.{name}" in metadata]
+    return ", ".join(filter(None, [metadata.get("modelspec.title"), *facts]))
+
+
+def facts(result: Result, content: ImageLora | None, style: ImageLora | None) -> str:
+    """The result and the LoRAs' metadata as JSON, for the picture."""
+    record = {name: value for name, value in as_record(result).items() if value not in ("", None)}
+    return json.dumps(
+        {**record, **{f"{role}_lora": lora.metadata for role, lora in [("content", content), ("style", style)] if lora}}
+    )

@@ -1,0 +1,174 @@
+"""`python tests/make_pictures.py WORK`: makes the pictures of the template browser, the help pages and the README.
+
+It runs every demo workflow as it is, in a real ComfyUI, and looks at some of them in a real browser. WORK keeps
+ComfyUI's folders, so that a second run trains nothing anew; the first takes some fifteen minutes on one CPU core.
+"""
+
+import os
+import runpy
+import shutil
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":
+    sys.path.append(str(Path(__file__).resolve().parent.parent))
+    runpy.run_path(sys.path[-1] + "/bootstrap.py")["enter"]("tests")
+
+from browser import browser, cancel, drop, look_at, opened, queue, setting, turn
+from PIL import Image, ImageDraw, ImageFont
+from playwright.sync_api import Page
+from prompts import FOLDER, api, graph
+
+from demo.run import IMAGES, Clock, nodes
+from demo.server import ComfyServer
+
+ROOT = Path(__file__).resolve().parent.parent
+HELP = ROOT / "web" / "docs"
+PAGE, GAP, CAPTION = (480, 320), 12, "drawn by the demo model"
+THING, LOOK, ANOTHER, THING_2 = "crown-flat", "umbrella-high-contrast", "cherry-blossom-high-contrast", "owl-flat"
+# For each use what goes in, and the nodes that show what comes out.
+SHOWN = {
+    "train_and_stylise": ([THING, LOOK], ["SaveImage"]),
+    "train_content": ([THING], ["LossGraphNode"]),
+    "train_style": ([LOOK], ["LossGraphNode"]),
+    "dual_guidance": ([THING, LOOK], ["SaveImage"]),
+    "content_only": ([THING], ["SaveImage"]),
+    "style_only": ([LOOK], ["SaveImage"]),
+    "multi_reference": ([THING, LOOK, ANOTHER], ["SaveImage"]),
+    "strength_grid": ([], ["SaveImage"]),
+    "evaluate_and_gate": ([], ["ConsisLoRAEvaluate"]),
+    "catalogue": ([THING, THING_2, LOOK], ["ConsisLoRACatalogSave"]),
+}
+NODE = """kind => {
+    const { pos: [x, y], size: [width, height] } = app.graph.nodes.find(({ type }) => type === kind)
+    return [[x - 10, y - 40], [x + width + 10, y + height + 10]]
+}"""
+WORKFLOW = """() => {
+    const sides = app.graph.groups.map(({ pos: [x, y], size: [width, height] }) => [x, y, x + width, y + height])
+    const most = (pick, i) => pick(...sides.map(side => side[i]))
+    return [[most(Math.min, 0) - 10, most(Math.min, 1) - 10], [most(Math.max, 2) + 10, most(Math.max, 3) + 10]]
+}"""
+CATALOGUE = {"contents": [THING, THING_2], "styles": [LOOK]}
+
+
+def made(server: ComfyServer, use: str) -> list[Path]:
+    """What a workflow draws, all pairs of the catalogue at once."""
+    prompt = api(f"{use}_demo")
+    for node in nodes(prompt, "ConsisLoRACatalogLoad"):
+        prompt[node]["inputs"]["run"] = "all pairs in one run"
+    entry = server.run(prompt, timeout=7200, on_event=Clock(prompt))
+    ends = [node for kind in SHOWN[use][1] for node in nodes(prompt, kind)]
+    return server.images({"outputs": {node: entry["outputs"][node] for node in ends}})
+
+
+def thumbnail(given: list[Path], drawn: list[Path], caption: str = "") -> Image.Image:
+    """What goes in, one under the other, and to the right of it what comes out."""
+    page = Image.new("RGB", PAGE, "white")
+    height = page.height - (24 if caption else 0)
+    left = 0
+    if given:
+        left = min(140, height // len(given))
+        put(page, given, (0, 0, left, height), columns=1)
+        draw, middle = ImageDraw.Draw(page), height // 2
+        draw.polygon([(left + 4, middle - 12), (left + 4, middle + 12), (left + 18, middle)], fill="#3f789e")
+        left += 18
+    put(page, drawn, (left, 0, page.width, height), columns=1 if len(drawn) < 3 else 2)
+    if caption:
+        place = (page.width - GAP, page.height - 8)
+        ImageDraw.Draw(page).text(place, caption, "#555", ImageFont.load_default(14), anchor="rb")
+    return page
+
+
+def put(page: Image.Image, files: list[Path], box: tuple[int, int, int, int], columns: int) -> None:
+    """Pictures into equal cells of a box, each as large as fits."""
+    left, top, right, bottom = box
+    rows = -(-len(files) // columns)
+    width, height = (right - left) // columns, (bottom - top) // rows
+    for i, file in enumerate(files):
+        with Image.open(file) as opened:
+            picture = opened.convert("RGB")
+        scale = min((width - GAP) / picture.width, (height - GAP) / picture.height)
+        picture = picture.resize([round(scale * side) for side in picture.size], Image.Resampling.LANCZOS)
+        x, y = left + i % columns * width, top + i // columns * height
+        page.paste(picture, (x + (width - picture.width) // 2, y + (height - picture.height) // 2))
+
+
+def save(picture: Image.Image, path: Path, widest: int = 640) -> None:
+    """As a small JPEG."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    picture = picture.convert("RGB")
+    picture.thumbnail((widest, widest), Image.Resampling.LANCZOS)
+    picture.save(path, quality=85, optimize=True)
+    print(f"{path.relative_to(ROOT)}: {path.stat().st_size / 1000:.0f} kB", flush=True)
+
+
+def thumbnails(server: ComfyServer) -> None:
+    for use, (given, _) in SHOWN.items():
+        drawn, images = made(server, use), [IMAGES / f"{name}.png" for name in given]
+        drawn = drawn[:1] if use == "evaluate_and_gate" else drawn
+        save(thumbnail(images, drawn), FOLDER / f"{use}_demo.jpg")
+        save(thumbnail(images, drawn, CAPTION), FOLDER / f"{use}_sdxl.jpg")
+        if use == "strength_grid":
+            save(Image.open(drawn[0]), HELP / "ConsisLoRAStrengthGrid" / "grid.jpg")
+        if use == "evaluate_and_gate":
+            save(Image.open(drawn[0]), HELP / "ConsisLoRAEvaluate" / "card.jpg")
+
+
+def screenshots(page: Page, work: Path) -> None:
+    setting(page, "Comfy.Minimap.Visible", False)
+    drop(page, "dual_guidance_demo", graph("dual_guidance_demo"))
+    finish(page)
+    page.keyboard.press(".")  # the whole workflow
+    save(cut(page, work, WORKFLOW), ROOT / "demo" / "canvas.jpg", widest=1600)
+    look_at(page, "ConsisLoRASampler", scale=1.0, top=110)
+    save(cut(page, work, NODE, "ConsisLoRASampler"), HELP / "ConsisLoRASampler" / "pad.jpg", widest=860)
+
+    drop(page, "train_content_demo", graph("train_content_demo"))
+    turn(page, {"seed": 1, "transition_step": 60})
+    look_at(page, "ConsisLoRATrainImage", scale=1.0, top=110)
+    queue(page)
+    at_step = "() => document.querySelector('.consislora-loss .words')?.textContent.includes('· 141 /')"
+    page.wait_for_function(at_step, timeout=3_600_000)
+    save(cut(page, work, NODE, "ConsisLoRATrainImage"), HELP / "ConsisLoRATrainImage" / "training.jpg", widest=860)
+    cancel(page)
+
+
+def finish(page: Page) -> None:
+    queue(page)
+    page.wait_for_function("app.graph.nodes.find(({ type }) => type === 'SaveImage').imgs?.[0]?.naturalWidth")
+
+
+def cut(page: Page, work: Path, box: str, kind: str = "") -> Image.Image:
+    """A part of the canvas; box: a function that gives its corners on the canvas, for a type of node."""
+    page.wait_for_timeout(2000)  # until it is drawn
+    page.screenshot(path=work / "screen.png")
+    corners = page.evaluate(
+        f"""kind => {{
+            const {{ scale, offset }} = app.canvas.ds, screen = app.canvas.canvas.getBoundingClientRect()
+            return ({box})(kind).map(([x, y]) =>
+                [screen.left + (x + offset[0]) * scale, screen.top + (y + offset[1]) * scale])
+        }}""",
+        kind,
+    )
+    return Image.open(work / "screen.png").crop([side for corner in corners for side in corner])
+
+
+def main(work: Path) -> None:
+    with ComfyServer(work / "comfyui", Path(os.environ["COMFYUI_PATH"])) as server:
+        for file in IMAGES.glob("*.png"):
+            server.upload(file)
+        for folder, names in CATALOGUE.items():
+            path = server.base / "input" / "catalogue" / folder
+            path.mkdir(parents=True, exist_ok=True)
+            for name in names:
+                shutil.copy(IMAGES / f"{name}.png", path)
+        shutil.rmtree(server.base / "output" / "catalogue", ignore_errors=True)  # or it is done, and draws nothing
+        thumbnails(server)
+        with browser() as context:
+            screenshots(opened(context, server), work)
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit("Usage: python tests/make_pictures.py WORK")
+    main(Path(sys.argv[1]))

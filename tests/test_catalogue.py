@@ -1,0 +1,224 @@
+"""Load and Save Catalogue on real folders: names, sizes, what is done and what is bad."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from conftest import ROOT
+from PIL import Image
+
+from catalogue.pictures import open_picture
+from catalogue.sheets import SETTINGS, Result, ResultsSheet
+from consislora_core.lora_file import ImageLora
+from demo.run import IMAGES
+
+LORA = ImageLora({}, {"consislora.stage": "image", "consislora.image_hash": "1a2b", "consislora.prompt": "A [c]"})
+
+
+@pytest.fixture
+def nodes(pack):
+    return pack.nodes.catalogue
+
+
+@pytest.fixture
+def folders(pack):
+    """ComfyUI's input and output folders, with two content and two style images of different sizes, and no results."""
+    root, output = pack.host.paths.input_folder() / "catalogue", pack.host.paths.output_folder()
+    for folder in (root, output):
+        shutil.rmtree(folder, ignore_errors=True)
+    for name, size in {
+        "subjects/cup": (40, 20),
+        "subjects/pot": (30, 50),
+        "styles/ink": (8, 8),
+        "styles/oil": (9, 9),
+    }.items():
+        path = root / f"{name}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", size, (255, 0, 51)).save(path)
+    return root, output
+
+
+def load(nodes, **changes):
+    given = dict(contents="catalogue/subjects", styles="catalogue/styles", catalogue="cat", name="{content}__{style}")
+    return nodes.CatalogLoad.execute(**{**given, "run": nodes.ALL, "index": 0, **changes}).result
+
+
+def save(nodes, job, **inputs):
+    return nodes.CatalogSave.execute(images=torch.rand(1, 16, 24, 3), job=job, **inputs)
+
+
+def names(nodes, **changes) -> list[str]:
+    """The pairs that a run would make."""
+    (*_, found, report) = load(nodes, **changes)
+    return found if isinstance(found[0], str) else []
+
+
+def fingerprint(nodes):
+    given = dict(contents="catalogue/subjects", styles="catalogue/styles", catalogue="cat", name="{content}__{style}")
+    return nodes.CatalogLoad.fingerprint_inputs(**given, run=nodes.ALL, index=0)
+
+
+def test_all_pairs_come_with_their_own_sizes(nodes, folders):
+    contents, styles, jobs, found, report = load(nodes)
+    assert found == ["cup__ink", "cup__oil", "pot__ink", "pot__oil"] == [job.name for job in jobs]
+    assert [tuple(one.shape) for one in contents] == [(1, 20, 40, 3)] * 2 + [(1, 50, 30, 3)] * 2
+    assert [tuple(one.shape) for one in styles] == [(1, 8, 8, 3), (1, 9, 9, 3)] * 2
+    assert contents[0] is contents[1]  # a picture takes memory once, however many pairs it is in
+    assert contents[0][0, 0, 0].tolist() == pytest.approx([1, 0, 0.2])
+    assert report.splitlines()[1] == "0 of 4 pairs are done."
+
+
+def test_one_pair_comes_by_its_index_and_after_the_last_the_first(nodes, folders):
+    assert [names(nodes, run=nodes.ONE, index=index)[0] for index in (0, 3, 4)] == ["cup__ink", "pot__oil", "cup__ink"]
+
+
+def test_what_is_saved_is_skipped_until_its_picture_or_source_changes(nodes, folders):
+    root, output = folders
+    jobs = load(nodes)[2]
+    before = fingerprint(nodes)
+    for job in jobs[:3]:
+        save(nodes, job)
+    assert names(nodes) == ["pot__oil"]
+    assert names(nodes, run=nodes.ONE, index=1) == []
+    assert fingerprint(nodes) != before
+    (output / "cat" / "cup__ink.png").unlink()
+    Image.new("RGB", (3, 3)).save(root / "styles" / "oil.png")
+    assert names(nodes) == ["cup__ink", "cup__oil", "pot__oil"]
+
+
+def test_when_everything_is_done_it_says_so_and_nothing_runs(nodes, folders):
+    for job in load(nodes)[2]:
+        save(nodes, job)
+    *blocked, report = load(nodes)
+    assert all(type(one).__name__ == "ExecutionBlocker" and one.message is None for (one,) in blocked)
+    assert report == "Everything is done. To have a result made again, delete its picture.\n4 of 4 pairs are done."
+
+
+def test_bad_files_are_listed_and_skipped_until_they_are_good(nodes, folders):
+    root, output = folders
+    (root / "subjects" / "bad.png").write_bytes(b"")
+    (root / "styles" / "torn.jpg").write_bytes(b"\xff\xd8\xff")
+    *_, found, report = load(nodes, styles="catalogue/styles\ncatalogue/none")
+    assert len(found) == 4
+    assert "- catalogue/subjects/bad.png: bad.png is empty (0 bytes). Copy it again." in report
+    sheet = ResultsSheet(output / "cat" / "results.csv")
+    assert sorted(sheet.read()) == ["catalogue/none", "catalogue/styles/torn.jpg", "catalogue/subjects/bad.png"]
+    assert names(nodes, run=nodes.ONE, index=0) == []  # bad.png comes first
+    (root / "styles" / "torn.jpg").unlink()
+    Image.new("RGB", (9, 9)).save(root / "subjects" / "bad.png")
+    assert len(names(nodes)) == 6
+    assert sheet.read() == {}
+
+
+def test_a_catalogue_of_nothing_is_refused_with_the_reasons(nodes, folders):
+    with pytest.raises(ValueError, match="has 1 problem:\n- catalogue/none: there is no such folder or file"):
+        load(nodes, contents="catalogue/none")
+    with pytest.raises(ValueError, match="contents or styles is empty"):
+        load(nodes, styles=" ")
+
+
+@pytest.mark.parametrize("changes", [{"catalogue": "../x"}, {"name": "../{content}"}, {"catalogue": "/tmp"}])
+def test_names_that_lead_elsewhere_are_refused(nodes, folders, changes):
+    with pytest.raises(ValueError, match="is not a name inside the folder"):
+        load(nodes, **changes)
+
+
+def test_a_result_has_its_row_and_its_facts(nodes, folders):
+    _, output = folders
+    job = load(nodes, name="{style}/{content}")[2][0]
+    made = save(nodes, job, content=LORA, report="content 0.9", accepted=False, reasons="too far")
+    assert made.result == ("cat/ink/cup.png",)
+    assert made.ui == {"images": [{"filename": "cup.png", "subfolder": "cat/ink", "type": "output"}]}
+    result = ResultsSheet(output / "cat" / "results.csv").read()["ink/cup"]
+    expected = Result("ink/cup", job.key, "cup.png", "ink.png", "ink/cup.png", "stage image, image_hash 1a2b")
+    expected = dict(vars(expected), scores="content 0.9", accepted="no", reason="too far", finished=result.finished)
+    assert vars(result) == expected
+    facts = json.loads(Image.open(output / "cat" / "ink" / "cup.png").text["consislora"])
+    assert (facts["name"], facts["content_lora"]["consislora.prompt"]) == ("ink/cup", "A [c]")
+    assert open_picture(output / "cat" / "ink" / "cup.png").size == (24, 16)
+
+
+def test_a_batch_is_saved_whole(nodes, folders):
+    _, output = folders
+    job = load(nodes)[2][0]
+    nodes.CatalogSave.execute(images=torch.rand(3, 8, 8, 3), job=job)
+    result = ResultsSheet(output / "cat" / "results.csv").read()["cup__ink"]
+    assert result.files == "cup__ink.png;cup__ink_2.png;cup__ink_3.png"
+    assert result.is_done(job.key, output / "cat")
+
+
+def test_settings_are_those_of_the_nearest_node_before(pack):
+    graph = {
+        "1": {"inputs": {"seed": 1, "steps": 1500, "rank": 4}},
+        "2": {"inputs": {"content": ["1", 0], "seed": 2, "steps": 20, "cfg": ["4", 0], "content_strength": True}},
+        "3": {"inputs": {"samples": ["2", 0], "vae": ["gone", 0]}},
+        "4": {"inputs": {"cfg": 7.5, "again": ["2", 0]}},
+        "5": {"inputs": {"images": ["3", 0], "seed": 9}},
+    }
+    hidden = type("Hidden", (), {"prompt": graph, "unique_id": "5"})
+    found = pack.host.prompt_graph.numbers_behind(hidden, "images", SETTINGS)
+    assert found == {"seed": 2, "steps": 20, "cfg": 7.5}
+    assert pack.host.prompt_graph.numbers_behind(None, "images", {"seed"}) == {}
+
+
+def test_a_picture_of_no_numbers_is_refused_and_not_done(nodes, folders):
+    _, output = folders
+    job = load(nodes)[2][0]
+    with pytest.raises(ValueError, match="not numbers"):
+        nodes.CatalogSave.execute(images=torch.full((1, 8, 8, 3), float("nan")), job=job)
+    assert len(names(nodes)) == 4
+
+
+@pytest.mark.parametrize(
+    ("fails", "error", "words"),
+    [
+        ("os.fsync", OSError(28, "No space left on device"), "No space left on device. Free some space"),
+        (
+            "tempfile.mkstemp",
+            PermissionError(13, "Permission denied"),
+            "Permission denied. .* make the folder writable",
+        ),
+    ],
+    ids=["full disk", "read-only folder"],
+)
+def test_errors_of_the_disk_are_reported(nodes, folders, monkeypatch, fails, error, words):
+    def refuse(*_, **__):
+        raise error
+
+    job = load(nodes)[2][0]
+    monkeypatch.setattr(fails, refuse)
+    with pytest.raises(ValueError, match=f"cup__ink could not be saved .*{words}"):
+        save(nodes, job)
+    assert not [path for path in job.folder.rglob("*") if path.suffix != ".lock"]
+
+
+def test_the_shared_workflow_makes_the_catalogue_once(server):
+    """With a file that is not a picture, and a content image that is not square."""
+    root, output = server.base / "input" / "shop", server.base / "output" / "shop"
+    for folder in ("subjects", "styles"):
+        (root / folder).mkdir(parents=True)
+    Image.open(IMAGES / "crown-flat.png").crop((0, 0, 128, 64)).save(root / "subjects" / "crown.png")
+    shutil.copy(IMAGES / "umbrella-high-contrast.png", root / "styles" / "ink.png")
+    (root / "subjects" / "bad.png").write_bytes(b"")
+    prompt = json.loads((ROOT / "workflows" / "api" / "catalogue_demo.json").read_text(encoding="utf-8"))
+    changes = {"contents": "shop/subjects", "styles": "shop/styles", "catalogue": "shop", "run": "all pairs in one run"}
+    changes |= {"steps": 2, "transition_step": 1, "rank": 4, "style_strength": 0.75, "seed": 5}
+    for node in prompt.values():
+        node["inputs"] |= {name: value for name, value in changes.items() if name in node["inputs"]}
+    (picture,) = server.images(server.run(prompt))
+    assert picture == output / "crown__ink.png"
+    with Image.open(picture) as image:
+        assert image.size == (128, 64)
+        assert json.loads(image.text["prompt"]).keys() == prompt.keys()
+        assert str(server.base) not in image.text["prompt"]  # what is shared tells nothing of the machine
+        assert json.loads(image.text["consislora"])["style_lora"]["consislora.stage"] == "style"
+    results = ResultsSheet(output / "results.csv").read()
+    made = results["crown__ink"]
+    assert (made.steps, made.style_strength, made.seed) == (2, 0.75, 5)
+    assert (made.content, made.style) == ("crown.png", "ink.png")
+    assert made.content_adapter.startswith("stage image, image_hash ")
+    assert results["shop/subjects/bad.png"].error == "bad.png is empty (0 bytes). Copy it again."
+    assert server.images(server.run(prompt)) == []
+    assert "Everything is done" not in server.log  # the bad one is not
+    assert ResultsSheet(output / "results.csv").read() == results

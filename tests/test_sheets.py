@@ -1,0 +1,203 @@
+"""Sheets as they come from artists and spreadsheets."""
+
+import json
+import os
+import threading
+
+import pytest
+
+from catalogue import sheets
+from catalogue.sheets import Job, Result, ResultsSheet, read_jobs
+
+
+def sheet(tmp_path, text: str, name: str = "jobs.csv", encoding: str = "utf-8"):
+    path = tmp_path / name
+    path.write_bytes(text.encode(encoding))
+    return path
+
+
+# Job sheets
+
+SAME = [
+    Job("cup.png", "ink.png", "cup in ink", seed=7, content_strength=0.5),
+    Job("cup.png", "oil.png", "cup__oil", prompt='a [c], "big"'),
+]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "content,style,name,seed,content_strength,prompt\ncup.png,ink.png,cup in ink,7,0.5,\n"
+        'cup.png,oil.png,,,,"a [c], ""big"""\n',
+        "\ufeffContent;Style;Name;Seed;Content Strength;Prompt\r\ncup.png;ink.png;cup in ink;7;0,5;\r\n;;;;;\r\n"
+        'cup.png;oil.png;;;;"a [c], ""big"""',
+        "content\tstyle\tname\tseed\tcontent_strength\tprompt\ncup.png\tink.png\tcup in ink\t7\t0.5\n"
+        'cup.png\toil.png\t\t\t\t"a [c], ""big"""',
+    ],
+    ids=["commas", "as a spreadsheet abroad saves it", "tabs"],
+)
+def test_csv_of_every_kind_is_read(tmp_path, text):
+    assert read_jobs(sheet(tmp_path, text)) == SAME
+
+
+def test_json_is_read(tmp_path):
+    rows = [
+        {"content": "cup.png", "style": "ink.png", "name": "cup in ink", "seed": 7, "content_strength": 0.5},
+        {"content": "cup.png", "style": "oil.png", "seed": None, "prompt": 'a [c], "big"'},
+    ]
+    assert read_jobs(sheet(tmp_path, json.dumps(rows), "jobs.json")) == SAME
+
+
+def test_jobs_without_a_name_get_one_each(tmp_path):
+    jobs = read_jobs(
+        sheet(tmp_path, "content,style,name\na/x.png,y.png,\nb/X.jpg,y.png,\nx.png,y.png,x__y_3\nx.png,y.png,")
+    )
+    assert [job.name for job in jobs] == ["x__y", "X__y_2", "x__y_3", "x__y_4"]
+
+
+def test_all_problems_are_reported_together(tmp_path):
+    text = (
+        "content,style,name,seed,content_strength,sead\na.png,b.png,x,1.5,strong,\n,b.png,../x,,nan,3\n\n"
+        "a.png,b.png,same,,,\na.png,b.png,Same,,,\n"
+    )
+    with pytest.raises(ValueError) as caught:
+        read_jobs(sheet(tmp_path, text))
+    assert str(caught.value).splitlines() == [
+        "jobs.csv has 7 problems:",
+        "- column sead: there is no such column. Known are content, style, name, prompt, negative_prompt, "
+        "content_lora, style_lora, content_strength, style_strength, content_guidance, style_guidance, "
+        "cfg, steps, seed.",
+        "- row 2, column content_strength: 'strong' is not a number, such as 0.8.",
+        "- row 2, column seed: '1.5' is not a whole number, such as 42.",
+        "- row 3, column content: it is empty, and it is needed.",
+        "- row 3, column content_strength: 'nan' is not a number, such as 0.8.",
+        "- row 3, column name: '../x' is not a name inside the folder results. Use letters, digits and spaces, with / "
+        "for subfolders; not .., a drive, a name that Windows keeps for devices, or a dot or space at an end.",
+        "- row 6, column name: 'Same' is the name of row 5 too. Choose another.",
+    ]
+
+
+def test_a_long_list_of_problems_is_cut(tmp_path):
+    with pytest.raises(ValueError, match="jobs.csv has 100 problems:(\n.*){30}\n... and 70 more$"):
+        read_jobs(sheet(tmp_path, "content,style,seed\n" + "a,b,x\n" * 100))
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "words"),
+    [
+        ("jobs.csv", "", "holds no jobs"),
+        ("jobs.csv", "content,style\n", "holds no jobs"),
+        ("jobs.csv", "content,style,style\n", "the column style is there twice"),
+        ("jobs.csv", "content,style\na,b,c\n", "row 2 has more cells"),
+        ("jobs.csv", 'content,style\n"a,b\n', "cannot be read as a sheet: unexpected end of data"),
+        ("jobs.csv", "content,style\n" + "a" * 200_000, "field larger than field limit"),
+        ("jobs.json", "{}", "a list of objects was expected"),
+        ("jobs.json", "[1]", "a list of objects was expected"),
+        ("jobs.json", "[" * 100_000, "cannot be read as a sheet"),
+        ("jobs.json", '[{"content": ["a"], "style": true}]', "column content: .* is not text"),
+        ("jobs.json", '[{"content": "a", "style": "b", "seed": ' + "9" * 5000 + "}]", "cannot be read as a sheet"),
+        ("jobs.json", '[{"content": "a", "style": "b", "cfg": 1' + "0" * 400 + "}]", "column cfg: 10"),
+    ],
+)
+def test_what_is_no_sheet_is_reported(tmp_path, name, text, words):
+    with pytest.raises(ValueError, match=words):
+        read_jobs(sheet(tmp_path, text, name))
+
+
+def test_another_encoding_a_missing_and_a_huge_sheet_are_reported(tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match="Save it as CSV UTF-8"):
+        read_jobs(sheet(tmp_path, "content,style\n\u732b,b", encoding="shift_jis"))
+    with pytest.raises(ValueError, match="none.csv cannot be read: No such file"):
+        read_jobs(tmp_path / "none.csv")
+    monkeypatch.setattr(sheets, "MAX_ROWS", 2)
+    with pytest.raises(ValueError, match="more than 2 rows"):
+        read_jobs(sheet(tmp_path, "content,style\n" + "a,b\n" * 3))
+    monkeypatch.setattr(sheets, "MAX_SHEET_BYTES", 10)
+    with pytest.raises(ValueError, match="is larger than"):
+        read_jobs(sheet(tmp_path, "content,style\n"))
+
+
+# The sheet of results
+
+
+@pytest.fixture(params=["results.csv", "results.json"])
+def results(request, tmp_path):
+    return ResultsSheet(tmp_path / "out" / request.param)
+
+
+CUP = Result(
+    "cup", "k1", "cup.png", "ink.png", "cup.png", content_strength=1 / 3, seed=2**64 - 1, reason='"so", \u732b\nsaid'
+)
+POT = Result("pot", error="it is empty")
+
+
+def test_results_come_back_as_they_were_in_their_order(results):
+    assert results.read() == {}
+    results.record([POT, CUP])
+    results.record([Result("pan")])
+    assert list(results.read().values()) == [POT, CUP, Result("pan")]
+    results.record([Result("pot", "k2")], forget=["pan", "none"])
+    assert list(results.read().values()) == [Result("pot", "k2"), CUP]
+
+
+def test_a_clock_that_jumps_changes_no_order(results):
+    for year in (2026, 1970, 2099):
+        results.record([Result(f"in {year}", finished=f"{year}-01-01T00:00:00+00:00")])
+    assert list(results.read()) == ["in 2026", "in 1970", "in 2099"]
+
+
+def test_a_column_that_a_person_added_stays(tmp_path):
+    results = ResultsSheet(sheet(tmp_path, "name;my note\ncup;nice\npot;bad\n", "results.csv"))
+    results.record([CUP])
+    assert results.read()["cup"] == CUP
+    header, first, *_ = results.path.read_text("utf-8-sig").splitlines()
+    assert header.endswith("my_note")
+    assert ",nice" in results.path.read_text("utf-8-sig")
+
+
+def test_a_sheet_that_was_damaged_by_hand_is_reported_and_left_alone(tmp_path):
+    results = ResultsSheet(sheet(tmp_path, "name,seed\n,1\ncup,x\n", "results.csv"))
+    with pytest.raises(
+        ValueError, match="results.csv has 2 problems:\n- row 2, column name(.|\n)*- row 3, column seed: 'x'"
+    ):
+        results.read()
+
+
+def test_one_is_done_when_key_and_pictures_are_those_of_the_job(tmp_path):
+    (tmp_path / "cup.png").touch()
+    assert CUP.is_done("k1", tmp_path)
+    assert not CUP.is_done("k2", tmp_path)
+    assert not CUP.is_done("k1", tmp_path / "elsewhere")
+    assert not POT.is_done("", tmp_path)
+
+
+def test_many_writers_lose_nothing(results):
+    def write(writer):
+        for number in range(5):
+            ResultsSheet(results.path).record([Result(f"{writer} {number}")])
+
+    threads = [threading.Thread(target=write, args=[writer]) for writer in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(results.read()) == 20
+
+
+def test_a_refused_write_leaves_the_earlier_sheet(results, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    results.record([CUP])
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        results.record([POT])
+    assert list(results.read().values()) == [CUP]
+    assert sorted(path.suffix for path in results.path.parent.iterdir()) == sorted([results.path.suffix, ".lock"])
+
+
+def test_a_full_sheet_is_reported(results, monkeypatch):
+    results.record([CUP])
+    monkeypatch.setattr(sheets, "MAX_ROWS", 1)
+    with pytest.raises(ValueError, match="Go on in another folder"):
+        results.record([POT])
