@@ -13,7 +13,7 @@ class LoadDemoModel(io.ComfyNode):
             display_name="Load Demo Model",
             category=CATEGORY,
             **aliases("tiny model", "test model"),
-            description="A tiny model of SDXL's architecture that draws emoji at 128 x 128 pixels. "
+            description="A tiny model of SDXL's architecture that draws emoji at 256 x 256 pixels. "
             "It tries every workflow on any computer; it is not for real work.",
             inputs=[],
             outputs=[

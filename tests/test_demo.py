@@ -32,7 +32,7 @@ def test_two_pictures_go_in_two_loras_and_a_picture_come_out(server, prompt):
     (result,) = nodes(prompt, "SaveImage")
     (picture,) = server.images({"outputs": {result: entry["outputs"][result]}})
     with Image.open(picture) as image:
-        assert image.size == (128, 128)
+        assert image.size == (256, 256)
     assert sorted(file.stem[:-6] for file in set(loras.glob("*.safetensors")) - earlier) == ["content", "style"]
     assert len(previews) >= 3
     log = server.log.removeprefix(log)

@@ -109,14 +109,14 @@ def test_the_address_that_the_demo_opens_shows_the_workflow(chromium, server):
 def test_guidance_changes_the_pictures_of_what_training_saves_first(server, trained):
     off = {"content_guidance": 0.0, "style_guidance": 0.0}
     pictures = [made(server, quick(f"{use}_demo", **changes)) for use in USES for changes in ({}, off)]
-    assert all(picture.size == (128, 128) for picture in pictures)
+    assert all(picture.size == (256, 256) for picture in pictures)
     assert len({picture.tobytes() for picture in pictures}) == len(pictures)
 
 
 def test_the_grid_shows_every_pair_and_each_picture_is_another(server, trained):
     *single, page = sorted(server.images(server.run(quick("strength_grid_demo", steps=3))), key=size)
-    assert [size(file) for file in single] == 9 * [(128, 128)]
-    assert min(size(page)) > 3 * 128
+    assert [size(file) for file in single] == 9 * [(256, 256)]
+    assert min(size(page)) > 3 * 256
     assert len({Image.open(file).tobytes() for file in single}) == 9
 
 

@@ -430,7 +430,7 @@ DEMO = Settings(
     base=Node("ConsisLoRADemoModel", "Demo model"),
     images=("crown-flat.png", "umbrella-high-contrast.png"),
     another="cherry-blossom-high-contrast.png",
-    side=128,
+    side=256,
     rates={"learning_rate": 1e-3, "reconstruction_learning_rate": 5e-4},
     sampling={
         "seed": 3,

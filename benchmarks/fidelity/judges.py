@@ -36,7 +36,7 @@ from benchmarks.fidelity.pairs import CONTENT_SET, PAIRS, STYLE_SETS
 
 FOLDER = Path(__file__).resolve().parent
 TRUTHS = {pair.truth for pairs in PAIRS.values() for pair in pairs}
-SIDE = 128
+SIDE, DRAWN = 128, 256  # pixels of a picture when it is judged, and when it is drawn
 SHARPNESS = 16.0  # of the softmax over cosines
 UNKNOWN = "fxemoji"  # the content judge learns from no drawing of this set
 DEMO = [
@@ -145,7 +145,7 @@ def load_judge(name: str) -> Judge:
 
 
 class Drawings(NamedTuple):
-    """pictures: n 128 128 3, uint8. labels: n of (set, subject)."""
+    """pictures: n 256 256 3, uint8. labels: n of (set, subject)."""
 
     pictures: Tensor
     labels: list[tuple[str, str]]
@@ -170,7 +170,7 @@ def render_everything(work: Path) -> Drawings:
             print(f"Rendering {name} ...", file=sys.stderr, flush=True)
             emoji = EmojiSet(work / "emoji", name)
             for subject in known:
-                if (picture := emoji.render(subject, SIDE)) is not None:
+                if (picture := emoji.render(subject, DRAWN)) is not None:
                     pictures.append(np.asarray(picture))
                     found.append((name, subject))
         np.save(cache, np.stack(pictures))

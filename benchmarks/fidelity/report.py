@@ -25,6 +25,7 @@ if __name__ == "__main__":
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from einops import rearrange
 from PIL import Image, ImageDraw
 from safetensors import safe_open
@@ -41,7 +42,7 @@ from benchmarks.common import (
     table,
     template,
 )
-from benchmarks.fidelity.judges import FOLDER, TRUTHS, load_judge
+from benchmarks.fidelity.judges import FOLDER, SIDE, TRUTHS, load_judge
 from benchmarks.fidelity.pairs import ALIGNED_SETS, CONTENT_SET, PAIRS, SAME_STYLE, Drawing, Pair
 from benchmarks.fidelity.studio import CFG, SAMPLER, SCHEDULER, STEPS, Own, Studio
 from benchmarks.picture_scores import perceptual_distance, ssim
@@ -245,6 +246,9 @@ class Bench:
         content, style, truth = (
             self.studio.drawn(*drawings)
             for drawings in zip(*((pair.content, pair.style, pair.truth) for pair in pairs), strict=True)
+        )
+        pictures, content, style, truth = (
+            F.adaptive_avg_pool2d(images, SIDE) for images in (pictures, content, style, truth)
         )
         contents, styles = (
             [self.judges[name](images) for images in (pictures, content, style, truth)] for name in ("content", "style")

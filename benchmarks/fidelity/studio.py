@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from benchmarks.effects import WEIGHTS
-from benchmarks.fidelity.judges import render_everything
+from benchmarks.fidelity.judges import DRAWN, render_everything
 from benchmarks.fidelity.pairs import Drawing
 from benchmarks.guidance import SIZES, start_comfy
 from consislora_core.files import written_whole
@@ -31,7 +31,7 @@ from consislora_core.store import METHOD, fingerprint
 from consislora_core.trainer import Trainer
 
 SAMPLER, SCHEDULER, STEPS, CFG = "dpmpp_2m", "karras", 20, 2.0  # the demo's
-CHANNELS, SIDE = 4, 16  # of a latent
+CHANNELS, SIDE = 4, DRAWN // 8  # of a latent
 DECODER = ("first_stage_model.decoder.", "first_stage_model.post_quant_conv.")
 ENDS = ("down", "up")
 ATTENTION = re.compile(r".*transformer_blocks\.\d+\.attn[12]\.to_(q|k|v|out\.0)")
