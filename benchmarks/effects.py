@@ -77,10 +77,7 @@ class Pair(NamedTuple):
     style: str
 
 
-TRAINED = [
-    Pair("crown-flat", "umbrella-high-contrast"),
-    Pair("owl-flat", "balloon-3d"),
-]
+TRAINED = [Pair("crown-flat", "umbrella-high-contrast"), Pair("owl-flat", "balloon-3d")]
 
 
 class Bench(NamedTuple):

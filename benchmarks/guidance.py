@@ -81,7 +81,7 @@ def applied(bench: Bench):
 def dual(bench: Bench, share_encoder: bool = True, **settings):
     host, prompts = bench.pack.host.guider, (bench.prompts["positive"], bench.prompts["negative"])
     images = bench.images["content"], bench.images["style"]
-    return host.dual_guider(bench.model, *prompts, *images, host.GuidanceSettings(CFG, **settings), share_encoder)
+    return host.build_dual_guider(bench.model, *prompts, *images, host.GuidanceSettings(CFG, **settings), share_encoder)
 
 
 def unshared(bench: Bench):

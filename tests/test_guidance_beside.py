@@ -78,7 +78,7 @@ def unshared_guider(pack, model, loras, positive=None, negative=None, **changes)
     prompts = positive or conditioning("main"), negative or conditioning("uncond")
     images = (loras.get(image) for image in ("content", "style"))
     settings = pack.host.guider.GuidanceSettings(**{**SETTINGS, **changes})
-    return pack.host.guider.dual_guider(model, *prompts, *images, settings, share_encoder=False)
+    return pack.host.guider.build_dual_guider(model, *prompts, *images, settings, share_encoder=False)
 
 
 def shared_and_unshared(guide, pack, model, loras, **changes):
@@ -484,7 +484,10 @@ def test_a_locked_picture_comes_back_when_the_same_model_reconstructs_it(guide, 
     model, clip, vae = demo.load()
     latent = {"samples": vae.encode(loaded("crown-flat").movedim(1, -1))}
     empty_prompt = clip.encode_from_tokens_scheduled(clip.tokenize(""))
-    guider, sampling = pack.host.guider.reconstruction_guider(model, empty_prompt, content=None), pack.host.sampling
+    guider, sampling = (
+        pack.host.guider.build_reconstruction_guider(model, empty_prompt, content=None),
+        pack.host.sampling,
+    )
 
     def error(steps):
         sigmas = sampling.ksampler_sigmas(model, steps, "euler", "karras", 1.0)

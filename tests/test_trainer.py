@@ -199,10 +199,7 @@ def test_gradient_clipping_is_off_unless_asked_for(host):
 
 @pytest.mark.parametrize(
     ("latent", "words"),
-    [
-        (torch.zeros(0, 4, 16, 16), "at least one image"),
-        (torch.full((1, 4, 16, 16), torch.nan), "not numbers"),
-    ],
+    [(torch.zeros(0, 4, 16, 16), "at least one image"), (torch.full((1, 4, 16, 16), torch.nan), "not numbers")],
 )
 def test_a_latent_that_cannot_be_learned_is_refused(host, latent, words):
     with pytest.raises(ValueError, match=words):
