@@ -20,8 +20,8 @@ def lora():
     return lora_file.read(AUTHORS)
 
 
-def saved(pack, lora, *given):
-    name = pack.nodes.lora.Save.execute(lora, "rights", *given).result[0]
+def saved(pack, lora, *inputs):
+    name = pack.nodes.lora.Save.execute(lora, "rights", *inputs).result[0]
     return lora_file.read(pack.host.paths.lora_path(name))
 
 
