@@ -47,11 +47,12 @@ def main(arguments: list[str] | None = None) -> int | str:
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
+    """The options of the command line."""
     parser = argparse.ArgumentParser(prog="python batch", description=__doc__)
     parser.add_argument(
         "sheet", type=Path, help="CSV or JSON, one picture a line: content, style, and what else differs"
     )
-    parser.add_argument("--server", type=address, default="127.0.0.1:8188", metavar="URL", help="default: %(default)s")
+    parser.add_argument("--server", type=to_url, default="127.0.0.1:8188", metavar="URL", help="default: %(default)s")
     parser.add_argument("--output", type=Path, metavar="DIR", help="where pictures go (default: beside the sheet)")
     parser.add_argument(
         "--workflow",
@@ -82,7 +83,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def address(text: str) -> str:
+def to_url(text: str) -> str:
     return text if "://" in text else f"http://{text}"
 
 
@@ -180,6 +181,7 @@ class Batch:
         return list(found.values())
 
     def order(self, job: Job) -> Order:
+        """A job as the server gets it. Raises ValueError as `fill_workflow` does."""
         content, style = self.names[job.content], self.names[job.style]
         workflow, key = fill_workflow(self.workflow, job, content, style, self.server_folder, self.metadata)
         return Order(

@@ -1,9 +1,13 @@
 """What the benchmarks share: where they run, what they state of the versions, estimates and tables."""
 
 import importlib.util
+import json
 import os
 import re
 import runpy
+import subprocess
+import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,6 +15,10 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 RESAMPLES = 10_000
 COLOURS = ("#3f789e", "#c0562b", "#5b8c5a")
+# What glibc does with freed memory: keep it, as a GPU's allocator does, for allocating it again costs time; or return
+# it at once, for otherwise it would count as resident.
+KEEP = {"MALLOC_MMAP_THRESHOLD_": "4000000000", "MALLOC_TRIM_THRESHOLD_": "4000000000"}
+GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536"}
 
 
 def set_up() -> None:
@@ -18,6 +26,16 @@ def set_up() -> None:
     packages = ["torch", "einops", "pytest", "matplotlib", "resvg_py"]
     if not ("COMFYUI_PATH" in os.environ and all(map(importlib.util.find_spec, packages))):
         runpy.run_path(str(ROOT / "bootstrap.py"))["enter"]("benchmarks")
+
+
+def measure_in_a_process(file: str, *arguments: str, malloc: Mapping[str, str] = {}) -> dict:
+    """Runs a benchmark with these arguments in a process of its own; the JSON that it prints last.
+
+    malloc: `KEEP` or `GIVE_BACK`, else what is usual.
+    """
+    command = [sys.executable, file, *arguments]
+    run = subprocess.run(command, stdout=subprocess.PIPE, env={**os.environ, **malloc}, text=True, check=True)
+    return json.loads(run.stdout.splitlines()[-1])
 
 
 def comfyui_version() -> str:

@@ -77,10 +77,7 @@ class Pair(NamedTuple):
     style: str
 
 
-TRAINED = [
-    Pair("crown-flat", "umbrella-high-contrast"),
-    Pair("owl-flat", "balloon-3d"),
-]
+TRAINED = [Pair("crown-flat", "umbrella-high-contrast"), Pair("owl-flat", "balloon-3d")]
 
 
 class Bench(NamedTuple):
@@ -107,7 +104,7 @@ def lora_name(loras: str, image: str) -> str:
     return f"{loras}/{image}_00001.safetensors"
 
 
-def train(server: ComfyServer, loras: str) -> None:
+def train_pairs(server: ComfyServer, loras: str) -> None:
     """Every pair whose LoRAs are not there yet."""
     for pair in TRAINED:
         if all((server.base / "models" / "loras" / lora_name(loras, image)).exists() for image in pair):
@@ -121,7 +118,7 @@ def train(server: ComfyServer, loras: str) -> None:
         server.run(prompt, timeout=4 * 3600, on_event=Clock(prompt))
 
 
-def guided(bench: Bench, pair: Pair, seeds: int, **inputs) -> dict:
+def build_prompt(bench: Bench, pair: Pair, seeds: int, **inputs) -> dict:
     """The workflow for a pair, with other inputs of the sampler."""
     prompt = json.loads(STYLISE.read_text(encoding="utf-8"))
     (sampler,), (empty,) = nodes(prompt, "ConsisLoRASampler"), nodes(prompt, "EmptyLatentImage")
@@ -132,10 +129,11 @@ def guided(bench: Bench, pair: Pair, seeds: int, **inputs) -> dict:
     return prompt
 
 
-def from_content(bench: Bench, pair: Pair, way: str, denoise: float) -> dict:
+def build_img2img(bench: Bench, pair: Pair, way: str, denoise: float) -> dict:
     """The workflow for a pair, begun at the content image's latent: noised once a seed, or locked."""
     seeds = bench.seeds if way == "noised" else 1
-    prompt = guided(bench, pair, seeds, denoise=denoise, structure_lock=way == "locked", latent_image=["start", 0])
+    settings = {"denoise": denoise, "structure_lock": way == "locked"}
+    prompt = build_prompt(bench, pair, seeds, latent_image=["start", 0], **settings)
     (base,) = nodes(prompt, "ConsisLoRADemoModel")
     size = {"upscale_method": "lanczos", "largest_size": SIDE}
     start = {
@@ -147,7 +145,7 @@ def from_content(bench: Bench, pair: Pair, way: str, denoise: float) -> dict:
     return prompt | {node: {"class_type": name, "inputs": inputs} for node, (name, inputs) in start.items()}
 
 
-def drawn(bench: Bench, prompt: dict) -> list[Path]:
+def draw(bench: Bench, prompt: dict) -> list[Path]:
     """The pictures of a workflow, one a seed."""
     names = [prompt[node]["inputs"]["lora_name"] for node in nodes(prompt, "ConsisLoRALoad")]
     loras = [(bench.server.base / "models" / "loras" / name).read_bytes() for name in names]
@@ -164,16 +162,16 @@ def drawn(bench: Bench, prompt: dict) -> list[Path]:
     return sorted(folder.iterdir())
 
 
-def loaded(*paths: Path) -> Tensor:
+def load_pictures(*paths: Path) -> Tensor:
     """Picture files as b 3 h w, 0 to 1."""
     sized = [Image.open(path).convert("RGB").resize((SIDE, SIDE), Image.Resampling.LANCZOS) for path in paths]
     return rearrange([torch.tensor(np.asarray(picture)) for picture in sized], "b h w c -> b c h w") / 255
 
 
-def scored(bench: Bench, prompts: list[dict]) -> Scored:
+def draw_and_score(bench: Bench, prompts: list[dict]) -> Scored:
     """A workflow for each pair, drawn and scored."""
-    pictures = [loaded(*drawn(bench, prompt)) for prompt in prompts]
-    images = [[loaded(IMAGES / f"{name}.png") for name in pair] for pair in bench.pairs]
+    pictures = [load_pictures(*draw(bench, prompt)) for prompt in prompts]
+    images = [[load_pictures(IMAGES / f"{name}.png") for name in pair] for pair in bench.pairs]
     scores = [
         (
             judge_similarity("content", drawn, content),
@@ -187,35 +185,35 @@ def scored(bench: Bench, prompts: list[dict]) -> Scored:
 
 
 @cache
-def judge(name: str) -> Judge:
+def load_cached_judge(name: str) -> Judge:
     return load_judge(name)
 
 
 def judge_similarity(name: str, pictures: Tensor, image: Tensor) -> Tensor:
     """Cosines (n) of a judge's features of pictures (n 3 h w) with those of an image (1 3 h w)."""
-    return (judge(name)(pictures).features * judge(name)(image).features).sum(1)
+    return (load_cached_judge(name)(pictures).features * load_cached_judge(name)(image).features).sum(1)
 
 
-def measured(bench: Bench, **inputs) -> Scored:
-    return scored(bench, [guided(bench, pair, bench.seeds, **inputs) for pair in bench.pairs])
+def measure(bench: Bench, **inputs) -> Scored:
+    return draw_and_score(bench, [build_prompt(bench, pair, bench.seeds, **inputs) for pair in bench.pairs])
 
 
-def differences_of(ours: Scored, theirs: Scored) -> tuple[Estimate, Estimate]:
+def compare(ours: Scored, theirs: Scored) -> tuple[Estimate, Estimate]:
     """By how much outlines and style distance of the same pictures differ."""
     return estimate(ours.outlines - theirs.outlines), estimate(ours.style_distance - theirs.style_distance)
 
 
-def keep(page: Image.Image, file: Path) -> None:
+def save_small(page: Image.Image, file: Path) -> None:
     """Saves a page in a size for a repository."""
     small = page.resize((2 * page.width // 3, 2 * page.height // 3), Image.Resampling.LANCZOS)
     small.quantize(128).save(file, optimize=True)
 
 
-def scales_section(bench: Bench, folder: Path) -> str:
-    plain, tables = measured(bench, **PLAIN), []
+def write_scales(bench: Bench, folder: Path) -> str:
+    plain, tables = measure(bench, **PLAIN), []
     figure, axes = chart_axes(2)
     for name, colour in zip(PLAIN, COLOURS, strict=False):
-        sweep, lines = [measured(bench, **{name: scale}) for scale in SCALES], []
+        sweep, lines = [measure(bench, **{name: scale}) for scale in SCALES], []
         for label, found in [*zip(SCALES, sweep, strict=True), ("both 0", plain)]:
             line = [label]
             for score in SCORES:
@@ -234,45 +232,45 @@ def scales_section(bench: Bench, folder: Path) -> str:
     return SCALES_TEXT.format("\n".join(tables))
 
 
-def strengths_section(bench: Bench, folder: Path) -> str:
+def write_strengths(bench: Bench, folder: Path) -> str:
     pair = bench.pairs[0]
 
     def cell(content, style):
-        prompt = guided(bench, pair, 1, content_strength=content, style_strength=style)
-        return f"content {content:g}, style {style:g}", drawn(bench, prompt)[0]
+        prompt = build_prompt(bench, pair, 1, content_strength=content, style_strength=style)
+        return f"content {content:g}, style {style:g}", draw(bench, prompt)[0]
 
     images = [(f"{image} image", IMAGES / f"{name}.png") for image, name in pair._asdict().items()]
     rows = [[cell(content, style) for style in STRENGTHS] for content in STRENGTHS]
-    keep(sheet([images, *rows]), folder / "effects_strengths.png")
+    save_small(sheet([images, *rows]), folder / "effects_strengths.png")
     return STRENGTHS_TEXT.format(pair)
 
 
-def cheaper_section(bench: Bench) -> str:
-    full, plain = measured(bench), measured(bench, **PLAIN)
+def write_cheaper(bench: Bench) -> str:
+    full, plain = measure(bench), measure(bench, **PLAIN)
     by_pair = [scores.view(-1, bench.seeds) for scores in (full.outlines, full.style_distance)]
     between = [(scores - scores.roll(1, 1)).abs().mean().item() for scores in by_pair]
     within, equal, lines = [], [], []
     for change in CHEAPER:
-        found, name = measured(bench, **change), " ".join(f"{key} {value}" for key, value in change.items())
-        differences = differences_of(found, full)
-        lost = estimate(distance(found, full) / distance(plain, full))
-        lines.append([name, guided_steps(**change), lost, *differences])
+        found, name = measure(bench, **change), " ".join(f"{key} {value}" for key, value in change.items())
+        differences = compare(found, full)
+        lost = estimate(picture_distance(found, full) / picture_distance(plain, full))
+        lines.append([name, count_guided_steps(**change), lost, *differences])
         if all(-bound < d.low and d.high < bound for d, bound in zip(differences, between, strict=True)):
             within.append(name)
         if all(d.low <= 0 <= d.high for d in differences):
             equal.append(name)
-    lines.append(["no guidance", 0, 1, *differences_of(plain, full)])
+    lines.append(["no guidance", 0, 1, *compare(plain, full)])
     header = ["setting", "guidance computed in", "effect lost", "outlines", "style distance"]
     names = {"within": ", ".join(within) or "none", "equal": ", ".join(equal) or "none"}
     return CHEAPER_TEXT.format(table=table(header, lines), between=between, **names)
 
 
-def distance(ours: Scored, theirs: Scored) -> Tensor:
+def picture_distance(ours: Scored, theirs: Scored) -> Tensor:
     """The norm of the difference (n) between pictures of the same pairs and seeds."""
     return (ours.pictures - theirs.pictures).flatten(1).norm(dim=1)
 
 
-def guided_steps(start_percent: float = 0.0, end_percent: float = 1.0, reuse_steps: int = 1) -> str:
+def count_guided_steps(start_percent: float = 0.0, end_percent: float = 1.0, reuse_steps: int = 1) -> str:
     """In how many steps guidance is computed, with SDXL's noise levels in the spacing of Karras et al. (2022)."""
     prompt = json.loads(STYLISE.read_text(encoding="utf-8"))
     steps = prompt[nodes(prompt, "ConsisLoRASampler")[0]]["inputs"]["steps"]
@@ -284,55 +282,55 @@ def guided_steps(start_percent: float = 0.0, end_percent: float = 1.0, reuse_ste
     return f"{-(-inside // reuse_steps)} of {steps} steps"
 
 
-def lock_section(bench: Bench, folder: Path) -> str:
+def write_lock(bench: Bench, folder: Path) -> str:
     rows, curves = [], {}
     for way in WAYS:
-        sweep = [scored(bench, [from_content(bench, pair, way, d) for pair in bench.pairs]) for d in DENOISE]
+        sweep = [draw_and_score(bench, [build_img2img(bench, pair, way, d) for pair in bench.pairs]) for d in DENOISE]
         rows += [
             [way, d, estimate(s.outlines), estimate(s.style_distance)] for d, s in zip(DENOISE, sweep, strict=True)
         ]
         stacked = torch.stack([torch.stack([s.style_distance, s.outlines]) for s in sweep], -1)
         curves[way] = stacked.view(2, len(bench.pairs), -1, len(DENOISE)).mean(2).numpy()  # 2 pairs denoise
-    keep(lock_sheet(bench), folder / "effects_lock.png")
+    save_small(draw_lock_sheet(bench), folder / "effects_lock.png")
     ways = curves["locked"], curves["noised"]
-    lead, reach = lead_over_pairs(*ways), shared(*(curve.mean(1) for curve in ways))
+    lead, reach = bootstrap_lead(*ways), shared_range(*(curve.mean(1) for curve in ways))
     verdict = "Locked is better" if lead.low > 0 else "Noised is better" if lead.high < 0 else "Neither is better"
     columns = ["way", "denoise", "outlines", "style distance"]
     return LOCK_TEXT.format(table=table(columns, rows), reach=reach, lead=lead, verdict=verdict)
 
 
-def lock_sheet(bench: Bench) -> Image.Image:
+def draw_lock_sheet(bench: Bench) -> Image.Image:
     """Both ways below each trained pair's images, a line for each denoise."""
     rows = [[(name, IMAGES / f"{name}.png") for pair in TRAINED for name in pair]]
     for denoise in DENOISE:
-        prompts = [(way, from_content(bench, pair, way, denoise)) for pair in TRAINED for way in WAYS]
-        rows.append([(f"{way}, denoise {denoise}", drawn(bench, prompt)[0]) for way, prompt in prompts])
+        prompts = [(way, build_img2img(bench, pair, way, denoise)) for pair in TRAINED for way in WAYS]
+        rows.append([(f"{way}, denoise {denoise}", draw(bench, prompt)[0]) for way, prompt in prompts])
     return sheet(rows)
 
 
-def lead_over_pairs(ours: np.ndarray, theirs: np.ndarray) -> Estimate:
+def bootstrap_lead(ours: np.ndarray, theirs: np.ndarray) -> Estimate:
     """The `lead` of two ways' mean curves (2 pairs n). Resamples that share no place do not count."""
     pairs = ours.shape[1]
     resampled = np.random.default_rng(0).integers(pairs, size=(RESAMPLES, pairs))
-    leads = [lead(ours[:, chosen].mean(1), theirs[:, chosen].mean(1)) for chosen in resampled]
-    return Estimate(lead(ours.mean(1), theirs.mean(1)), *np.nanquantile(leads, [0.025, 0.975]))
+    leads = [mean_lead(ours[:, chosen].mean(1), theirs[:, chosen].mean(1)) for chosen in resampled]
+    return Estimate(mean_lead(ours.mean(1), theirs.mean(1)), *np.nanquantile(leads, [0.025, 0.975]))
 
 
-def lead(ours: np.ndarray, theirs: np.ndarray) -> float:
+def mean_lead(ours: np.ndarray, theirs: np.ndarray) -> float:
     """How much higher one curve (2 n: place, height) is than another, on average where both are; NaN if nowhere."""
-    low, high = shared(ours, theirs)
+    low, high = shared_range(ours, theirs)
     places = np.linspace(low, high, 20) if low < high else np.nan
     heights = [np.interp(places, *curve[:, curve[0].argsort()]) for curve in (ours, theirs)]
     return (heights[0] - heights[1]).mean()
 
 
-def shared(ours: np.ndarray, theirs: np.ndarray) -> tuple[float, float]:
+def shared_range(ours: np.ndarray, theirs: np.ndarray) -> tuple[float, float]:
     """The first and last place (the first of the two) that both curves reach."""
     return max(ours[0].min(), theirs[0].min()), min(ours[0].max(), theirs[0].max())
 
 
-def introduction(bench: Bench) -> str:
-    images = [[loaded(IMAGES / f"{name}.png") for name in pair] for pair in bench.pairs]
+def write_introduction(bench: Bench) -> str:
+    images = [[load_pictures(IMAGES / f"{name}.png") for name in pair] for pair in bench.pairs]
     return INTRODUCTION.format(
         date=date.today(),
         few=" --few" if bench.pairs == TRAINED else "",
@@ -356,10 +354,10 @@ def main() -> None:
     with ComfyServer(options.work / "comfyui", Path(os.environ["COMFYUI_PATH"])) as server:
         for picture in IMAGES.glob("*.png"):
             server.upload(picture)
-        train(server, loras)
+        train_pairs(server, loras)
         bench = Bench(server, options.work / "pictures", loras, pairs)
-        sections = [introduction(bench), scales_section(bench, results), strengths_section(bench, results)]
-        sections += [cheaper_section(bench), lock_section(bench, results)]
+        sections = [write_introduction(bench), write_scales(bench, results), write_strengths(bench, results)]
+        sections += [write_cheaper(bench), write_lock(bench, results)]
     text = joined(sections)
     (results / "effects.md").write_text(text, encoding="utf-8")
     print(text)

@@ -15,9 +15,7 @@ machine cancels. `--sdxl` takes the real size, in bf16 on a GPU. Exits with 1 if
 """
 
 import json
-import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -30,7 +28,16 @@ from typing import Any, NamedTuple
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from benchmarks.common import RESULTS, ROOT, comfyui_version, set_up, template
+from benchmarks.common import (
+    GIVE_BACK,
+    KEEP,
+    RESULTS,
+    ROOT,
+    comfyui_version,
+    measure_in_a_process,
+    set_up,
+    template,
+)
 
 REPETITIONS = 5
 CFG, SCALES, END = 5.0, {"content": 1.0, "style": 1.0}, 0.44
@@ -81,7 +88,7 @@ def applied(bench: Bench):
 def dual(bench: Bench, share_encoder: bool = True, **settings):
     host, prompts = bench.pack.host.guider, (bench.prompts["positive"], bench.prompts["negative"])
     images = bench.images["content"], bench.images["style"]
-    return host.dual_guider(bench.model, *prompts, *images, host.GuidanceSettings(CFG, **settings), share_encoder)
+    return host.build_dual_guider(bench.model, *prompts, *images, host.GuidanceSettings(CFG, **settings), share_encoder)
 
 
 def unshared(bench: Bench):
@@ -194,7 +201,7 @@ def make_bench(size: Size) -> Bench:
     return Bench(size, pack, model, prompts, images)
 
 
-def steps_of(size: Size, variant: str) -> int:
+def count_steps(size: Size, variant: str) -> int:
     return max(size.steps, FEWEST_STEPS.get(variant, 0))
 
 
@@ -211,7 +218,7 @@ def sample(bench: Bench, guider, steps: int):
     return guider.sample(start, torch.zeros_like(start), euler, sigmas(bench, steps), disable_pbar=True, seed=1)
 
 
-def clock(device: str) -> float:
+def read_clock(device: str) -> float:
     if device == "cpu":
         return time.process_time()
     import torch
@@ -221,10 +228,10 @@ def clock(device: str) -> float:
 
 
 def time_per_step(bench: Bench, name: str, guider) -> float:
-    steps = steps_of(bench.size, name)
-    start = clock(bench.size.device)
+    steps = count_steps(bench.size, name)
+    start = read_clock(bench.size.device)
     sample(bench, guider, steps)
-    return (clock(bench.size.device) - start) / steps
+    return (read_clock(bench.size.device) - start) / steps
 
 
 def check_pictures(pictures: dict) -> None:
@@ -236,12 +243,12 @@ def check_pictures(pictures: dict) -> None:
         raise RuntimeError(f"The same step gives different pictures: {errors}, where guidance moves it by {moved}.")
 
 
-def encoder_share(bench: Bench) -> float:
+def measure_encoder_share(bench: Bench) -> float:
     """The share of a plain pass that is over when the first LoRA is reached."""
     unet, marks = bench.model.model.diffusion_model, {}
 
     def mark(place):
-        return lambda *_: marks.setdefault(place, []).append(clock(bench.size.device))
+        return lambda *_: marks.setdefault(place, []).append(read_clock(bench.size.device))
 
     hooks = [
         unet.register_forward_pre_hook(mark("start")),
@@ -261,9 +268,9 @@ def measure_times(bench: Bench) -> dict:
     for repetition in range(REPETITIONS):
         print(f"Repetition {repetition + 1} of {REPETITIONS} ...", file=sys.stderr, flush=True)
         rounds.append({name: time_per_step(bench, name, guider) for name, guider in guiders.items()})
-    levels = sigmas(bench, steps_of(bench.size, "ours, in a window"))[:-1]
+    levels = sigmas(bench, count_steps(bench.size, "ours, in a window"))[:-1]
     end = bench.model.model.model_sampling.percent_to_sigma(END)
-    return {"rounds": rounds, "encoder": encoder_share(bench), "guided": int((levels >= end).sum())}
+    return {"rounds": rounds, "encoder": measure_encoder_share(bench), "guided": int((levels >= end).sum())}
 
 
 def measure_memory(bench: Bench, name: str) -> dict:
@@ -284,26 +291,13 @@ def measure(size: str, *variant: str) -> dict:
         return measure_memory(bench, *variant) if variant else measure_times(bench)
 
 
-# What glibc does with freed memory: keep it, as a GPU's allocator does, for allocating it again costs time; or return
-# it at once, for otherwise it would count as resident.
-KEEP = {"MALLOC_MMAP_THRESHOLD_": "4000000000", "MALLOC_TRIM_THRESHOLD_": "4000000000"}
-GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536"}
-
-
-def in_a_process(size: str, *variant: str) -> dict:
-    environment = {**os.environ, **(GIVE_BACK if variant else KEEP)}
-    command = [sys.executable, __file__, "--measure", size, *variant]
-    run = subprocess.run(command, stdout=subprocess.PIPE, env=environment, text=True, check=True)
-    return json.loads(run.stdout.splitlines()[-1])
-
-
 MEMORY = {
     "cpu": "resident memory over what it was just before sampling, each variant in a process of its own",
     "cuda": "memory allocated on the GPU over what it was just before sampling",
 }
 
 
-def explanation(size: Size, times: dict) -> str:
+def write_explanation(size: Size, times: dict) -> str:
     import torch
 
     gpu = size.device == "cuda"
@@ -316,7 +310,7 @@ def explanation(size: Size, times: dict) -> str:
         size=size,
         encoder=times["encoder"],
         guided=times["guided"],
-        window=steps_of(size, "ours, in a window"),
+        window=count_steps(size, "ours, in a window"),
         repetitions=REPETITIONS,
         plain=statistics.median(turn["plain CFG"] for turn in times["rounds"]),
         memory=MEMORY[size.device],
@@ -334,8 +328,8 @@ def report(name: str) -> bool:
         lines.append(line)
         print(line, flush=True)
 
-    times = in_a_process(name)
-    say(explanation(size, times))
+    times = measure_in_a_process(__file__, "--measure", name, malloc=KEEP)
+    say(write_explanation(size, times))
     within = True
     for variant in VARIANTS:
         ratios = [turn[variant] / turn["plain CFG"] for turn in times["rounds"]]
@@ -344,7 +338,8 @@ def report(name: str) -> bool:
         cells = [variant, f"{ratio:.2f} ({min(ratios):.2f} to {max(ratios):.2f})"]
         if size.device == "cuda":
             cells.append(f"{1000 * statistics.median(turn[variant] for turn in times['rounds']):.0f}")
-        cells.append(f"{in_a_process(name, variant)['growth'] / 1e6:.0f} MB")
+        memory = measure_in_a_process(__file__, "--measure", name, variant, malloc=GIVE_BACK)
+        cells.append(f"{memory['growth'] / 1e6:.0f} MB")
         say(f"| {' | '.join(cells)} |")
     results = RESULTS / ("guidance.md" if name == "small" else f"guidance_{name}.md")
     results.write_text("\n".join(lines) + "\n")

@@ -13,18 +13,17 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from benchmarks.common import comfyui_version, set_up, template
+from benchmarks.common import GIVE_BACK, comfyui_version, measure_in_a_process, set_up, template
 from benchmarks.trainers import (
     SDXL_UNET,
     SIZES,
     Size,
     fast,
     host,
-    in_a_process,
     peak_growth,
     random_inputs,
+    random_model,
     saved_for_backward,
-    sdxl_shaped,
     train_lora_node,
 )
 
@@ -34,7 +33,7 @@ CHANNELS = {"float32": SIZES["narrow"].channels, "float16": 128}  # about 1 GB i
 TRAINERS = {"ConsisLoRATrainImage": fast, "TrainLoraNode": train_lora_node}
 
 
-def learning() -> dict[int, int]:
+def watch_learned_parameters() -> dict[int, int]:
     """The parameters that an optimizer moves from now on: size in bytes by address."""
     from torch.optim.optimizer import register_optimizer_step_pre_hook
 
@@ -54,7 +53,8 @@ def measure(trainer: str, stored: str, channels: str, what: str) -> dict:
         import torch
 
         with torch.inference_mode():
-            model, lora = sdxl_shaped(Size(int(channels), SIDE, RANK, stored), "cpu"), learning()
+            model = random_model(Size(int(channels), SIDE, RANK, stored), "cpu")
+            lora = watch_learned_parameters()
             latent, positive = random_inputs(SIDE)
             unet = {parameter.untyped_storage().data_ptr(): parameter.nbytes for parameter in model.model.parameters()}
             if what == "activations":
@@ -66,7 +66,7 @@ def measure(trainer: str, stored: str, channels: str, what: str) -> dict:
         return {"unet": sum(unet.values()), "growth": growth[0], "lora": 4 * sum(lora.values())}
 
 
-def full_size(activations: int) -> list[str]:
+def compute_full_size(activations: int) -> list[str]:
     """The memory that training takes on SDXL itself, in bf16, by the image's side: computed from our measured parts.
 
     activations: in bytes, of the small UNet in fp32. They grow with channels and with pixels.
@@ -96,9 +96,9 @@ def report() -> bool:
     within = True
     for stored, channels in CHANNELS.items():
         # Counted where nothing is cast, so that casts do not count as activations.
-        counted = in_a_process(__file__, "ConsisLoRATrainImage", "float32", str(channels), "activations")
+        counted = measure_in_a_process(__file__, "ConsisLoRATrainImage", "float32", str(channels), "activations")
         for trainer in TRAINERS:
-            sizes = in_a_process(__file__, trainer, stored, str(channels), "growth", giving_back=True)
+            sizes = measure_in_a_process(__file__, trainer, stored, str(channels), "growth", malloc=GIVE_BACK)
             cells = [trainer, stored, *(f"{sizes[key] / 1e6:.0f} MB" for key in ("unet", "growth", "lora"))]
             if trainer == "ConsisLoRATrainImage":
                 rest = (sizes["growth"] - sizes["lora"] - counted["activations"]) / sizes["unet"]
@@ -106,7 +106,7 @@ def report() -> bool:
                 cells += [f"{counted['activations'] / 1e6:.0f} MB", f"{rest:.1%}"]
             print(f"| {' | '.join(cells)} |", flush=True)
         if stored == "float32":
-            computed = full_size(counted["activations"])
+            computed = compute_full_size(counted["activations"])
     print("\n# SDXL itself, computed from these parts\n", *computed, sep="\n")
     return within
 

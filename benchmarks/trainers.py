@@ -1,8 +1,5 @@
 """The trainers that training.py and memory.py measure, and a UNet of SDXL's shape for each."""
 
-import json
-import os
-import subprocess
 import sys
 import tempfile
 import threading
@@ -52,7 +49,7 @@ def host(device: str) -> Iterator[ModuleType]:
         yield load_pack()
 
 
-def sdxl_shaped(size: Size, device: str):
+def random_model(size: Size, device: str):
     """A MODEL of random weights. Call in inference mode, as a loader node would."""
     import comfy.model_patcher
     import comfy.supported_models
@@ -205,13 +202,3 @@ def saved_for_backward() -> Iterator[dict[int, int]]:
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         yield saved
-
-
-def in_a_process(file: str, *what: str, giving_back: bool = False) -> dict:
-    """The JSON that a benchmark prints last, started in a process of its own with these arguments.
-
-    giving_back: glibc returns freed memory at once, or it would count as resident; that costs time.
-    """
-    environment = {**os.environ, **({"MALLOC_MMAP_THRESHOLD_": "65536"} if giving_back else {})}
-    run = subprocess.run([sys.executable, file, *what], stdout=subprocess.PIPE, env=environment, text=True, check=True)
-    return json.loads(run.stdout.splitlines()[-1])

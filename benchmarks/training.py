@@ -22,7 +22,16 @@ from typing import NamedTuple
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from benchmarks.common import COLOURS, RESULTS, chart_axes, comfyui_version, set_up, template
+from benchmarks.common import (
+    COLOURS,
+    GIVE_BACK,
+    RESULTS,
+    chart_axes,
+    comfyui_version,
+    measure_in_a_process,
+    set_up,
+    template,
+)
 from benchmarks.trainers import (
     NOISES,
     PRECISIONS,
@@ -31,13 +40,12 @@ from benchmarks.trainers import (
     Size,
     fast,
     host,
-    in_a_process,
     peak_growth,
     plain_recipe,
     plain_unet,
     random_inputs,
+    random_model,
     saved_for_backward,
-    sdxl_shaped,
 )
 
 PRODUCT = re.compile(r"aten::((add)?mm|(badd)?bmm|mkldnn_convolution|convolution_backward|_scaled_dot_product_\w+)")
@@ -77,7 +85,7 @@ GROWTH = {  # side of the latent, rank, images in a batch
 }
 
 
-def now() -> float:
+def read_clock() -> float:
     import torch
 
     if torch.cuda.is_available():
@@ -85,7 +93,7 @@ def now() -> float:
     return time.perf_counter()
 
 
-def step_ends(pack: ModuleType | None = None, clock: Callable[[], float] = now) -> list[float]:
+def record_step_ends(pack: ModuleType | None = None, clock: Callable[[], float] = read_clock) -> list[float]:
     """The times at which steps end, from now on: of the pack's Trainer; without a pack, of any optimizer."""
     from torch.optim.optimizer import register_optimizer_step_post_hook
 
@@ -123,14 +131,14 @@ def measure_side(trainer: str, device: str, what: str) -> dict:
                 plain_recipe(unet, size, steps, device)
         else:
             with torch.inference_mode():
-                model = sdxl_shaped(size, device)
+                model = random_model(size, device)
             unet, (latent, positive) = model.model.diffusion_model, random_inputs(size.side)
 
             def train():
                 with torch.inference_mode():
                     TRAINERS[trainer](pack, model, latent, positive, steps, size.rank, PRECISIONS[size.dtype])
 
-        ends = step_ends(pack if trainer in OURS else None)
+        ends = record_step_ends(pack if trainer in OURS else None)
         own = sum(weight.nbytes for weight in unet.parameters())
         with nullcontext([0]) if what == "speed" else peak_growth(device) as growth:
             train()
@@ -139,7 +147,7 @@ def measure_side(trainer: str, device: str, what: str) -> dict:
         return {"seconds": seconds, "growth": growth[0], "whole": whole}
 
 
-def onednn_linear() -> dict:
+def count_onednn_linear() -> dict:
     """For FlopCounterMode: oneDNN's linear, and its FLOP from the shapes of x and weight."""
     import torch
 
@@ -181,12 +189,12 @@ def measure_split(device: str) -> dict:
     size, _, all_steps, _ = PLANS[device]
     precision, parts = PRECISIONS[size.dtype], []
     with host(device) as pack, torch.inference_mode():
-        model = sdxl_shaped(size, device)
+        model = random_model(size, device)
         unet, clock = model.model.diffusion_model, Clock(device)
         latent, positive = random_inputs(size.side)
         flops = []
         for steps in (1, 2):  # the first also reads the text
-            with FlopCounterMode(display=False, custom_mapping=onednn_linear()) as counter:
+            with FlopCounterMode(display=False, custom_mapping=count_onednn_linear()) as counter:
                 fast(pack, model, latent, positive, steps, size.rank, precision)
             flops.append(counter.get_total_flops())
         unet.input_blocks[0][0].register_forward_pre_hook(clock.mark)
@@ -196,18 +204,18 @@ def measure_split(device: str) -> dict:
         register_optimizer_step_post_hook(clock.mark)
 
         def note() -> float:
-            end = now()
+            end = read_clock()
             parts.append(clock.last(5))
             return end
 
-        ends = step_ends(pack, note)
+        ends = record_step_ends(pack, note)
         fast(pack, model, latent, positive, all_steps, size.rank, precision)
     names = ("forward encoder", "forward decoder", "backward", "optimizer")
     split = dict(zip(names, (statistics.median(part) for part in zip(*parts[2:], strict=True)), strict=True))
     return {
         "split": {"other": seconds_a_step(ends) - sum(split.values()), **split},
         "flops": flops[1] - flops[0],
-        "rate": matrix_rate(device, getattr(torch, size.dtype)),
+        "rate": measure_matrix_rate(device, getattr(torch, size.dtype)),
     }
 
 
@@ -217,7 +225,7 @@ def measure_pair(device: str) -> dict:
 
     size = PLANS[device].size
     with host(device) as pack, torch.inference_mode():
-        model, (latent, positive), train = sdxl_shaped(size, device), random_inputs(size.side, 2), pack.nodes.train
+        model, (latent, positive), train = random_model(size, device), random_inputs(size.side, 2), pack.nodes.train
         settings = dict(rank=size.rank, seed=0, precision=PRECISIONS[size.dtype], memory="fast", preset="fast")
         start = time.perf_counter()
         for image in latent["samples"].split(1):
@@ -244,30 +252,30 @@ def measure_products() -> dict:
     return {"share": sum(seconds[name] for name in seconds if PRODUCT.fullmatch(name)) / sum(seconds.values())}
 
 
-def matrix_rate(device: str, dtype) -> float:
+def measure_matrix_rate(device: str, dtype) -> float:
     """FLOP/s of a product of two large matrices."""
     import torch
 
     n = 2048 if device == "cpu" else 8192
     matrix, times = torch.randn(n, n, device=device, dtype=dtype), []
     for _ in range(12):
-        start = now()
+        start = read_clock()
         matrix @ matrix
-        times.append(now() - start)
+        times.append(read_clock() - start)
     return 2 * n**3 / statistics.median(times)
 
 
-def demo_model(pack):
+def load_demo_model(pack):
     return pack.nodes.demo.LoadDemoModel.execute().result[0]
 
 
-def demo_positive():
+def random_demo_positive():
     import torch
 
     return [[torch.randn(1, 32, 192), {"pooled_output": torch.randn(1, 128)}]]
 
 
-def weights(lora):
+def all_weights(lora):
     import torch
 
     return torch.cat([side.flatten() for part in lora.parts.values() for layer in part.values() for side in layer[:2]])
@@ -286,8 +294,8 @@ def measure_batch(device: str) -> dict:
     with host(device) as pack, torch.inference_mode():
         torch.backends.cudnn.allow_tf32 = False  # which rounds more than the bound allows
         train = pack.nodes.train
-        model, positive = demo_model(pack), demo_positive()
-        images, ends = torch.randn(BATCH, 4, 16, 16), step_ends(pack)
+        model, positive = load_demo_model(pack), random_demo_positive()
+        images, ends = torch.randn(BATCH, 4, 16, 16), record_step_ends(pack)
         alone, seconds = [], []
         for image in images.split(1):
             ends.clear()
@@ -297,7 +305,7 @@ def measure_batch(device: str) -> dict:
         ends.clear()
         together = train.TrainImages.execute(model, {"samples": images}, positive, at_once=BATCH, **settings).result[0]
         difference = [
-            ((weights(ours) - weights(theirs)).norm() / weights(theirs).norm()).item()
+            ((all_weights(ours) - all_weights(theirs)).norm() / all_weights(theirs).norm()).item()
             for ours, theirs in zip(together, alone, strict=True)
         ]
         return {
@@ -314,7 +322,7 @@ def measure_flat(device: str) -> dict:
 
     resident = []
     with host(device) as pack, torch.inference_mode():
-        model, positive, ends = demo_model(pack), demo_positive(), step_ends(pack)
+        model, positive, ends = load_demo_model(pack), random_demo_positive(), record_step_ends(pack)
         show = pack.host.progress.Progress.show
 
         def watch(progress, event):
@@ -334,7 +342,7 @@ def measure_growth(device: str) -> dict:
 
     points = []
     with host(device) as pack, torch.inference_mode():
-        model, ends = sdxl_shaped(SIZES["growing"], device), step_ends(pack)
+        model, ends = random_model(SIZES["growing"], device), record_step_ends(pack)
         unet = {parameter.untyped_storage().data_ptr() for parameter in model.model.parameters()}
         for side, rank, images in dict.fromkeys(point for row in GROWTH.values() for point in row):
             latent, positive = random_inputs(side, images)
@@ -348,9 +356,8 @@ def measure_growth(device: str) -> dict:
             ends.clear()
             each(model, latent, positive, steps=6, **settings)
             activations = sum(size for address, size in saved.items() if address not in unet)
-            size = activations + 12 * images * len(
-                weights(lora)
-            )  # gradient and two moments: the weights are among the saved tensors
+            # Gradient and two moments: the weights are among the saved tensors.
+            size = activations + 12 * images * len(all_weights(lora))
             points.append([[side, rank, images], seconds_a_step(ends), size])
     return {"points": points}
 
@@ -366,20 +373,16 @@ MEASUREMENTS = {
 }
 
 
-def measured(*what: str, giving_back: bool = False) -> dict:
-    return in_a_process(__file__, *what, giving_back=giving_back)
-
-
-def side_by_side(device: str) -> tuple[bool, dict[str, float]]:
+def compare_trainers(device: str) -> tuple[bool, dict[str, float]]:
     """Prints the table; whether all bounds hold, and seconds a step or noise by trainer."""
     _, rounds, _, ratios = PLANS[device]
     # In turns, so that a machine that slows down slows all of them. Measuring memory costs no time on a GPU.
     what = "speed" if device == "cpu" else "both"
-    turns = [{name: measured("side", name, device, what) for name in ALL} for _ in range(rounds)]
+    turns = [{name: measure_in_a_process(__file__, "side", name, device, what) for name in ALL} for _ in range(rounds)]
     seconds = {name: statistics.median(turn[name]["seconds"] for turn in turns) for name in ALL}
     sizes = turns[-1]
     if device == "cpu":
-        sizes = {name: measured("side", name, device, "memory", giving_back=True) for name in ALL}
+        sizes = {name: measure_in_a_process(__file__, "side", name, device, "memory", malloc=GIVE_BACK) for name in ALL}
     growth = {name: sizes[name]["growth"] for name in ALL}
     print("| | steps per second | times plain | peak growth | of plain | in all |\n|---|---|---|---|---|---|")
     whole = {name: sizes[name]["whole"] for name in ALL}
@@ -397,22 +400,22 @@ def side_by_side(device: str) -> tuple[bool, dict[str, float]]:
         else:
             ratio = growth[ours] / growth[theirs]
             met, text = ratio <= bound, f"{ratio:.0%} of the memory (at most {bound:.0%})"
-        print(f"- {ours} against {theirs}: {text}{missed(met)}")
+        print(f"- {ours} against {theirs}: {text}{mark_missed(met)}")
         within = within and met
     if device == "cuda":
         for name, most in WHOLE.items():
             met = whole[name] <= most
-            print(f"- {name}: {whole[name] / 1e9:.1f} GB in all (at most {most / 1e9:.0f} GB){missed(met)}")
+            print(f"- {name}: {whole[name] / 1e9:.1f} GB in all (at most {most / 1e9:.0f} GB){mark_missed(met)}")
             within = within and met
     return within, seconds
 
 
-def missed(met: bool) -> str:
+def mark_missed(met: bool) -> str:
     return "" if met else " **MISSED**"
 
 
-def products_share() -> None:
-    share = measured("products")["share"]
+def report_products() -> None:
+    share = measure_in_a_process(__file__, "products")["share"]
     print(
         f"\nOf a plain step {share:.0%} is spent in matrix products, convolutions and attention, which every "
         f"trainer of this method needs (but for the text, which `fast` reads once): one that did all the rest in "
@@ -421,8 +424,8 @@ def products_share() -> None:
     )
 
 
-def time_split(device: str, seconds: dict[str, float]) -> bool:
-    split = measured("split", device)
+def report_split(device: str, seconds: dict[str, float]) -> bool:
+    split = measure_in_a_process(__file__, "split", device)
     total, flops, rate = sum(split["split"].values()), split["flops"], split["rate"]
     print("\n| part of a `fast` step | ms | share |\n|---|---|---|")
     for name, part in split["split"].items():
@@ -433,18 +436,18 @@ def time_split(device: str, seconds: dict[str, float]) -> bool:
     )
     if device == "cpu":
         return True
-    share, pair = flops / seconds["preset fast"] / rate, measured("pair", device)["seconds"]
+    share, pair = flops / seconds["preset fast"] / rate, measure_in_a_process(__file__, "pair", device)["seconds"]
     met = share >= SHARE and pair <= PAIR
     print(
         f"With the preset fast it is {share:.0%} (at least {SHARE:.0%}), and a whole pair, from node to node with "
-        f"everything, takes {pair:.0f} s (at most {PAIR}).{missed(met)} Its steps at one noise each take "
+        f"everything, takes {pair:.0f} s (at most {PAIR}).{mark_missed(met)} Its steps at one noise each take "
         f"{PAIR_STEPS * seconds['fast']:.0f} s."
     )
     return met
 
 
-def batch(device: str) -> bool:
-    result = measured("batch", device)
+def report_batch(device: str) -> bool:
+    result = measure_in_a_process(__file__, "batch", device)
     ratio = result["alone"] / result["together"]
     bound = BATCH_BOUND[device]
     met = ratio >= bound and result["difference"] < SAME
@@ -453,13 +456,13 @@ def batch(device: str) -> bool:
         f"image alone, {1e3 * result['together']:.3g} ms side by side, {ratio:.2f} times faster (at least "
         f"{bound}). Largest difference of a LoRA from the one trained alone: {result['difference']:.1e} "
         f"(at most {SAME:.0e})."
-        f"{missed(met)}"
+        f"{mark_missed(met)}"
     )
     return met
 
 
-def flat(device: str) -> None:
-    result = measured("flat", device, giving_back=True)
+def report_flat(device: str) -> None:
+    result = measure_in_a_process(__file__, "flat", device, malloc=GIVE_BACK)
     early, late = result["resident"]
     print(
         f"\n## A long training\n\n{FLAT_STEPS} steps on the demo model: the last 500 took "
@@ -468,8 +471,8 @@ def flat(device: str) -> None:
     )
 
 
-def cost_of_growth(device: str) -> None:
-    points = {tuple(point): rest for point, *rest in measured("growth", device)["points"]}
+def report_growth(device: str) -> None:
+    points = {tuple(point): rest for point, *rest in measure_in_a_process(__file__, "growth", device)["points"]}
     size = SIZES["growing"]
     print(
         f"\n## Cost of growth\n\nOn a UNet of {size.channels} channels; where they do not "
@@ -486,11 +489,11 @@ def cost_of_growth(device: str) -> None:
                 f"{size / first_size:.1f} |"
             )
     picture = "training.png" if device == "cpu" else "training_gpu.png"
-    plot(points, picture)
+    plot_growth(points, picture)
     print(f"\n![cost of growth]({picture})")
 
 
-def plot(points: dict, file: str) -> None:
+def plot_growth(points: dict, file: str) -> None:
     """A chart in benchmarks/results: each list of `GROWTH`, time and memory relative to its first point, log-log."""
     figure, axes = chart_axes(len(GROWTH))
     for index, (axis, (name, row)) in enumerate(zip(axes, GROWTH.items(), strict=True)):
@@ -517,13 +520,13 @@ def report() -> bool:
     (explanation,) = template("training")
     versions = dict(date=date.today(), comfyui=comfyui_version(), torch=torch.__version__, machine=name)
     print(explanation.format(size=size, pixels=8 * size.side, speed=speed, noises=NOISES, **versions))
-    within, seconds = side_by_side(device)
+    within, seconds = compare_trainers(device)
     if device == "cpu":
-        products_share()
-    within = time_split(device, seconds) and within
-    within = batch(device) and within
-    flat(device)
-    cost_of_growth(device)
+        report_products()
+    within = report_split(device, seconds) and within
+    within = report_batch(device) and within
+    report_flat(device)
+    report_growth(device)
     return within
 
 

@@ -30,6 +30,7 @@ class RecordedStep:
         self.stream = torch.cuda.Stream()  # the default stream cannot be recorded
 
     def compute(self, *inputs: Tensor) -> Sequence[Tensor]:
+        """The step's `compute`, replayed once it is recorded."""
         if self.graphs is None and self.recordable and self.warm >= WARM_UP:
             self._record(inputs)
         if self.graphs is None:
@@ -41,6 +42,7 @@ class RecordedStep:
         return self.outputs
 
     def update(self) -> None:
+        """The step's `update`, replayed once it is recorded."""
         if self.graphs is None:
             self._on_stream(self.step.update)
         else:

@@ -11,7 +11,7 @@ BLOCKS = {
     "sdxl": {
         "content": {"diffusers": "up_blocks.0.attentions.0", "comfyui": "output_blocks.0.1"},
         "style": {"diffusers": "up_blocks.0.attentions.1", "comfyui": "output_blocks.1.1"},
-    },
+    }
 }
 
 # Attention layers a LoRA sits on, self- and cross-attention alike (ConsisLoRA section 5, implementation details).

@@ -45,6 +45,7 @@ def keep_open(server: ComfyServer) -> None:
 
 
 def train_and_stylise(server: ComfyServer, output: Path) -> None:
+    """Runs the workflow, and again at other strengths; leaves a contact sheet and the LoRA files in `output`."""
     prompt = json.loads(WORKFLOW.read_text(encoding="utf-8"))
     loras = server.base / "models" / "loras" / "consislora"
     earlier = set(loras.glob("*.safetensors"))

@@ -21,19 +21,19 @@ def to_image(picture: Image.Image) -> Tensor:
     return torch.from_numpy(np.array(picture.convert("RGB")))[None].float() / 255
 
 
-def stacked(pictures: Sequence[Image.Image]) -> Tensor:
+def stack_pictures(pictures: Sequence[Image.Image]) -> Tensor:
     """ComfyUI's IMAGE (b h w 3, 0 to 1) from pictures of one size."""
     return torch.cat([to_image(picture) for picture in pictures])
 
 
-def card(pictures: Mapping[str, Image.Image], scores: Mapping[str, float]) -> Image.Image:
+def draw_card(pictures: Mapping[str, Image.Image], scores: Mapping[str, float]) -> Image.Image:
     """The pictures side by side, each with its caption below, and a bar from 0 to 1 for every score."""
     width = len(pictures) * (CARD + GAP) + GAP
     page = Image.new("RGB", (width, CARD + 3 * GAP + LINE * (1 + len(scores))), PAPER)
     draw, font = ImageDraw.Draw(page), ImageFont.load_default(18)
     for i, (caption, picture) in enumerate(pictures.items()):
         left = GAP + i * (CARD + GAP)
-        fitted = contained(picture, CARD)
+        fitted = _fit_square(picture, CARD)
         page.paste(fitted, (left + (CARD - fitted.width) // 2, GAP + (CARD - fitted.height) // 2))
         draw.text((left, GAP + CARD + LINE // 2), caption, INK, font, anchor="lm")
     bar_left, bar_right = GAP + 130, width - GAP - 70
@@ -47,7 +47,7 @@ def card(pictures: Mapping[str, Image.Image], scores: Mapping[str, float]) -> Im
     return page
 
 
-def grid(images: Tensor, quantity: str, content: Sequence[float], style: Sequence[float], cell: int) -> Tensor:
+def draw_grid(images: Tensor, quantity: str, content: Sequence[float], style: Sequence[float], cell: int) -> Tensor:
     """Pictures (b h w 3, row by row from the top left) as one (1 h w 3), with labelled axes: content right, style up.
 
     quantity: what the values on the axes are, such as "strength". cell: width of a picture, in pixels.
@@ -60,15 +60,15 @@ def grid(images: Tensor, quantity: str, content: Sequence[float], style: Sequenc
         row, column = divmod(i, len(content))
         picture = to_picture(image).resize((cell, height), Image.Resampling.LANCZOS)
         page.paste(picture, (margin + column * cell, row * height))
-    axis(page, f"content {quantity}", content, (margin, page.height - margin), cell, font)
+    _draw_axis(page, f"content {quantity}", content, (margin, page.height - margin), cell, font)
     # The upward axis is drawn horizontally and turned.
     upward = Image.new("RGB", (len(style) * height, margin), PAPER)
-    axis(upward, f"style {quantity}", style, (0, 0), height, font, name_first=True)
+    _draw_axis(upward, f"style {quantity}", style, (0, 0), height, font, name_first=True)
     page.paste(upward.transpose(Image.Transpose.ROTATE_90), (0, 0))
     return to_image(page)
 
 
-def axis(
+def _draw_axis(
     page: Image.Image, name: str, values: Sequence[float], corner: tuple[int, int], cell: int, font, name_first=False
 ) -> None:
     """Draws a horizontal axis from its top left `corner`: values centred in their cells, the name below or above."""
@@ -80,7 +80,7 @@ def axis(
         draw.text((left + i * cell + cell // 2, values_at), f"{value:.2f}", INK, font, anchor="mm")
 
 
-def contained(picture: Image.Image, side: int) -> Image.Image:
+def _fit_square(picture: Image.Image, side: int) -> Image.Image:
     """The whole picture, scaled to fit a square."""
     scale = side / max(picture.size)
     size = [max(1, round(scale * length)) for length in picture.size]

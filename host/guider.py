@@ -8,16 +8,7 @@ import comfy.samplers
 from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
-from ..consislora_core.guidance import (
-    CONTENT,
-    CONTENTS_STYLE,
-    Mix,
-    Row,
-    guidance,
-    guidance_rows,
-    parts_of,
-    wanted_mix,
-)
+from ..consislora_core.guidance import CONTENT, CONTENTS_STYLE, Mix, Row, guidance, guidance_rows, parts_of, wanted_mix
 from ..consislora_core.lora_file import ImageLora
 from .guided_unet import ROWS, with_guided_pass, with_mix
 from .training_model import check_roles
@@ -116,7 +107,7 @@ class DualGuider(comfy.samplers.CFGGuider):
         return theirs(args) if theirs else predicted[: len(asked)]
 
 
-def dual_guider(
+def build_dual_guider(
     model: ModelPatcher,
     positive: Conditioning,
     negative: Conditioning,
@@ -139,7 +130,7 @@ def dual_guider(
     return guider
 
 
-def reconstruction_guider(
+def build_reconstruction_guider(
     model: ModelPatcher, negative: Conditioning, content: ImageLora | None
 ) -> comfy.samplers.CFGGuider:
     """A guider that reconstructs the content image: both parts of its LoRA act, with the negative prompt alone."""

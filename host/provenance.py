@@ -16,7 +16,7 @@ KEPT = 1000  # records
 HIDDEN = [io.Hidden.prompt, io.Hidden.unique_id, io.Hidden.extra_pnginfo]  # the hidden inputs that `note` needs
 RIGHTS = {"prompt": "consislora.prompt", "rights": "consislora.rights", "permission": "consislora.permission"}
 
-records: dict[str, dict] = {}  # by `key`: what nodes have noted
+records: dict[str, dict] = {}  # by `_node_key`: what nodes have noted
 
 
 def note(hidden: Any, loras: Mapping[str, ImageLora | None], settings: Mapping[str, Any]) -> None:
@@ -28,15 +28,15 @@ def note(hidden: Any, loras: Mapping[str, ImageLora | None], settings: Mapping[s
     if hidden is None or not hidden.prompt:
         return
     numbers = {name: value for name, value in settings.items() if isinstance(value, (int, float, str))}
-    record = {**{image: described(lora) for image, lora in loras.items() if lora is not None}, **numbers}
-    records[key(hidden.prompt, hidden.unique_id)] = record
+    record = {**{image: describe_lora(lora) for image, lora in loras.items() if lora is not None}, **numbers}
+    records[_node_key(hidden.prompt, hidden.unique_id)] = record
     if len(records) > KEPT:
         del records[next(iter(records))]
     if hidden.extra_pnginfo is not None:
         hidden.extra_pnginfo.setdefault(CHUNK, {})[hidden.unique_id] = record
 
 
-def described(lora: ImageLora) -> dict[str, str]:
+def describe_lora(lora: ImageLora) -> dict[str, str]:
     """What a picture says of a LoRA: the hash of its weights, which its file has as well, its prompt and rights."""
     known = {name: lora.metadata[entry] for name, entry in RIGHTS.items() if lora.metadata.get(entry)}
     return {"weights": lora.weights_hash, **known}
@@ -46,13 +46,13 @@ def recall(posted: dict) -> dict:
     """Adds earlier records to a queued workflow: nodes whose results are cached do not run, and note nothing."""
     prompt, extra = posted.get("prompt", {}), posted.setdefault("extra_data", {})
     extra["extra_pnginfo"] = extra.get("extra_pnginfo") or {}  # queued through the API there is none
-    found = {node: records.get(key(prompt, node)) for node in prompt}
+    found = {node: records.get(_node_key(prompt, node)) for node in prompt}
     if known := {node: record for node, record in found.items() if record}:
         extra["extra_pnginfo"][CHUNK] = known
     return posted
 
 
-def key(prompt: dict, node: str) -> str:
+def _node_key(prompt: dict, node: str) -> str:
     """A hash of a node and of all nodes upstream of it."""
     upstream, left = {}, [node]
     while left:

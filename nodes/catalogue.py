@@ -43,10 +43,7 @@ class CatalogLoad(io.ComfyNode):
                     "one a line.",
                 ),
                 io.String.Input(
-                    "styles",
-                    default="catalogue/styles",
-                    multiline=True,
-                    tooltip="The same for the style images.",
+                    "styles", default="catalogue/styles", multiline=True, tooltip="The same for the style images."
                 ),
                 io.String.Input(
                     "catalogue",
@@ -90,7 +87,7 @@ class CatalogLoad(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, contents, styles, catalogue, name, run, index):
-        plan = plan_of(contents, styles, catalogue, name)
+        plan = make_plan(contents, styles, catalogue, name)
         files = sorted({path for pair in plan.pairs for path in (pair.content, pair.style)})
         stats = [(str(path), path.stat().st_mtime_ns, path.stat().st_size) for path in files]
         results = plan.sheet.read()
@@ -101,7 +98,7 @@ class CatalogLoad(io.ComfyNode):
 
     @classmethod
     def execute(cls, contents, styles, catalogue, name, run, index) -> io.NodeOutput:
-        plan = plan_of(contents, styles, catalogue, name)
+        plan = make_plan(contents, styles, catalogue, name)
         if not plan.pairs:
             problems = [f"{name}: {problem}" for name, problem in plan.problems.items()]
             raise ValueError(error_text("The catalogue", problems or ["contents or styles is empty. Name a folder."]))
@@ -172,15 +169,15 @@ class CatalogSave(io.ComfyNode):
             job.content,
             job.style,
             ";".join(path.relative_to(job.folder).as_posix() for path in paths),
-            described(content),
-            described(style),
+            describe_lora(content),
+            describe_lora(style),
             **numbers_behind(cls.hidden, "images", SETTINGS),
             scores=report,
             accepted={None: "", True: "yes", False: "no"}[accepted],
             reason=reasons,
             finished=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         )
-        texts = workflow_texts(cls.hidden) | {"consislora": facts(result, content, style)}
+        texts = workflow_texts(cls.hidden) | {"consislora": facts_text(result, content, style)}
         try:
             for image, path in zip(images, paths, strict=True):
                 write_picture(drawing.to_picture(image), path, texts)
@@ -195,19 +192,19 @@ class CatalogSave(io.ComfyNode):
         return io.NodeOutput("\n".join(file.as_posix() for file in files), ui={"images": shown})
 
 
-def plan_of(contents: str, styles: str, catalogue: str, name: str) -> Plan:
+def make_plan(contents: str, styles: str, catalogue: str, name: str) -> Plan:
     """The plan in ComfyUI's own folders. Raises ValueError for names that lead out of them."""
     return plan_catalogue(input_folder(), inside(output_folder(), catalogue), contents, styles, name)
 
 
-def described(lora: ImageLora | None) -> str:
+def describe_lora(lora: ImageLora | None) -> str:
     """A LoRA in a few words: its title if it came from a file, and how it was trained."""
     metadata = lora.metadata if lora else {}
     facts = [f"{name} {metadata[f'consislora.{name}']}" for name in FACTS if f"consislora.{name}" in metadata]
     return ", ".join(filter(None, [metadata.get("modelspec.title"), *facts]))
 
 
-def facts(result: Result, content: ImageLora | None, style: ImageLora | None) -> str:
+def facts_text(result: Result, content: ImageLora | None, style: ImageLora | None) -> str:
     """The result and the LoRAs' metadata as JSON, for the picture."""
     record = {name: value for name, value in as_record(result).items() if value not in ("", None)}
     return json.dumps(

@@ -58,22 +58,22 @@ class Evaluate(io.ComfyNode):
 
     @classmethod
     def execute(cls, images, content_image, style_image, clip_vision=None) -> io.NodeOutput:
-        scores = scored(images, content_image, style_image, clip_vision)
+        scores = score_pictures(images, content_image, style_image, clip_vision)
         sources = {"content": drawing.to_picture(content_image[0]), "style": drawing.to_picture(style_image[0])}
-        cards = drawing.stacked(
+        cards = drawing.stack_pictures(
             [
-                drawing.card({**sources, "picture": drawing.to_picture(image)}, score)
+                drawing.draw_card({**sources, "picture": drawing.to_picture(image)}, score)
                 for image, score in zip(images, scores, strict=True)
             ]
         )
-        return io.NodeOutput(scores, cards, report(scores), ui=ui.PreviewImage(cards, cls=cls))
+        return io.NodeOutput(scores, cards, report_text(scores), ui=ui.PreviewImage(cards, cls=cls))
 
 
-def scored(images: Tensor, content_image: Tensor, style_image: Tensor, clip_vision: Any = None) -> Scores:
+def score_pictures(images: Tensor, content_image: Tensor, style_image: Tensor, clip_vision: Any = None) -> Scores:
     """The scores of pictures (b h w c) beside both images (n h w c); those by features only with a CLIP_VISION."""
-    pictures = channels_first(images)
+    pictures = to_channels_first(images)
     height, width = pictures.shape[-2:]
-    content = comfy.utils.common_upscale(channels_first(content_image[:1]), width, height, "area", "center")
+    content = comfy.utils.common_upscale(to_channels_first(content_image[:1]), width, height, "area", "center")
     found = structure_scores(pictures, content)
     if clip_vision is not None:
         batches = (images, content_image, style_image)
@@ -81,12 +81,12 @@ def scored(images: Tensor, content_image: Tensor, style_image: Tensor, clip_visi
     return [dict(zip(found, values, strict=True)) for values in torch.stack(list(found.values()), 1).tolist()]
 
 
-def channels_first(images: Tensor) -> Tensor:
+def to_channels_first(images: Tensor) -> Tensor:
     """Pictures (b h w 3 or 4) as b 3 h w in fp32, without alpha."""
     return rearrange(images[..., :3], "b h w c -> b c h w").float()
 
 
-def report(scores: Scores) -> str:
+def report_text(scores: Scores) -> str:
     """The scores as JSON: their mean, and those of each picture."""
     mean = {name: sum(score[name] for score in scores) / len(scores) for name in scores[0]}
     rounded = [{name: round(value, 4) for name, value in score.items()} for score in (mean, *scores)]

@@ -3,7 +3,7 @@
 from comfy_api.latest import io
 
 from ..consislora_core.lora_file import ImageLora
-from ..host.guider import GuidanceSettings, dual_guider, reconstruction_guider
+from ..host.guider import GuidanceSettings, build_dual_guider, build_reconstruction_guider
 from ..host.provenance import HIDDEN, note
 from ..host.sampling import invert, ksampler_sigmas, sample
 from .guidance_inputs import guidance_inputs, model_and_prompts, optional_inputs, sampling_inputs
@@ -28,7 +28,7 @@ class Guider(io.ComfyNode):
     def execute(cls, model, positive, negative, content=None, style=None, **guidance) -> io.NodeOutput:
         settings = GuidanceSettings(**guidance)
         note(cls.hidden, {"content": content, "style": style}, guidance)
-        return io.NodeOutput(dual_guider(model, positive, negative, content, style, settings))
+        return io.NodeOutput(build_dual_guider(model, positive, negative, content, style, settings))
 
 
 class Sampler(io.ComfyNode):
@@ -61,11 +61,11 @@ class Sampler(io.ComfyNode):
         cls, model, positive, negative, latent_image, seed, steps, sampler_name, scheduler, denoise,
         structure_lock=False, content: ImageLora | None = None, style: ImageLora | None = None, **guidance,
     ) -> io.NodeOutput:  # fmt: skip
-        guider = dual_guider(model, positive, negative, content, style, GuidanceSettings(**guidance))
+        guider = build_dual_guider(model, positive, negative, content, style, GuidanceSettings(**guidance))
         sigmas = ksampler_sigmas(model, steps, sampler_name, scheduler, denoise)
         if structure_lock:
             check_lockable(latent_image)
-            latent_image = invert(reconstruction_guider(model, negative, content), latent_image, sigmas)
+            latent_image = invert(build_reconstruction_guider(model, negative, content), latent_image, sigmas)
         noted = dict(seed=seed, steps=steps, sampler_name=sampler_name, scheduler=scheduler, denoise=denoise)
         note(cls.hidden, {"content": content, "style": style}, {**noted, **guidance})
         return io.NodeOutput(sample(guider, latent_image, seed, sampler_name, sigmas, noised=structure_lock))

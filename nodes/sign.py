@@ -59,7 +59,7 @@ class SaveSigned(io.ComfyNode):
             unsigned = BytesIO()
             drawing.to_picture(image).save(unsigned, "png", pnginfo=text_chunks(texts))
             unsigned.seek(0)
-            file = signed(unsigned, record, path.name, algorithm)
+            file = sign_png(unsigned, record, path.name, algorithm)
             with written_whole(path) as unfinished:
                 unfinished.write_bytes(file)
             subfolder = path.parent.relative_to(output_folder()).as_posix()
@@ -67,7 +67,7 @@ class SaveSigned(io.ComfyNode):
         return io.NodeOutput(ui=ui.SavedImages(saved))
 
 
-def signed(file: BytesIO, record: dict, title: str, algorithm: str) -> bytes:
+def sign_png(file: BytesIO, record: dict, title: str, algorithm: str) -> bytes:
     """A PNG with Content Credentials. Raises ValueError if package, certificate or key are missing or wrong."""
     try:
         import c2pa
@@ -84,7 +84,7 @@ def signed(file: BytesIO, record: dict, title: str, algorithm: str) -> bytes:
         ],
     }
     result = BytesIO()
-    info = c2pa.C2paSignerInfo(algorithm.encode(), pem(CERTIFICATE), pem(KEY), None)
+    info = c2pa.C2paSignerInfo(algorithm.encode(), read_pem(CERTIFICATE), read_pem(KEY), None)
     try:
         with c2pa.Signer.from_info(info) as signer, c2pa.Builder(manifest) as builder:
             builder.sign(signer, "image/png", file, result)
@@ -96,7 +96,7 @@ def signed(file: BytesIO, record: dict, title: str, algorithm: str) -> bytes:
     return result.getvalue()
 
 
-def pem(variable: str) -> bytes:
+def read_pem(variable: str) -> bytes:
     """The content of the file that a variable of the environment names. Raises ValueError if there is none."""
     path = Path(os.environ.get(variable, ""))
     if not path.is_file():

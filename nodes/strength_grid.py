@@ -9,7 +9,7 @@ from comfy_api.latest import io
 
 from ..consislora_core.lora_file import ImageLora
 from ..host import drawing
-from ..host.guider import GuidanceSettings, dual_guider
+from ..host.guider import GuidanceSettings, build_dual_guider
 from ..host.provenance import HIDDEN, note
 from ..host.sampling import ksampler_sigmas, sample
 from .guidance_inputs import guidance_inputs, model_and_prompts, optional_inputs, sampling_inputs
@@ -87,7 +87,7 @@ class StrengthGrid(io.ComfyNode):
         cells = list(swept.cells())
         latents = []
         for number, cell in enumerate(cells):
-            guider = dual_guider(model, positive, negative, content, style, replace(settings, **cell))
+            guider = build_dual_guider(model, positive, negative, content, style, replace(settings, **cell))
             sampled = sample(guider, latent_image, seed, sampler_name, sigmas, run=(number, len(cells)))
             latents.append(sampled["samples"])
         # All at the end, so that model and VAE take turns on a small GPU only once.
@@ -96,7 +96,7 @@ class StrengthGrid(io.ComfyNode):
         noted |= dict(content_from=content_from, content_to=content_to, content_steps=content_steps)
         noted |= dict(style_from=style_from, style_to=style_to, style_steps=style_steps, sweep=sweep)
         note(cls.hidden, {"content": content, "style": style}, {**noted, **guidance})
-        return io.NodeOutput(drawing.grid(images, swept.quantity, *axes, cell_size), images)
+        return io.NodeOutput(drawing.draw_grid(images, swept.quantity, *axes, cell_size), images)
 
 
 def sweep_inputs(image: str) -> list[io.Input]:

@@ -129,8 +129,7 @@ class TrainStyle(io.ComfyNode):
                 io.Latent.Input("latent", tooltip="The style image, from VAE Encode: the same as in stage 1."),
                 io.Conditioning.Input("positive", tooltip='The prompt: "An image in the style of [v]".'),
                 ConsisLora.Input(
-                    "content_lora",
-                    tooltip="What stage 1 learned from this style image. Its content part is frozen.",
+                    "content_lora", tooltip="What stage 1 learned from this style image. Its content part is frozen."
                 ),
                 io.Int.Input("steps", default=1000, min=1, max=100_000, tooltip="Training steps."),
                 learning_rate("reconstruction_learning_rate", 1e-4, "Learning rate."),

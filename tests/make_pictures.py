@@ -25,19 +25,19 @@ from demo.server import ComfyServer
 ROOT = Path(__file__).resolve().parent.parent
 HELP = ROOT / "web" / "docs"
 PAGE, GAP, CAPTION = (480, 320), 12, "drawn by the demo model"
-THING, LOOK, ANOTHER, THING_2 = "crown-flat", "umbrella-high-contrast", "cherry-blossom-high-contrast", "owl-flat"
+SUBJECT, STYLE, STYLE_2, SUBJECT_2 = "crown-flat", "umbrella-high-contrast", "cherry-blossom-high-contrast", "owl-flat"
 # For each use what goes in, and the nodes that show what comes out.
 SHOWN = {
-    "train_and_stylise": ([THING, LOOK], ["SaveImage"]),
-    "train_content": ([THING], ["LossGraphNode"]),
-    "train_style": ([LOOK], ["LossGraphNode"]),
-    "dual_guidance": ([THING, LOOK], ["SaveImage"]),
-    "content_only": ([THING], ["SaveImage"]),
-    "style_only": ([LOOK], ["SaveImage"]),
-    "multi_reference": ([THING, LOOK, ANOTHER], ["SaveImage"]),
+    "train_and_stylise": ([SUBJECT, STYLE], ["SaveImage"]),
+    "train_content": ([SUBJECT], ["LossGraphNode"]),
+    "train_style": ([STYLE], ["LossGraphNode"]),
+    "dual_guidance": ([SUBJECT, STYLE], ["SaveImage"]),
+    "content_only": ([SUBJECT], ["SaveImage"]),
+    "style_only": ([STYLE], ["SaveImage"]),
+    "multi_reference": ([SUBJECT, STYLE, STYLE_2], ["SaveImage"]),
     "strength_grid": ([], ["SaveImage"]),
     "evaluate_and_gate": ([], ["ConsisLoRAEvaluate"]),
-    "catalogue": ([THING, THING_2, LOOK], ["ConsisLoRACatalogSave"]),
+    "catalogue": ([SUBJECT, SUBJECT_2, STYLE], ["ConsisLoRACatalogSave"]),
 }
 NODE = """kind => {
     const { pos: [x, y], size: [width, height] } = app.graph.nodes.find(({ type }) => type === kind)
@@ -48,10 +48,10 @@ WORKFLOW = """() => {
     const most = (pick, i) => pick(...sides.map(side => side[i]))
     return [[most(Math.min, 0) - 10, most(Math.min, 1) - 10], [most(Math.max, 2) + 10, most(Math.max, 3) + 10]]
 }"""
-CATALOGUE = {"contents": [THING, THING_2], "styles": [LOOK]}
+CATALOGUE = {"contents": [SUBJECT, SUBJECT_2], "styles": [STYLE]}
 
 
-def made(server: ComfyServer, use: str) -> list[Path]:
+def draw(server: ComfyServer, use: str) -> list[Path]:
     """What a workflow draws, all pairs of the catalogue at once."""
     prompt = api(f"{use}_demo")
     for node in nodes(prompt, "ConsisLoRACatalogLoad"):
@@ -61,25 +61,25 @@ def made(server: ComfyServer, use: str) -> list[Path]:
     return server.images({"outputs": {node: entry["outputs"][node] for node in ends}})
 
 
-def thumbnail(given: list[Path], drawn: list[Path], caption: str = "") -> Image.Image:
+def draw_thumbnail(images: list[Path], drawn: list[Path], caption: str = "") -> Image.Image:
     """What goes in, one under the other, and to the right of it what comes out."""
     page = Image.new("RGB", PAGE, "white")
     height = page.height - (24 if caption else 0)
     left = 0
-    if given:
-        left = min(140, height // len(given))
-        put(page, given, (0, 0, left, height), columns=1)
+    if images:
+        left = min(140, height // len(images))
+        paste_grid(page, images, (0, 0, left, height), columns=1)
         draw, middle = ImageDraw.Draw(page), height // 2
         draw.polygon([(left + 4, middle - 12), (left + 4, middle + 12), (left + 18, middle)], fill="#3f789e")
         left += 18
-    put(page, drawn, (left, 0, page.width, height), columns=1 if len(drawn) < 3 else 2)
+    paste_grid(page, drawn, (left, 0, page.width, height), columns=1 if len(drawn) < 3 else 2)
     if caption:
         place = (page.width - GAP, page.height - 8)
         ImageDraw.Draw(page).text(place, caption, "#555", ImageFont.load_default(14), anchor="rb")
     return page
 
 
-def put(page: Image.Image, files: list[Path], box: tuple[int, int, int, int], columns: int) -> None:
+def paste_grid(page: Image.Image, files: list[Path], box: tuple[int, int, int, int], columns: int) -> None:
     """Pictures into equal cells of a box, each as large as fits."""
     left, top, right, bottom = box
     rows = -(-len(files) // columns)
@@ -102,26 +102,26 @@ def save(picture: Image.Image, path: Path, widest: int = 640) -> None:
     print(f"{path.relative_to(ROOT)}: {path.stat().st_size / 1000:.0f} kB", flush=True)
 
 
-def thumbnails(server: ComfyServer) -> None:
-    for use, (given, _) in SHOWN.items():
-        drawn, images = made(server, use), [IMAGES / f"{name}.png" for name in given]
+def make_thumbnails(server: ComfyServer) -> None:
+    for use, (names, _) in SHOWN.items():
+        drawn, images = draw(server, use), [IMAGES / f"{name}.png" for name in names]
         drawn = drawn[:1] if use == "evaluate_and_gate" else drawn
-        save(thumbnail(images, drawn), FOLDER / f"{use}_demo.jpg")
-        save(thumbnail(images, drawn, CAPTION), FOLDER / f"{use}_sdxl.jpg")
+        save(draw_thumbnail(images, drawn), FOLDER / f"{use}_demo.jpg")
+        save(draw_thumbnail(images, drawn, CAPTION), FOLDER / f"{use}_sdxl.jpg")
         if use == "strength_grid":
             save(Image.open(drawn[0]), HELP / "ConsisLoRAStrengthGrid" / "grid.jpg")
         if use == "evaluate_and_gate":
             save(Image.open(drawn[0]), HELP / "ConsisLoRAEvaluate" / "card.jpg")
 
 
-def screenshots(page: Page, work: Path) -> None:
+def take_screenshots(page: Page, work: Path) -> None:
     setting(page, "Comfy.Minimap.Visible", False)
     drop(page, "dual_guidance_demo", graph("dual_guidance_demo"))
     finish(page)
     page.keyboard.press(".")  # the whole workflow
-    save(cut(page, work, WORKFLOW), ROOT / "demo" / "canvas.jpg", widest=1600)
+    save(cut_screenshot(page, work, WORKFLOW), ROOT / "demo" / "canvas.jpg", widest=1600)
     look_at(page, "ConsisLoRASampler", scale=1.0, top=110)
-    save(cut(page, work, NODE, "ConsisLoRASampler"), HELP / "ConsisLoRASampler" / "pad.jpg", widest=860)
+    save(cut_screenshot(page, work, NODE, "ConsisLoRASampler"), HELP / "ConsisLoRASampler" / "pad.jpg", widest=860)
 
     drop(page, "train_content_demo", graph("train_content_demo"))
     turn(page, {"seed": 1, "transition_step": 60})
@@ -129,7 +129,8 @@ def screenshots(page: Page, work: Path) -> None:
     queue(page)
     at_step = "() => document.querySelector('.consislora-loss .words')?.textContent.includes('· 141 /')"
     page.wait_for_function(at_step, timeout=3_600_000)
-    save(cut(page, work, NODE, "ConsisLoRATrainImage"), HELP / "ConsisLoRATrainImage" / "training.jpg", widest=860)
+    picture = cut_screenshot(page, work, NODE, "ConsisLoRATrainImage")
+    save(picture, HELP / "ConsisLoRATrainImage" / "training.jpg", widest=860)
     cancel(page)
 
 
@@ -138,7 +139,7 @@ def finish(page: Page) -> None:
     page.wait_for_function("app.graph.nodes.find(({ type }) => type === 'SaveImage').imgs?.[0]?.naturalWidth")
 
 
-def cut(page: Page, work: Path, box: str, kind: str = "") -> Image.Image:
+def cut_screenshot(page: Page, work: Path, box: str, kind: str = "") -> Image.Image:
     """A part of the canvas; box: a function that gives its corners on the canvas, for a type of node."""
     page.wait_for_timeout(2000)  # until it is drawn
     page.screenshot(path=work / "screen.png")
@@ -163,9 +164,9 @@ def main(work: Path) -> None:
             for name in names:
                 shutil.copy(IMAGES / f"{name}.png", path)
         shutil.rmtree(server.base / "output" / "catalogue", ignore_errors=True)  # or it is done, and draws nothing
-        thumbnails(server)
+        make_thumbnails(server)
         with browser() as context:
-            screenshots(opened(context, server), work)
+            take_screenshots(opened(context, server), work)
 
 
 if __name__ == "__main__":

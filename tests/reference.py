@@ -111,18 +111,7 @@ def comfy_model(prediction: str = "eps", dtype: torch.dtype = torch.float32, man
 
 
 def comfy_conditioning(tensors: dict[str, torch.Tensor]) -> list:
-    height, width, crop_h, crop_w, target_height, target_width = tensors["time_ids"].tolist()
-    return [
-        [
-            tensors["prompt_embeds"],
-            {
-                "pooled_output": tensors["pooled_prompt_embeds"],
-                "width": width,
-                "height": height,
-                "crop_w": crop_w,
-                "crop_h": crop_h,
-                "target_width": target_width,
-                "target_height": target_height,
-            },
-        ]
-    ]
+    """ComfyUI's conditioning from a logged prompt."""
+    names = ("height", "width", "crop_h", "crop_w", "target_height", "target_width")
+    sizes = dict(zip(names, tensors["time_ids"].tolist(), strict=True))
+    return [[tensors["prompt_embeds"], {"pooled_output": tensors["pooled_prompt_embeds"], **sizes}]]

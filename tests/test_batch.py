@@ -256,10 +256,7 @@ class Shelf:
         outcome = self.outcomes.pop(0)
         if outcome == DONE:
             key = inputs(prompt, "ConsisLoRACatalogLoad")["name"]
-            self.files |= {
-                f"{key}.png": png(),
-                RESULTS: f"name,scores,files\n{key},good,../../evil.png".encode(),
-            }
+            self.files |= {f"{key}.png": png(), RESULTS: f"name,scores,files\n{key},good,../../evil.png".encode()}
         return outcome
 
     async def file(self, name, folder):

@@ -40,8 +40,8 @@ def folders(pack):
 
 
 def load(nodes, **changes):
-    given = dict(contents="catalogue/subjects", styles="catalogue/styles", catalogue="cat", name="{content}__{style}")
-    return nodes.CatalogLoad.execute(**{**given, "run": nodes.ALL, "index": 0, **changes}).result
+    inputs = dict(contents="catalogue/subjects", styles="catalogue/styles", catalogue="cat", name="{content}__{style}")
+    return nodes.CatalogLoad.execute(**{**inputs, "run": nodes.ALL, "index": 0, **changes}).result
 
 
 def save(nodes, job, **inputs):
@@ -55,8 +55,8 @@ def names(nodes, **changes) -> list[str]:
 
 
 def fingerprint(nodes):
-    given = dict(contents="catalogue/subjects", styles="catalogue/styles", catalogue="cat", name="{content}__{style}")
-    return nodes.CatalogLoad.fingerprint_inputs(**given, run=nodes.ALL, index=0)
+    inputs = dict(contents="catalogue/subjects", styles="catalogue/styles", catalogue="cat", name="{content}__{style}")
+    return nodes.CatalogLoad.fingerprint_inputs(**inputs, run=nodes.ALL, index=0)
 
 
 def test_all_pairs_come_with_their_own_sizes(nodes, folders):

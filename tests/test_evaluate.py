@@ -34,7 +34,7 @@ def images(*names: str):
 def owls(nodes):
     """A crown and two owls, one of them in other colours, scored against an owl."""
     pictures = torch.cat([images("crown-flat", "owl-flat"), image("owl-flat").flip(-1)])
-    return pictures, nodes.scored(pictures, image("owl-flat"), image("crown-flat"))
+    return pictures, nodes.score_pictures(pictures, image("owl-flat"), image("crown-flat"))
 
 
 @pytest.fixture
@@ -61,21 +61,21 @@ def test_without_a_network_shapes_are_scored(owls):
 def test_a_picture_and_its_enlargement_have_the_same_scores(nodes):
     crown, owl = image("crown-flat"), image("owl-flat")
     large = torch.nn.functional.interpolate(crown.movedim(-1, 1), scale_factor=8).movedim(1, -1)
-    (small_scores,), (large_scores,) = (nodes.scored(picture, owl, crown) for picture in (crown, large))
+    (small_scores,), (large_scores,) = (nodes.score_pictures(picture, owl, crown) for picture in (crown, large))
     assert large_scores == pytest.approx(small_scores, abs=1e-4)
 
 
 def test_pictures_of_another_shape_and_with_alpha_are_compared_at_the_middle(nodes):
     wide = torch.ones(1, 128, 256, 4)
     wide[:, :, 64:192, :3] = image("owl-flat")
-    (score,) = nodes.scored(image("owl-flat"), wide, image("crown-flat"))
+    (score,) = nodes.score_pictures(image("owl-flat"), wide, image("crown-flat"))
     assert score["edges"] > 0.99
 
 
 @pytest.mark.parametrize("encoder", [CLIP, DINO], ids=["clip", "dinov2"], indirect=True)
 def test_a_network_adds_content_style_and_leakage(nodes, encoder):
     owl, crown = image("owl-flat"), image("crown-flat")
-    scores = nodes.scored(torch.cat([owl, crown]), owl, crown, encoder)
+    scores = nodes.score_pictures(torch.cat([owl, crown]), owl, crown, encoder)
     assert [list(score) for score in scores] == 2 * [["content", "style", "leakage", "edges", "silhouette"]]
     assert [scores[0]["content"], scores[1]["style"]] == pytest.approx([1, 1], abs=1e-4)
     assert [score["leakage"] for score in scores] == pytest.approx([0, 1], abs=1e-2)
@@ -85,7 +85,7 @@ def test_a_network_adds_content_style_and_leakage(nodes, encoder):
 
 def test_the_report_holds_every_score_and_the_mean(nodes, owls):
     _, scores = owls
-    report = json.loads(nodes.report(scores))
+    report = json.loads(nodes.report_text(scores))
     assert report["pictures"][1] == {"edges": 1.0, "silhouette": 1.0}
     assert report["mean"]["edges"] == pytest.approx(sum(score["edges"] for score in scores) / 3, abs=1e-3)
 

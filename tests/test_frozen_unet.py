@@ -18,7 +18,7 @@ def ops(comfy):
     return comfy.ops.disable_weight_init
 
 
-def given(layer, *shape, device):
+def random_case(layer, *shape, device):
     """The layer with random weights that do not learn, an input, and a gradient for what comes out."""
     torch.manual_seed(0)
     for parameter in layer.to(device).requires_grad_(False).parameters():
@@ -38,7 +38,7 @@ def check_alike(ours, theirs, x, grad):
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("rows", [1, 3])
 def test_a_group_norm_of_shared_out_groups_is_torchs(pack, ops, device, rows):
-    layer, x, grad = given(ops.GroupNorm(32, 64), rows, 64, 16, 8, device=device)
+    layer, x, grad = random_case(ops.GroupNorm(32, 64), rows, 64, 16, 8, device=device)
     check_alike(
         lambda x: pack.host.frozen_unet._SplitGroupNorm.apply(x, layer), type(layer).forward.__get__(layer), x, grad
     )
@@ -47,7 +47,7 @@ def test_a_group_norm_of_shared_out_groups_is_torchs(pack, ops, device, rows):
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("bias", [True, False])
 def test_a_convolution_of_single_pixels_is_a_product(pack, ops, device, bias):
-    layer, x, grad = given(ops.Conv2d(24, 16, 1, bias=bias), 3, 24, 16, 8, device=device)
+    layer, x, grad = random_case(ops.Conv2d(24, 16, 1, bias=bias), 3, 24, 16, 8, device=device)
     conv_1x1, weight = pack.host.frozen_unet._conv_1x1, layer.weight.flatten(1)
     torch.testing.assert_close(conv_1x1(x, weight, layer.bias), layer(x), rtol=1e-4, atol=1e-4)
     back = nn.grad.conv2d_input(x.shape, layer.weight, grad)
@@ -58,5 +58,5 @@ def test_a_convolution_of_single_pixels_is_a_product(pack, ops, device, bias):
 def test_a_gate_of_two_products_is_comfyuis_geglu(pack, comfy, ops, device):
     from comfy.ldm.modules.attention import GEGLU
 
-    layer, x, grad = given(GEGLU(32, 48, operations=ops), 2, 10, 32, device=device)
+    layer, x, grad = random_case(GEGLU(32, 48, operations=ops), 2, 10, 32, device=device)
     check_alike(lambda x: pack.host.frozen_unet._Geglu.apply(x, layer.proj), layer, x, grad)

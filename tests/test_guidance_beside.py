@@ -78,7 +78,7 @@ def unshared_guider(pack, model, loras, positive=None, negative=None, **changes)
     prompts = positive or conditioning("main"), negative or conditioning("uncond")
     images = (loras.get(image) for image in ("content", "style"))
     settings = pack.host.guider.GuidanceSettings(**{**SETTINGS, **changes})
-    return pack.host.guider.dual_guider(model, *prompts, *images, settings, share_encoder=False)
+    return pack.host.guider.build_dual_guider(model, *prompts, *images, settings, share_encoder=False)
 
 
 def shared_and_unshared(guide, pack, model, loras, **changes):
@@ -152,8 +152,8 @@ def test_freeu_keeps_the_encoder_shared_and_gives_the_same_numbers(node, connect
     shared, unshared = shared_and_unshared(guide, pack, patched, loras)
     assert rows == [2, 6]
     assert relative_error(shared, unshared) < 1e-5
-    given = {image: loras.get(image) for image in ("content", "style")}
-    assert relative_error(shared, by_hand(pack, patched, given)) < 1e-5
+    both = {image: loras.get(image) for image in ("content", "style")}
+    assert relative_error(shared, by_hand(pack, patched, both)) < 1e-5
     assert relative_error(shared, sampled(guider(guide, model, loras), sigmas=ONE_STEP)) > 1e-3
 
 
@@ -314,12 +314,12 @@ def test_a_controlled_step_is_the_sum_of_its_rows(control, on, guide, pack, lora
 
 
 @CONTROLS
-@pytest.mark.parametrize("some", [dict(end_percent=0.5), dict(start_percent=0.5), dict(reuse_steps=2)])
-def test_control_acts_in_all_steps_though_guidance_does_in_some(control, some, guide, loras, caplog):
+@pytest.mark.parametrize("setting", [dict(end_percent=0.5), dict(start_percent=0.5), dict(reuse_steps=2)])
+def test_control_acts_in_all_steps_though_guidance_does_in_some(control, setting, guide, loras, caplog):
     """Two latents, each controlled by an image of its own."""
 
     def picture(image, start):
-        ours = guider(guide, comfy_model(), loras, **controlled(control, "both", image), **some)
+        ours = guider(guide, comfy_model(), loras, **controlled(control, "both", image), **setting)
         return sampled(ours, sigmas=THREE_STEPS, start=start)
 
     together = picture(hints(2), noise(2))
@@ -398,12 +398,12 @@ def test_a_latent_batch_with_prompts_in_places_gives_the_pictures_of_its_latents
 STEPS = 2
 
 
-def given_latent(side=16):
+def latent_of(side=16):
     return {"samples": 2 * torch.randn(1, 4, side, side, generator=torch.Generator().manual_seed(5))}
 
 
 def by_node(guide, model, loras, latent, sampler="euler", scheduler="normal", denoise=1.0, **changes):
-    given = dict(content_strength=1.0, style_strength=1.0, start_percent=0.0, end_percent=1.0, reuse_steps=1, seed=11)
+    usual = dict(content_strength=1.0, style_strength=1.0, start_percent=0.0, end_percent=1.0, reuse_steps=1, seed=11)
     return guide.Sampler.execute(
         model,
         positive=conditioning("main"),
@@ -413,7 +413,7 @@ def by_node(guide, model, loras, latent, sampler="euler", scheduler="normal", de
         sampler_name=sampler,
         scheduler=scheduler,
         denoise=denoise,
-        **{**SETTINGS, **given, **loras, **changes},
+        **{**SETTINGS, **usual, **loras, **changes},
     ).result[0]["samples"]
 
 
@@ -439,13 +439,13 @@ def test_without_guidance_the_node_is_ksampler_to_the_bit_with_every_sampler_and
 
     model = comfy_model()
     theirs = applied(pack, model, loras)
-    for how in zip(samplers(), cycle(KSampler.SCHEDULERS), cycle([1.0, 0.5]), strict=False):
-        ours = by_node(guide, model, loras, given_latent(8), *how, **OFF)
-        assert torch.equal(ours, by_ksampler(theirs, given_latent(8), *how)), how
+    for names in zip(samplers(), cycle(KSampler.SCHEDULERS), cycle([1.0, 0.5]), strict=False):
+        ours = by_node(guide, model, loras, latent_of(8), *names, **OFF)
+        assert torch.equal(ours, by_ksampler(theirs, latent_of(8), *names)), names
 
 
 def test_nothing_denoised_is_the_latent_that_was_given(guide, loras):
-    assert torch.equal(by_node(guide, comfy_model(), loras, given_latent(), denoise=0.0), given_latent()["samples"])
+    assert torch.equal(by_node(guide, comfy_model(), loras, latent_of(), denoise=0.0), latent_of()["samples"])
 
 
 def test_the_node_is_the_guider_with_ksamplers_noise_and_steps(guide, loras):
@@ -464,7 +464,7 @@ def test_inpainting_keeps_what_the_mask_leaves_out(sampler, guide, pack, loras):
 
     mask = torch.zeros(1, 16, 16)
     mask[:, :, 8:] = 1.0
-    model, latent = comfy_model(), given_latent()
+    model, latent = comfy_model(), latent_of()
     masked = SetLatentNoiseMask().set_mask(latent, mask)[0]
     ours = by_node(guide, model, loras, masked, sampler)
     assert relative_error(ours[..., :8], latent["samples"][..., :8]) < 1e-6
@@ -484,7 +484,10 @@ def test_a_locked_picture_comes_back_when_the_same_model_reconstructs_it(guide, 
     model, clip, vae = demo.load()
     latent = {"samples": vae.encode(loaded("crown-flat").movedim(1, -1))}
     empty_prompt = clip.encode_from_tokens_scheduled(clip.tokenize(""))
-    guider, sampling = pack.host.guider.reconstruction_guider(model, empty_prompt, content=None), pack.host.sampling
+    guider, sampling = (
+        pack.host.guider.build_reconstruction_guider(model, empty_prompt, content=None),
+        pack.host.sampling,
+    )
 
     def error(steps):
         sigmas = sampling.ksampler_sigmas(model, steps, "euler", "karras", 1.0)
@@ -497,7 +500,7 @@ def test_a_locked_picture_comes_back_when_the_same_model_reconstructs_it(guide, 
 
 
 def test_a_locked_picture_begins_with_no_random_noise(guide, loras):
-    model, latent = comfy_model(), given_latent()
+    model, latent = comfy_model(), latent_of()
     locked = by_node(guide, model, loras, latent, structure_lock=True)
     assert torch.equal(locked, by_node(guide, model, loras, latent, structure_lock=True, seed=12))
     assert relative_error(locked, by_node(guide, model, loras, latent)) > 1e-2
@@ -507,7 +510,7 @@ def test_a_lock_without_a_picture_or_beside_a_mask_is_refused_in_words(guide, lo
     with pytest.raises(ValueError, match="latent_image is empty"):
         by_node(guide, comfy_model(), loras, {"samples": torch.zeros(1, 4, 16, 16)}, structure_lock=True)
     with pytest.raises(ValueError, match="remove the mask"):
-        masked = {**given_latent(), "noise_mask": torch.ones(1, 16, 16)}
+        masked = {**latent_of(), "noise_mask": torch.ones(1, 16, 16)}
         by_node(guide, comfy_model(), loras, masked, structure_lock=True)
 
 
@@ -604,7 +607,7 @@ def test_the_node_shows_a_picture_at_every_step(guide, loras, monkeypatch):
     monkeypatch.setattr(
         comfy.utils, "PROGRESS_BAR_HOOK", lambda done, total, preview, **_: shown.append((done, preview))
     )
-    by_node(guide, comfy_model(), loras, given_latent())
+    by_node(guide, comfy_model(), loras, latent_of())
     assert [done for done, _ in shown] == [1, 2]
     assert [picture.size for _, (_, picture, _) in shown] == [(16, 16)] * STEPS
 
@@ -740,7 +743,7 @@ def test_with_every_sampler_a_guidance_that_is_not_reused_is_computed_in_every_p
     (model, calls), stale = logging_calls(comfy_model(), pack), []
     for sampler in samplers():
         calls.clear()
-        by_node(guide, model, loras, given_latent(8), sampler)
+        by_node(guide, model, loras, latent_of(8), sampler)
         if {len(call.prompts) for call in calls} != {6}:
             stale.append(sampler)
     assert stale == []

@@ -20,8 +20,8 @@ def lora():
     return lora_file.read(AUTHORS)
 
 
-def saved(pack, lora, *given):
-    name = pack.nodes.lora.Save.execute(lora, "rights", *given).result[0]
+def saved(pack, lora, *inputs):
+    name = pack.nodes.lora.Save.execute(lora, "rights", *inputs).result[0]
     return lora_file.read(pack.host.paths.lora_path(name))
 
 
@@ -58,7 +58,7 @@ def stylising(seed: int) -> dict:
 def test_a_node_that_runs_notes_it_and_one_that_does_not_is_recalled(pack, lora):
     provenance, hidden = pack.host.provenance, running(stylising(1), "2")
     provenance.note(hidden, {"content": None, "style": lora}, {"seed": 1, "content_positive": [["text", {}]]})
-    record = {"2": {"style": provenance.described(lora), "seed": 1}}
+    record = {"2": {"style": provenance.describe_lora(lora), "seed": 1}}
     assert hidden.extra_pnginfo == {"workflow": {}, "consislora": record}
 
     renamed = stylising(1)

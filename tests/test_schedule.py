@@ -10,15 +10,8 @@ from consislora_core.schedule import NOISE, RECONSTRUCTION, Phase, Stage, image_
 def test_the_image_stage_is_the_papers():
     stage = image_stage()
     assert stage.phases == (Phase(500, NOISE, 2e-4), Phase(1000, RECONSTRUCTION, 1e-4))
-    assert (
-        stage.learns,
-        stage.rank,
-        stage.betas,
-        stage.eps,
-        stage.weight_decay,
-        stage.noise_offset,
-        stage.max_grad_norm,
-    ) == (("content", "style"), 64, (0.9, 0.999), 1e-8, 1e-4, 0.0, None)
+    assert (stage.learns, stage.rank, stage.noise_offset) == (("content", "style"), 64, 0.0)
+    assert (stage.betas, stage.eps, stage.weight_decay, stage.max_grad_norm) == ((0.9, 0.999), 1e-8, 1e-4, None)
 
 
 def test_the_style_stage_is_the_papers():

@@ -67,8 +67,8 @@ def saved(pack, sign, monkeypatch, **changes):
     """The two files that the node saves of two pictures."""
     hidden = SimpleNamespace(prompt={"1": {}}, extra_pnginfo={"workflow": {}, "consislora": RECORD})
     monkeypatch.setattr(sign.SaveSigned, "hidden", hidden, raising=False)
-    given = {"filename_prefix": "a/signed", "algorithm": "es256", **changes}
-    output = sign.SaveSigned.execute(torch.rand(2, 64, 64, 3), **given)
+    inputs = {"filename_prefix": "a/signed", "algorithm": "es256", **changes}
+    output = sign.SaveSigned.execute(torch.rand(2, 64, 64, 3), **inputs)
     folder = pack.host.paths.output_folder()
     return [folder / one["subfolder"] / one["filename"] for one in output.ui.as_dict()["images"]]
 

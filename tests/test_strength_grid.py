@@ -23,7 +23,7 @@ def test_values_are_evenly_spaced_from_first_to_last(grid, steps, values):
 def test_pictures_lie_in_their_cells_between_the_axes(pack):
     colours = torch.tensor([[1.0, 0, 0], [0, 1, 0], [0, 0, 1], [1, 1, 0], [0, 1, 1], [1, 0, 1]])
     images = colours[:, None, None].expand(6, 20, 40, 3)
-    (page,) = pack.host.drawing.grid(images, "guidance", [0, 1, 2], [0, 1], cell=80)
+    (page,) = pack.host.drawing.draw_grid(images, "guidance", [0, 1, 2], [0, 1], cell=80)
     height, width, _ = page.shape
     assert (height - 80, width - 240) == (56, 56)  # two rows of 40, three columns of 80, and the axes
     centres = page[20:80:40, width - 240 + 40 :: 80].flatten(0, 1)

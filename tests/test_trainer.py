@@ -98,6 +98,14 @@ def test_stage_two_learns_style_anew_and_leaves_the_content_part_alone(host):
     assert any(layer.up.any() for layer in second["style"].values())
 
 
+def test_training_starts_from_the_parts_that_it_gets(host):
+    _, first = train(host, image_stage(**SHORT))
+    with Trainer(*host, image_stage(**SHORT), start={"style": first["style"]}) as trainer:
+        parts = trainer.parts()
+    assert torch.equal(flat({"style": parts["style"]}), flat({"style": first["style"]}))
+    assert not any(layer.up.any() for layer in parts["content"].values())
+
+
 @pytest.mark.parametrize("noises", [1, 2])
 def test_images_trained_separately_get_the_loras_that_each_would_get_alone(host, noises):
     model, z_0, cond = host
@@ -199,10 +207,7 @@ def test_gradient_clipping_is_off_unless_asked_for(host):
 
 @pytest.mark.parametrize(
     ("latent", "words"),
-    [
-        (torch.zeros(0, 4, 16, 16), "at least one image"),
-        (torch.full((1, 4, 16, 16), torch.nan), "not numbers"),
-    ],
+    [(torch.zeros(0, 4, 16, 16), "at least one image"), (torch.full((1, 4, 16, 16), torch.nan), "not numbers")],
 )
 def test_a_latent_that_cannot_be_learned_is_refused(host, latent, words):
     with pytest.raises(ValueError, match=words):

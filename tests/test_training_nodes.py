@@ -32,12 +32,12 @@ def nodes(pack):
 def inputs(**changes):
     """Latent and conditioning as VAE Encode and CLIP Text Encode hand them over: inference tensors."""
     with torch.inference_mode():
-        given = dict(
+        others = dict(
             latent={"samples": (TENSORS["z_0"] / INDEX["vae_scaling_factor"]).clone()},
             positive=comfy_conditioning(TENSORS),
             precision="auto",
         )
-    return {**FEW_STEPS, **given, **changes}
+    return {**FEW_STEPS, **others, **changes}
 
 
 def train_image(nodes, model, **changes):
@@ -46,9 +46,10 @@ def train_image(nodes, model, **changes):
 
 
 def train_style(nodes, model, content_lora, **changes):
-    given = {key: value for key, value in inputs(**changes).items() if key not in ("transition_step", "learning_rate")}
+    settings = inputs(**changes)
+    del settings["transition_step"], settings["learning_rate"]
     with torch.inference_mode():
-        return nodes.TrainStyle.execute(model, content_lora=content_lora, noise_offset=0.03, **given).result
+        return nodes.TrainStyle.execute(model, content_lora=content_lora, noise_offset=0.03, **settings).result
 
 
 PATCHER = ("patches", "object_patches", "injections", "wrappers", "callbacks", "hook_patches", "model_options",
@@ -441,9 +442,9 @@ def test_another_content_part_trains_stage_two_anew(nodes, comfy, steps):
 
 
 def key(nodes, model, precision="fp32"):
-    given = inputs()
+    latent, positive = (inputs()[name] for name in ("latent", "positive"))
     stage = nodes.image_stage(3, 2, 1e-3, 1e-3, rank=2)
-    return nodes.TrainingRequest.from_inputs(model, given["latent"], given["positive"], stage, precision).key
+    return nodes.TrainingRequest.from_inputs(model, latent, positive, stage, precision).key
 
 
 def with_lora(lora_model, strength, model=None):
@@ -541,9 +542,9 @@ def images(*shifts):
 
 
 def train_each(nodes, model, *shifts, **changes):
-    given = {"latent": images(*shifts), "learning_rate": 2e-4, "reconstruction_learning_rate": 1e-4, "at_once": 2}
+    defaults = {"latent": images(*shifts), "learning_rate": 2e-4, "reconstruction_learning_rate": 1e-4, "at_once": 2}
     with torch.inference_mode():
-        return nodes.TrainImages.execute(model, **inputs(**{**given, **changes})).result[0]
+        return nodes.TrainImages.execute(model, **inputs(**{**defaults, **changes})).result[0]
 
 
 def test_each_image_gets_the_lora_it_would_get_alone_and_is_never_trained_again(nodes, comfy, steps, store):

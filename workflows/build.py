@@ -125,48 +125,28 @@ def whole_method(settings: Settings, note: str, style: Group) -> Workflow:
 
 def train_content(settings: Settings, note: str) -> Workflow:
     """The content image in, its LoRA out."""
-    image, _ = settings.images
-    return [
-        [start_here(settings, note)],
-        [Group("1. The subject", BLUE, [picture("content", "Content image", image, settings.side)])],
-        [Group("2. Learn the subject", BROWN, learn_content(settings.rates))],
-    ]
+    image = Group("1. The subject", BLUE, [picture("content", "Content image", settings.images[0], settings.side)])
+    learn = Group("2. Learn the subject", BROWN, learn_content(settings.rates))
+    return [[start_here(settings, note)], [image], [learn]]
 
 
 def train_style(settings: Settings, note: str) -> Workflow:
     """The style image in, its LoRA out."""
-    _, image = settings.images
-    return [
-        [start_here(settings, note)],
-        [Group("1. The style", BLUE, [picture("style", "Style image", image, settings.side)])],
-        [Group("2. Learn the style, in two stages", BROWN, learn_style(settings.rates))],
-    ]
+    image = Group("1. The style", BLUE, [picture("style", "Style image", settings.images[1], settings.side)])
+    learn = Group("2. Learn the style, in two stages", BROWN, learn_style(settings.rates))
+    return [[start_here(settings, note)], [image], [learn]]
 
 
 def strength_grid(settings: Settings, note: str) -> Workflow:
     """Saved LoRAs in, one picture for each pair of guidances out."""
     grid = {"model": MODEL, "vae": VAE, **LOADED, **sampling(settings), "cell_size": max(128, settings.side // 4)}
     saved = {"images": From("grid", "grid"), "filename_prefix": "consislora_grid"}
-    return [
-        [start_here(settings, note)],
-        [
-            Group("1. Subject and style", BLUE, [both_loaded()]),
-            Group("2. What the pictures show", BLUE, [asked(BOTH, settings.side)]),
-        ],
-        [
-            Group(
-                "3. From faithful to free",
-                GREEN,
-                [
-                    {"grid": Node("ConsisLoRAStrengthGrid", "Every pair of guidances", grid)},
-                    {
-                        "result": Node("SaveImage", "The grid", saved),
-                        "single": Node("PreviewImage", "Single pictures", {"images": From("grid", "images")}),
-                    },
-                ],
-            )
-        ],
-    ]
+    pictures = {
+        "result": Node("SaveImage", "The grid", saved),
+        "single": Node("PreviewImage", "Single pictures", {"images": From("grid", "images")}),
+    }
+    columns = [{"grid": Node("ConsisLoRAStrengthGrid", "Every pair of guidances", grid)}, pictures]
+    return [*for_saved_loras(settings, note), [Group("3. From faithful to free", GREEN, columns)]]
 
 
 def evaluate_and_gate(settings: Settings, note: str) -> Workflow:
@@ -182,30 +162,28 @@ def evaluate_and_gate(settings: Settings, note: str) -> Workflow:
         shown["encoder"] = settings.encoder
         scored["clip_vision"] = From("encoder", "CLIP_VISION")
     gate = {"images": From("decoded", "IMAGE"), "scores": From("scored", "scores"), **settings.bounds}
+    judged = {
+        "scored": Node("ConsisLoRAEvaluate", "Scores", scored),
+        "gate": Node("ConsisLoRAGate", "Accept or reject", gate),
+        "reasons": Node("PreviewAny", "Why", {"source": From("gate", "reasons")}),
+    }
+    drawn = {"sampled": Node("ConsisLoRASampler", "Sample, guided", sampled), "decoded": decoded()}
+    columns = [drawn, judged, {side: kept(side) for side in ("accepted", "rejected")}]
+    return [
+        *for_saved_loras(settings, note, count=4),
+        [Group("3. What they are compared with", BLUE, [shown])],
+        [Group("4. Four pictures, scored and split", GREEN, columns)],
+    ]
+
+
+def for_saved_loras(settings: Settings, note: str, count: int = 1) -> Workflow:
+    """The beginning of a workflow that makes `count` pictures with both LoRAs."""
+    loaded = {f"{image}_lora": load(image) for image in LOADED}
     return [
         [start_here(settings, note)],
         [
-            Group("1. Subject and style", BLUE, [both_loaded()]),
-            Group("2. What the pictures show", BLUE, [asked(BOTH, settings.side, count=4)]),
-        ],
-        [Group("3. What they are compared with", BLUE, [shown])],
-        [
-            Group(
-                "4. Four pictures, scored and split",
-                GREEN,
-                [
-                    {
-                        "sampled": Node("ConsisLoRASampler", "Sample, guided", sampled),
-                        "decoded": decoded(),
-                    },
-                    {
-                        "scored": Node("ConsisLoRAEvaluate", "Scores", scored),
-                        "gate": Node("ConsisLoRAGate", "Accept or reject", gate),
-                        "reasons": Node("PreviewAny", "Why", {"source": From("gate", "reasons")}),
-                    },
-                    {side: kept(side) for side in ("accepted", "rejected")},
-                ],
-            )
+            Group("1. Subject and style", BLUE, [loaded]),
+            Group("2. What the pictures show", BLUE, [asked(BOTH, settings.side, count)]),
         ],
     ]
 
@@ -242,18 +220,12 @@ def catalogue(settings: Settings, note: str) -> Workflow:
         "decoded": decoded(),
         "result": Node("ConsisLoRACatalogSave", "Into the catalogue", saved),
     }
-    latents = {}
+    pairs, latents = {"pairs": Node("ConsisLoRACatalogLoad", "Every subject, every style")}, {}
     for image in loras:
         latents |= {f"{image}_sized": scaled(From("pairs", image), settings.side), **latent(image, f"{image}_sized")}
     return [
         [start_here(settings, note)],
-        [
-            Group(
-                "1. The folders",
-                BLUE,
-                [{"pairs": Node("ConsisLoRACatalogLoad", "Every subject, every style")}, latents],
-            )
-        ],
+        [Group("1. The folders", BLUE, [pairs, latents])],
         [
             Group("2. Learn the subject", BROWN, learn_content(settings.rates)[:1]),
             Group("3. Learn the style, in two stages", BROWN, learn_style(settings.rates)[:2]),
@@ -286,13 +258,9 @@ def latent(key: str, pixels: str) -> Column:
 
 
 def learn_content(rates: dict[str, float]) -> list[Column]:
+    training = train("ConsisLoRATrainImage", "Train on the content image", "content", "content_prompt", **rates)
     return [
-        {
-            "content_prompt": text("What the content image is called", "A [c]"),
-            "content_training": train(
-                "ConsisLoRATrainImage", "Train on the content image", "content", "content_prompt", **rates
-            ),
-        },
+        {"content_prompt": text("What the content image is called", "A [c]"), "content_training": training},
         {
             "content_loss": loss("Loss, content image", "content_training"),
             "content_file": save("Save the content LoRA", "content_training", "consislora/content"),
@@ -301,25 +269,15 @@ def learn_content(rates: dict[str, float]) -> list[Column]:
 
 
 def learn_style(rates: dict[str, float]) -> list[Column]:
-    stage_1 = {"content_lora": From("style_training", "consislora")}
-    stage_2_rates = {name: rate for name, rate in rates.items() if name == "reconstruction_learning_rate"}
+    stage_1 = train("ConsisLoRATrainImage", "Stage 1: all of the style image", "style", "style_prompt", **rates)
+    inputs = {name: rate for name, rate in rates.items() if name == "reconstruction_learning_rate"}
+    inputs = {"content_lora": From("style_training", "consislora"), **inputs}
+    stage_2 = train("ConsisLoRATrainStyle", "Stage 2: its style alone", "style", "stage_2_prompt", **inputs)
     return [
-        {
-            "style_prompt": text("What the style image is called", "A [v]"),
-            "style_training": train(
-                "ConsisLoRATrainImage", "Stage 1: all of the style image", "style", "style_prompt", **rates
-            ),
-        },
+        {"style_prompt": text("What the style image is called", "A [v]"), "style_training": stage_1},
         {
             "stage_2_prompt": text("What its style is called", "An image in the style of [v]"),
-            "stage_2_training": train(
-                "ConsisLoRATrainStyle",
-                "Stage 2: its style alone",
-                "style",
-                "stage_2_prompt",
-                **stage_1,
-                **stage_2_rates,
-            ),
+            "stage_2_training": stage_2,
         },
         {
             "style_loss": loss("Loss, stage 1", "style_training"),
@@ -351,10 +309,7 @@ def sampling(settings: Settings) -> dict:
 
 def shown(title: str) -> Column:
     result = {"images": From("decoded", "IMAGE"), "filename_prefix": "consislora"}
-    return {
-        "decoded": decoded(),
-        "result": Node("SaveImage", title, result),
-    }
+    return {"decoded": decoded(), "result": Node("SaveImage", title, result)}
 
 
 def decoded() -> Node:
@@ -381,10 +336,6 @@ def save(title: str, training: str, filename: str) -> Node:
 def load(image: str) -> Node:
     """Loads what training saves first."""
     return Node("ConsisLoRALoad", f"{image.title()} LoRA", {"lora_name": f"consislora/{image}_00001.safetensors"})
-
-
-def both_loaded() -> Column:
-    return {f"{image}_lora": load(image) for image in LOADED}
 
 
 def note(*names: str) -> str:

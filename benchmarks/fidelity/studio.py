@@ -93,12 +93,7 @@ class Studio:
         return self.clip.encode_from_tokens_scheduled(self.clip.tokenize(text))
 
     def learned(
-        self,
-        stage: Stage,
-        prompt: str,
-        drawings: list[Drawing],
-        frozen: Learned | None = None,
-        together: bool = False,
+        self, stage: Stage, prompt: str, drawings: list[Drawing], frozen: Learned | None = None, together: bool = False
     ) -> Learned:
         """An ImageLora for each drawing, all trained as one batch; together: one LoRA for all, a drawing a step.
 
