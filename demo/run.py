@@ -19,7 +19,7 @@ NAME = "train_and_stylise_demo"
 WORKFLOW = PACK / "workflows" / "api" / f"{NAME}.json"
 IMAGES = PACK / "demo" / "images"
 STRENGTHS = (0.0, 0.5, 1.0, 1.3)
-PLAIN_PROMPT = "a crown in the style of high contrast"
+PLAIN_PROMPT = "a crown in the style of flat red bold navy outline halftone on pale cyan"
 
 
 def main(comfyui: Path, output: Path, serve: bool) -> None:

@@ -61,7 +61,7 @@ class Settings(NamedTuple):
     """What differs from one base model to the next.
 
     words: about it, for the notes. images: content and style. another: a second picture in the style image's style.
-    rates: learning rates. bounds: of Gate. encoder: for Evaluate, if there is one.
+    stage_1, stage_2: inputs of the training nodes. bounds: of Gate. encoder: for Evaluate, if there is one.
     """
 
     name: str
@@ -70,7 +70,8 @@ class Settings(NamedTuple):
     images: tuple[str, str]
     another: str
     side: int
-    rates: dict[str, float]
+    stage_1: dict[str, float]
+    stage_2: dict[str, float]
     sampling: dict
     bounds: dict[str, float]
     encoder: Node | None = None
@@ -116,8 +117,8 @@ def whole_method(settings: Settings, note: str, style: Group) -> Workflow:
         [start_here(settings, note)],
         [content, style],
         [
-            Group("3. Learn the subject", BROWN, learn_content(settings.rates)),
-            Group("4. Learn the style, in two stages", BROWN, learn_style(settings.rates)),
+            Group("3. Learn the subject", BROWN, learn_content(settings)),
+            Group("4. Learn the style, in two stages", BROWN, learn_style(settings)),
         ],
         [Group("5. The subject in the style", GREEN, stylise(settings))],
     ]
@@ -126,14 +127,14 @@ def whole_method(settings: Settings, note: str, style: Group) -> Workflow:
 def train_content(settings: Settings, note: str) -> Workflow:
     """The content image in, its LoRA out."""
     image = Group("1. The subject", BLUE, [picture("content", "Content image", settings.images[0], settings.side)])
-    learn = Group("2. Learn the subject", BROWN, learn_content(settings.rates))
+    learn = Group("2. Learn the subject", BROWN, learn_content(settings))
     return [[start_here(settings, note)], [image], [learn]]
 
 
 def train_style(settings: Settings, note: str) -> Workflow:
     """The style image in, its LoRA out."""
     image = Group("1. The style", BLUE, [picture("style", "Style image", settings.images[1], settings.side)])
-    learn = Group("2. Learn the style, in two stages", BROWN, learn_style(settings.rates))
+    learn = Group("2. Learn the style, in two stages", BROWN, learn_style(settings))
     return [[start_here(settings, note)], [image], [learn]]
 
 
@@ -227,8 +228,8 @@ def catalogue(settings: Settings, note: str) -> Workflow:
         [start_here(settings, note)],
         [Group("1. The folders", BLUE, [pairs, latents])],
         [
-            Group("2. Learn the subject", BROWN, learn_content(settings.rates)[:1]),
-            Group("3. Learn the style, in two stages", BROWN, learn_style(settings.rates)[:2]),
+            Group("2. Learn the subject", BROWN, learn_content(settings)[:1]),
+            Group("3. Learn the style, in two stages", BROWN, learn_style(settings)[:2]),
         ],
         [Group("4. The subject in the style", GREEN, [words, made])],
     ]
@@ -257,8 +258,9 @@ def latent(key: str, pixels: str) -> Column:
     return {f"{key}_latent": Node("VAEEncode", "To latent", {"pixels": From(pixels, "IMAGE"), "vae": VAE})}
 
 
-def learn_content(rates: dict[str, float]) -> list[Column]:
-    training = train("ConsisLoRATrainImage", "Train on the content image", "content", "content_prompt", **rates)
+def learn_content(settings: Settings) -> list[Column]:
+    stage_1 = settings.stage_1
+    training = train("ConsisLoRATrainImage", "Train on the content image", "content", "content_prompt", **stage_1)
     return [
         {"content_prompt": text("What the content image is called", "A [c]"), "content_training": training},
         {
@@ -268,10 +270,11 @@ def learn_content(rates: dict[str, float]) -> list[Column]:
     ]
 
 
-def learn_style(rates: dict[str, float]) -> list[Column]:
-    stage_1 = train("ConsisLoRATrainImage", "Stage 1: all of the style image", "style", "style_prompt", **rates)
-    inputs = {name: rate for name, rate in rates.items() if name == "reconstruction_learning_rate"}
-    inputs = {"content_lora": From("style_training", "consislora"), **inputs}
+def learn_style(settings: Settings) -> list[Column]:
+    inputs = {"content_lora": From("style_training", "consislora"), **settings.stage_2}
+    stage_1 = train(
+        "ConsisLoRATrainImage", "Stage 1: all of the style image", "style", "style_prompt", **settings.stage_1
+    )
     stage_2 = train("ConsisLoRATrainStyle", "Stage 2: its style alone", "style", "stage_2_prompt", **inputs)
     return [
         {"style_prompt": text("What the style image is called", "A [v]"), "style_training": stage_1},
@@ -379,17 +382,18 @@ DEMO = Settings(
     words="This uses **Load Demo Model**, a tiny model that comes with the pack and knows emoji only. For real "
     "pictures open the workflow of this name that ends in *sdxl*.",
     base=Node("ConsisLoRADemoModel", "Demo model"),
-    images=("crown-flat.png", "umbrella-high-contrast.png"),
-    another="cherry-blossom-high-contrast.png",
+    images=("crown-flat.png", "balloon-halftone.png"),
+    another="cherry-blossom-halftone.png",
     side=256,
-    rates={"learning_rate": 1e-3, "reconstruction_learning_rate": 5e-4},
+    stage_1={"steps": 500, "transition_step": 170, "learning_rate": 2e-3, "reconstruction_learning_rate": 1e-3},
+    stage_2={"steps": 300, "reconstruction_learning_rate": 1e-3},
     sampling={
-        "seed": 3,
         "steps": 20,
         "sampler_name": "dpmpp_2m",
         "scheduler": "karras",
         "cfg": 2.0,
-        "style_guidance": 2.0,
+        "content_guidance": 0.5,
+        "style_guidance": 1.0,
     },
     bounds={"min_silhouette": 0.6},
 )
@@ -400,7 +404,8 @@ SDXL = Settings(
     images=("example.png", "example.png"),
     another="example.png",
     side=1024,
-    rates={},  # the nodes' defaults are the paper's
+    stage_1={},  # the nodes' defaults are the paper's
+    stage_2={},
     sampling={"steps": 30, "cfg": 7.5, "sampler_name": "euler", "scheduler": "normal"},
     bounds={"min_content": 0.6, "max_leakage": 0.3},
     encoder=Node("CLIPVisionLoader", "CLIP or DINOv2", {"clip_name": "clip_vision_h.safetensors"}),

@@ -1,0 +1,49 @@
+"""Muon agrees with torch's own where both can run, and steps stacked matrices as it would each alone."""
+
+import pytest
+import torch
+
+from consislora_core.muon import Muon, orthogonalised
+
+
+def trained(optimizer_of, shapes, steps=20):
+    """Weights after some steps towards a target, the same for every optimiser."""
+    generator = torch.Generator().manual_seed(0)
+    weights = [torch.randn(shape, generator=generator).requires_grad_() for shape in shapes]
+    targets = [torch.randn(shape, generator=generator) for shape in shapes]
+    optimizer = optimizer_of(weights)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        sum(((weight - target) ** 2).sum() for weight, target in zip(weights, targets, strict=True)).backward()
+        optimizer.step()
+    return [weight.detach() for weight in weights]
+
+
+@pytest.mark.parametrize("shape", [(8, 64), (64, 8), (16, 16)])
+def test_singular_values_come_to_about_1(shape):
+    values = torch.linalg.svdvals(orthogonalised(torch.randn(shape, generator=torch.Generator().manual_seed(1))))
+    assert values.min() > 0.6 and values.max() < 1.25
+
+
+@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch before 2.9 has no Muon")
+def test_it_steps_as_torchs_muon_does_within_the_bf16_that_torch_computes_in():
+    shapes, settings = [(64, 32), (32, 64), (32, 64)], dict(lr=0.05, weight_decay=0.1)
+    ours = trained(lambda weights: Muon(weights, **settings), shapes)
+    theirs = trained(lambda weights: torch.optim.Muon(weights, adjust_lr_fn="match_rms_adamw", **settings), shapes)
+    start = trained(lambda weights: Muon(weights, lr=0.0), shapes)
+    for our, their, first in zip(ours, theirs, start, strict=True):
+        assert (our - their).norm() < 0.02 * (their - first).norm()
+
+
+def test_stacked_matrices_step_as_each_alone():
+    (together,) = trained(lambda weights: Muon(weights, lr=0.05), [(3, 16, 8)])
+    generator = torch.Generator().manual_seed(0)
+    starts, targets = torch.randn(3, 16, 8, generator=generator), torch.randn(3, 16, 8, generator=generator)
+    for row in range(3):
+        weight = starts[row].clone().requires_grad_()
+        optimizer = Muon([weight], lr=0.05)
+        for _ in range(20):
+            optimizer.zero_grad()
+            ((weight - targets[row]) ** 2).sum().backward()
+            optimizer.step()
+        torch.testing.assert_close(together[row], weight.detach(), rtol=1e-5, atol=1e-6)
