@@ -70,8 +70,8 @@ class Settings(NamedTuple):
     images: tuple[str, str]
     another: str
     side: int
-    stage_1: dict[str, float]
-    stage_2: dict[str, float]
+    stage_1: dict[str, float | str]
+    stage_2: dict[str, float | str]
     sampling: dict
     bounds: dict[str, float]
     encoder: Node | None = None
@@ -385,15 +385,21 @@ DEMO = Settings(
     images=("crown-flat.png", "balloon-halftone.png"),
     another="cherry-blossom-halftone.png",
     side=256,
-    stage_1={"steps": 500, "transition_step": 170, "learning_rate": 2e-3, "reconstruction_learning_rate": 1e-3},
-    stage_2={"steps": 300, "reconstruction_learning_rate": 1e-3},
+    stage_1={
+        "preset": "quality",
+        "steps": 300,
+        "transition_step": 100,
+        "learning_rate": 2e-3,
+        "reconstruction_learning_rate": 1e-3,
+    },
+    stage_2={"preset": "quality", "steps": 200, "reconstruction_learning_rate": 1e-3},
     sampling={
         "steps": 20,
         "sampler_name": "dpmpp_2m",
         "scheduler": "karras",
         "cfg": 2.0,
         "content_guidance": 0.5,
-        "style_guidance": 1.0,
+        "style_guidance": 0.5,
     },
     bounds={"min_silhouette": 0.6},
 )
