@@ -94,7 +94,7 @@ class ComfyServer:
         """Waits until a workflow has ended, well or not; its history entry.
 
         on_event: gets messages as `ComfyClient.wait` describes. Raises TimeoutError after `timeout` seconds, and then
-        interrupts the workflow.
+        cancels the workflow.
         """
         events: queue.SimpleQueue = queue.SimpleQueue()
         waiting = self._submit(self._client.wait(prompt_id, lambda *event: events.put(event)))
@@ -104,7 +104,7 @@ class ComfyServer:
             while event := events.get(timeout=max(0.0, deadline - time.monotonic())):
                 on_event(*event)
         except queue.Empty:
-            self.interrupt()
+            self.cancel()
             raise TimeoutError(f"The workflow had not ended after {timeout:.0f} seconds. {self._log_end()}") from None
         finally:
             waiting.cancel()  # which does nothing once it is done
@@ -117,7 +117,7 @@ class ComfyServer:
             raise WorkflowError(error)
         return entry
 
-    def interrupt(self) -> None:
+    def cancel(self) -> None:
         """Cancels the running workflow."""
         self.post("/interrupt", {})
 

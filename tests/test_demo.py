@@ -62,7 +62,7 @@ def test_training_stops_within_a_step_and_the_next_job_runs(server, prompt):
             steps.append(data["value"])
             if not cancelled.is_set():
                 cancelled.set()
-                server.interrupt()
+                server.cancel()
 
     with pytest.raises(WorkflowError, match=r"ConsisLoRATrainImage .*cancelled"):
         server.run(prompt, on_event=cancel_at_once)
