@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from consislora_core.muon import Muon, orthogonalised
+from demo_model.recipe.muon import Muon, orthogonalised
 
 
 def trained(optimizer_of, shapes, steps=20):
