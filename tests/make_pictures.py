@@ -25,7 +25,7 @@ from demo.server import ComfyServer
 ROOT = Path(__file__).resolve().parent.parent
 HELP = ROOT / "web" / "docs"
 PAGE, GAP, CAPTION = (480, 320), 12, "drawn by the demo model"
-SUBJECT, STYLE, STYLE_2, SUBJECT_2 = "crown-flat", "umbrella-high-contrast", "cherry-blossom-high-contrast", "owl-flat"
+SUBJECT, STYLE, STYLE_2, SUBJECT_2 = "crown-flat", "balloon-halftone", "cherry-blossom-halftone", "owl-flat"
 # For each use what goes in, and the nodes that show what comes out.
 SHOWN = {
     "train_and_stylise": ([SUBJECT, STYLE], ["SaveImage"]),

@@ -159,13 +159,13 @@ def render_everything(work: Path) -> Drawings:
     """Every subject in every set, cached in WORK."""
     import numpy as np
 
-    from demo_model.recipe.drawings import TRAIN_SETS, EmojiSet, fetch_sets, things
+    from demo_model.recipe.drawings import TRAIN_SETS, EmojiSet, fetch_sets, subjects
 
-    cache, labels = work / "drawings.npy", work / "drawings.json"
+    cache, labels = work / f"drawings_{DRAWN}.npy", work / f"drawings_{DRAWN}.json"
     if not labels.exists():
         names = list(dict.fromkeys([*TRAIN_SETS, *STYLE_SETS, "emojione-monotone"]))
         fetch_sets(work / "emoji", names)
-        known, pictures, found = things(work / "emoji"), [], []
+        known, pictures, found = subjects(work / "emoji"), [], []
         for name in names:
             print(f"Rendering {name} ...", file=sys.stderr, flush=True)
             emoji = EmojiSet(work / "emoji", name)

@@ -229,7 +229,7 @@ def encode_everything(pool: Pool, vae: AutoencoderKL, batch: int) -> Tensor:
 @torch.no_grad()
 def restored_sheet(run: Run, pool: Pool, path: Path) -> None:
     vae = averaged(run.average, run.module)
-    x = pool.pictures(list(range(0, len(pool), max(1, len(pool) // 20)))[:20])
+    x = pool.held_out
     restored = vae.decode(encode(vae, x) / SCALE)
-    print(f"  restored: L1 {F.l1_loss(restored, x).item():.4f}", flush=True)
+    print(f"  held-out drawings restored: mean difference {F.l1_loss(restored, x).item():.4f}", flush=True)
     sheet(torch.cat([x, restored]), path, 10)

@@ -1,7 +1,7 @@
 """The demo model's UNet and text encoders, trained together on latents.
 
 In SDXL one block decides shape and another style. In a UNet of two levels nothing makes that so by itself, and three
-things here do: role blocks that read prompts apart (`texts.captions`), a style block that gives one vector for the
+subjects here do: role blocks that read prompts apart (`texts.captions`), a style block that gives one vector for the
 whole picture (`keep_style_apart`), and a content block that writes no colour (`write_no_colour`).
 """
 
@@ -230,8 +230,8 @@ def sample(net: TextAndUnet, reader: Reader, texts: list[str], steps=16, cfg=3.0
 
 
 def sample_sheet(run: Run, net: TextAndUnet, reader: Reader, vae, path: Path) -> None:
-    """What the averaged weights draw: things in the sets' styles and in painted ones."""
-    things = ["cat face", "rocket", "red apple", "house", "guitar", "key", "grinning face", "automobile"]
+    """What the averaged weights draw: subjects in the sets' styles and in painted ones."""
+    subjects = ["cat face", "rocket", "red apple", "house", "guitar", "key", "grinning face", "automobile"]
     styles = [
         "twemoji",
         "noto",
@@ -246,7 +246,7 @@ def sample_sheet(run: Run, net: TextAndUnet, reader: Reader, vae, path: Path) ->
     with torch.no_grad():
         for key, value in run.weights.items():
             value.copy_(run.average[key])
-        z = sample(net, reader, [f"{thing}, {style}" for style in styles for thing in things])
-        sheet(torch.cat([vae.decode(some) for some in (z / SCALE).split(16)]), path, len(things))
+        z = sample(net, reader, [f"{subject}, {style}" for style in styles for subject in subjects])
+        sheet(torch.cat([vae.decode(some) for some in (z / SCALE).split(16)]), path, len(subjects))
         for key, value in run.weights.items():
             value.copy_(learning[key])

@@ -1,4 +1,4 @@
-"""The drawings the demo model learns from: openly licensed emoji, each thing by several hands, and icons for shapes.
+"""The drawings the demo model learns from: openly licensed emoji, each subject by several hands, and icons for shapes.
 
 They come as npm packages (`@iconify-json/<set>`); `fetch_sets` asks the local npm for them.
 """
@@ -27,17 +27,17 @@ UNSEEN_SETS = (
 )  # the new styles of the demo and the benchmarks
 CATEGORIES = ("Activities", "Animals & Nature", "Food & Drink", "Objects", "Smileys & Emotion", "Travel & Places")
 
-# Of each icon set: which names are filled shapes, which are lines. The first group is the name of the thing.
+# Of each icon set: which names are filled shapes, which are lines. The first group is the name of the subject.
 ICON_SETS = {
     "ph": (r"(.+)-(?:fill|duotone)", r"(.+)(?<!-fill|-thin|-bold)(?<!-light)(?<!-duotone)"),
     "tabler": (r"(.+)-filled", r"(.+)(?<!-filled)"),
     "material-symbols": (r"(.+)(?<!-outline|-rounded)(?<!-sharp)", r"(.+)-outline"),
     "fluent": (r"(.+)-24-filled", r"(.+)-24-regular"),
 }
-SIGNS = re.compile(r"brand|logo|letter|number|text|format|align|\d")  # no things to be seen in these
+SIGNS = re.compile(r"brand|logo|letter|number|text|format|align|\d")  # no subjects to be seen in these
 
 HELD_OUT = Path(__file__).with_name("held_out.txt").read_text().split()
-# Words of the held-out names that also name other things: an icon is left out for any word but these.
+# Words of the held-out names that also name other subjects: an icon is left out for any word but these.
 COMMON = set(
     [
         "3rd",
@@ -115,25 +115,25 @@ def fetch_sets(folder: Path, names=TRAIN_SETS) -> None:
 
 
 class EmojiSet:
-    """One set: `icon(thing)` finds its drawing, whichever way the set spells the name."""
+    """One set: `icon(subject)` finds its drawing, whichever way the set spells the name."""
 
     def __init__(self, folder: Path, name: str):
         self.name = name
         self.data = json.loads((folder / name / "icons.json").read_text())
         self.by_plain_name = {key.replace("-", ""): key for key in self.data["icons"]}
 
-    def icon(self, thing: str) -> dict | None:
+    def icon(self, subject: str) -> dict | None:
         icons, aliases = self.data["icons"], self.data.get("aliases", {})
         key = (
-            thing
-            if thing in icons
-            else aliases.get(thing, {}).get("parent") or self.by_plain_name.get(thing.replace("-", ""))
+            subject
+            if subject in icons
+            else aliases.get(subject, {}).get("parent") or self.by_plain_name.get(subject.replace("-", ""))
         )
         return icons.get(key)
 
-    def cut_out(self, thing: str, size: int) -> Image.Image | None:
+    def cut_out(self, subject: str, size: int) -> Image.Image | None:
         """RGBA, `size` pixels square, with the small margin every set is given alike."""
-        icon = self.icon(thing)
+        icon = self.icon(subject)
         if icon is None:
             return None
         width = icon.get("width", self.data.get("width", 16))
@@ -153,25 +153,25 @@ class EmojiSet:
         page.paste(drawn, ((size - drawn.width) // 2, (size - drawn.height) // 2))
         return page
 
-    def render(self, thing: str, size: int) -> Image.Image | None:
-        """The thing on white."""
-        if (cut_out := self.cut_out(thing, size)) is None:
+    def render(self, subject: str, size: int) -> Image.Image | None:
+        """The subject on white."""
+        if (cut_out := self.cut_out(subject, size)) is None:
             return None
         page = Image.new("RGBA", (size, size), "white")
         page.alpha_composite(cut_out)
         return page.convert("RGB")
 
 
-def things(folder: Path) -> list[str]:
+def subjects(folder: Path) -> list[str]:
     """Names every training set but fxemoji (the smallest) can draw, in the order of fluent-emoji-flat."""
     sets = [EmojiSet(folder, name) for name in TRAIN_SETS if name != "fxemoji"]
     categories = json.loads((folder / "fluent-emoji-flat" / "metadata.json").read_text())["categories"]
-    names = [thing for category in CATEGORIES for thing in categories[category]]
+    names = [subject for category in CATEGORIES for subject in categories[category]]
     return [
-        thing
-        for thing in dict.fromkeys(names)
-        if all(s.icon(thing) for s in sets)
-        and not thing.endswith(("oclock", "-thirty", "-skin-tone", "-light", "-medium", "-dark"))
+        subject
+        for subject in dict.fromkeys(names)
+        if all(s.icon(subject) for s in sets)
+        and not subject.endswith(("oclock", "-thirty", "-skin-tone", "-light", "-medium", "-dark"))
     ]
 
 
@@ -180,19 +180,19 @@ class Drawing(NamedTuple):
 
     set: str
     key: str
-    thing: str
+    subject: str
     kind: str
 
 
 def emoji_drawings(folder: Path, most: int, held_out: bool = False) -> list[Drawing]:
-    """Up to `most` things in every training set that has them; the held-out things instead where asked."""
-    chosen = [thing for thing in things(folder) if (thing in HELD_OUT) == held_out][:most]
+    """Up to `most` subjects in every training set that has them; the held-out subjects instead where asked."""
+    chosen = [subject for subject in subjects(folder) if (subject in HELD_OUT) == held_out][:most]
     sets = [EmojiSet(folder, name) for name in TRAIN_SETS]
-    return [Drawing(s.name, thing, thing, "emoji") for s in sets for thing in chosen if s.icon(thing)]
+    return [Drawing(s.name, subject, subject, "emoji") for s in sets for subject in chosen if s.icon(subject)]
 
 
 def icon_drawings(folder: Path, each: int) -> list[Drawing]:
-    """Up to `each` icons of every set, drawn by lot, none of a held-out thing."""
+    """Up to `each` icons of every set, drawn by lot, none of a held-out subject."""
     found = []
     for name, patterns in ICON_SETS.items():
         icons = EmojiSet(folder, name).data["icons"]
@@ -205,8 +205,8 @@ def icon_drawings(folder: Path, each: int) -> list[Drawing]:
     return found
 
 
-def is_allowed(thing: str) -> bool:
-    return not SIGNS.search(thing) and not HELD_OUT_WORDS & {word.rstrip("s") for word in thing.split("-")}
+def is_allowed(subject: str) -> bool:
+    return not SIGNS.search(subject) and not HELD_OUT_WORDS & {word.rstrip("s") for word in subject.split("-")}
 
 
 # ---- rendering on all cores

@@ -1,7 +1,7 @@
 """Paints cut-out drawings in styles drawn by lot: fills, outlines, textures, shading, pages, each named in words.
 
-The space of styles that the demo model learns is this one, beside the emoji sets' own; in it a style is told by its
-words alone and fits every shape, so that style and content are independent.
+The demo model learns these styles beside the emoji sets' own. Their words alone decide them, and each fits every shape,
+so that style and content are independent.
 """
 
 import math

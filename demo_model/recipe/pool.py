@@ -13,6 +13,7 @@ from recipe.painter import Style
 from torch import Tensor
 
 PROMPTS = 3  # alternatives for each picture
+HELD_OUT_SHOWN = 20  # drawings of subjects not learned, on the sheet of restored ones
 AS_DRAWN = 0.35  # the share of the emoji sets' own drawings in training; the rest is repainted
 
 
@@ -45,13 +46,13 @@ def list_entries(drawings: list[Drawing], count: int) -> list[Entry]:
 def prompts_of(drawings: list[Drawing], entries: list[Entry], number: int) -> list[tuple[str, str, str]]:
     """PROMPTS triples for entry `number`: what the content block, the style block and the rest read."""
     rng, entry = random.Random(number), entries[number]
-    thing = drawings[entry.drawing].thing
+    subject = drawings[entry.drawing].subject
     own_colours = entry.style.fill in ("own", "as drawn")
     triples = []
     for _ in range(PROMPTS):
         other = rng.choice(entries)
-        elsewhere = drawings[other.drawing].thing, other.style.words
-        triples.append(texts.captions(thing, entry.style.words, own_colours, elsewhere, rng))
+        elsewhere = drawings[other.drawing].subject, other.style.words
+        triples.append(texts.captions(subject, entry.style.words, own_colours, elsewhere, rng))
     return triples
 
 
@@ -64,19 +65,22 @@ class _Tokens:
 
 
 class Size(NamedTuple):
-    """things: emoji, each in every set. icons: of each set. repainted: pictures beside the drawings as they are."""
+    """subjects: emoji, each in every set. icons: of each set. repainted: pictures beside the drawings as they are."""
 
-    things: int
+    subjects: int
     icons: int
     repainted: int
 
     def drawings(self, folder: Path) -> list[Drawing]:
-        return emoji_drawings(folder, self.things) + icon_drawings(folder, self.icons)
+        return emoji_drawings(folder, self.subjects) + icon_drawings(folder, self.icons)
 
 
 def prepare(work: Path, size: Size, processes: int) -> None:
     """Renders the drawings and reads the prompts, on all cores: files in WORK that `Pool` opens."""
     drawings = size.drawings(work / "emoji")
+    if not (work / "held_out.npy").exists():
+        held_out = random.Random(0).sample(emoji_drawings(work / "emoji", 10**6, held_out=True), HELD_OUT_SHOWN)
+        np.save(work / "held_out.npy", render_all(work / "emoji", held_out, texts.demo.SIZE, processes)[0])
     if not (work / "rgba.npy").exists():
         rgba, tones = render_all(work / "emoji", drawings, texts.demo.SIZE, processes)
         np.save(work / "tones.npy", tones)
@@ -104,8 +108,10 @@ class Pool:
         self.rgba = torch.from_numpy(np.load(work / "rgba.npy", mmap_mode="c")).to(device)
         self.tones = torch.from_numpy(np.load(work / "tones.npy")).to(device)
         self.tokens = torch.from_numpy(np.load(work / "tokens.npy")).to(device)  # entries prompts 3 tokens
+        rgba = torch.from_numpy(np.load(work / "held_out.npy")).to(device) / 255
+        self.held_out = (rgba[:, :3] * rgba[:, 3:] + 1 - rgba[:, 3:]) * 2 - 1  # never learned from; n 3 h w, -1 to 1
         self.device = device
-        familiar = [1 if "-" in self.drawings[entry.drawing].thing else 2 for entry in self.entries]
+        familiar = [1 if "-" in self.drawings[entry.drawing].subject else 2 for entry in self.entries]
         weights = torch.tensor(familiar, dtype=torch.float32)
         drawn = torch.tensor([entry.style.fill == "as drawn" for entry in self.entries])
         weights[drawn] *= AS_DRAWN / weights[drawn].sum()
@@ -132,11 +138,3 @@ class Pool:
         turned = painter.moved(rgba, torch.Generator().manual_seed(numbers[0]))
         styles = [entry.style for entry in entries]
         return painter.paint(torch.where(moved, turned, rgba), self.tones[chosen], styles) * 2 - 1
-
-
-def held_out_pictures(folder: Path, count: int, size: int) -> Tensor:
-    """Drawings of things that are never learned from, b 3 h w, -1 to 1."""
-    drawings = random.Random(0).sample(emoji_drawings(folder, 10**6, held_out=True), count)
-    rgba, _ = render_all(folder, drawings, size, 1)
-    rgba = torch.from_numpy(rgba).float() / 255
-    return (rgba[:, :3] * rgba[:, 3:] + 1 - rgba[:, 3:]) * 2 - 1

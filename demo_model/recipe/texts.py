@@ -15,47 +15,47 @@ def words(name: str) -> str:
     return STYLE_WORDS.get(name, name).replace("-", " ")
 
 
-def caption(thing: str, style: str, rng: random.Random, must_name: str = "") -> str:
+def caption(subject: str, style: str, rng: random.Random, must_name: str = "") -> str:
     """One prompt, 10 % of them empty for classifier-free guidance.
 
     must_name: "content" or "style", the half that has to be in it.
     """
-    thing, style = words(thing), words(style)
+    subject, style = words(subject), words(style)
     prompts = {
-        f"{thing}, {style}": 25,
-        f"a {thing} in the style of {style}": 30,
-        f"a {thing}": 8,
+        f"{subject}, {style}": 25,
+        f"a {subject} in the style of {style}": 30,
+        f"a {subject}": 8,
         f"an image in the style of {style}": 8,
         f"a [c] in the style of {style}": 7,
-        f"a {thing} in the style of [v]": 6,
+        f"a {subject} in the style of [v]": 6,
         rng.choice(["a [c]", "a [v]"]): 6,
         "": 10,
     }
-    needed = {"content": thing, "style": style}.get(must_name, "")
+    needed = {"content": subject, "style": style}.get(must_name, "")
     prompts = {prompt: weight for prompt, weight in prompts.items() if needed in prompt}
     return rng.choices(list(prompts), list(prompts.values()))[0]
 
 
 def captions(
-    thing: str, style: str, own_colours: bool, elsewhere: tuple[str, str], rng: random.Random
+    subject: str, style: str, own_colours: bool, elsewhere: tuple[str, str], rng: random.Random
 ) -> tuple[str, str, str]:
     """What the content block reads, the style block, and the rest of the UNet.
 
     In four of five pictures the role blocks read prompts apart. The content block reads of a style that is not the
-    picture's and the style block of a thing that is not, so that shape comes to be decided in the one and style in the
-    other, which in SDXL came of itself. own_colours: the thing decides the colours, so the style block reads it.
+    picture's and the style block of a subject that is not, so that the one learns shape and the other style, which in
+    SDXL came of itself. own_colours: the subject decides the colours, so the style block reads it.
     """
     if rng.random() < 1 / 5:
-        return (caption(thing, style, rng),) * 3
-    other_thing, other_style = elsewhere
-    content = rng.choice([f"a {words(thing)}", caption(thing, other_style, rng, must_name="content")])
-    look = rng.choice(
+        return (caption(subject, style, rng),) * 3
+    other_subject, other_style = elsewhere
+    content = rng.choice([f"a {words(subject)}", caption(subject, other_style, rng, must_name="content")])
+    manner = rng.choice(
         [
             f"an image in the style of {words(style)}",
-            caption(thing if own_colours else other_thing, style, rng, must_name="style"),
+            caption(subject if own_colours else other_subject, style, rng, must_name="style"),
         ]
     )
-    return content, look, rng.choice(["", "a [c] in the style of [v]"])
+    return content, manner, rng.choice(["", "a [c] in the style of [v]"])
 
 
 class Reader:

@@ -44,7 +44,7 @@ def main(args: argparse.Namespace) -> None:
     work, state = args.work, args.work / "state"
     state.mkdir(parents=True, exist_ok=True)
     fetch_sets(work / "emoji", [*TRAIN_SETS, *ICON_SETS])
-    size = pool.Size(args.things, args.icons, args.repainted)
+    size = pool.Size(args.subjects, args.icons, args.repainted)
     if args.tokenizer:
         drawings = size.drawings(work / "emoji")
         held_out = [name.replace("-", " ") for name in HELD_OUT * 20]
@@ -138,7 +138,7 @@ if __name__ == "__main__":
     parser.add_argument("work", type=Path)
     parser.add_argument("--minutes", type=float, default=9.0)
     parser.add_argument("--batch", type=int, default=384 if torch.cuda.is_available() else 24)
-    parser.add_argument("--things", type=int, default=1000, help="emoji to learn, each in every set")
+    parser.add_argument("--subjects", type=int, default=1000, help="emoji to learn, each in every set")
     parser.add_argument("--icons", type=int, default=2500, help="icons of each set")
     parser.add_argument("--repainted", type=int, default=160_000, help="pictures beside the drawings as they are")
     parser.add_argument("--tokenizer", action="store_true", help="trains the tokenizer, and nothing else")
