@@ -209,7 +209,7 @@ def test_the_shared_workflow_makes_the_catalogue_once(server):
     (picture,) = server.images(server.run(prompt))
     assert picture == output / "crown__ink.png"
     with Image.open(picture) as image:
-        assert image.size == (128, 64)
+        assert image.size == (256, 128)
         assert json.loads(image.text["prompt"]).keys() == prompt.keys()
         assert str(server.base) not in image.text["prompt"]  # what is shared tells nothing of the machine
         assert json.loads(image.text["consislora"])["style_lora"]["consislora.stage"] == "style"

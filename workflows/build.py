@@ -140,7 +140,7 @@ def train_style(settings: Settings, note: str) -> Workflow:
 
 def strength_grid(settings: Settings, note: str) -> Workflow:
     """Saved LoRAs in, one picture for each pair of guidances out."""
-    grid = {"model": MODEL, "vae": VAE, **LOADED, **sampling(settings), "cell_size": max(128, settings.side // 4)}
+    grid = {"model": MODEL, "vae": VAE, **LOADED, **sampling(settings), "cell_size": 256}
     saved = {"images": From("grid", "grid"), "filename_prefix": "consislora_grid"}
     pictures = {
         "result": Node("SaveImage", "The grid", saved),
