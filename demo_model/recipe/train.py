@@ -94,7 +94,8 @@ def begin_with_weights(state: Path) -> None:
             for key, value in weights.items()
             if key.startswith(demo.PREFIXES[part])
         }
-        save_checkpoint(state, stage, learned, learned, begun=None)
+        average = {key: value.clone() for key, value in learned.items()}  # a file takes no tensor twice
+        save_checkpoint(state, stage, learned, average, begun=None)
 
 
 def encoded(work: Path, pictures: pool.Pool, vae, batch: int) -> torch.Tensor:
