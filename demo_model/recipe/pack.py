@@ -1,4 +1,4 @@
-"""`python demo_model/recipe/pack.py KIT.tar.gz [--python 3.12]`: all that the recipe needs where nothing can be had.
+"""`python demo_model/recipe/pack.py KIT.tar.gz [--python 3.12]`: packs the recipe for a machine without a network.
 
 In it: wheels/ (of the packages that a machine with torch, transformers and scientific Python lacks), emoji/ (the sets'
 drawings), comfyui/ (ComfyUI's classes, from COMFYUI_PATH). There:

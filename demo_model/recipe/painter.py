@@ -215,7 +215,7 @@ def _fill(name: str, tone: Tensor, grey: Tensor, cover: Tensor, edges: Tensor, c
         return _ramp(tone, first * (1 - down) + second * down)
     if name == "flat":  # cut from paper: inner edges stay open
         inner = edges * (_narrower(cover, cover.shape[-1] // 32) > 0.9)
-        return first.lerp(page, inner) if first.shape == page.shape else first * (1 - inner) + page * inner
+        return first * (1 - inner) + page * inner
     if name == "palette":
         low, high = (((tone - limit) * 20).sigmoid() for limit in (0.3, 0.5))
         return (first * (1 - low) + second * low) * (1 - high) + third * high

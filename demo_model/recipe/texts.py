@@ -8,7 +8,6 @@ from pathlib import Path
 import model as demo
 
 STYLE_WORDS = {"noto-v1": "noto v1", "fluent-emoji-flat": "fluent"}
-ANY_CONTENT, ANY_STYLE = "[c]", "[v]"  # the method's words for "whatever it is"
 
 
 def words(name: str) -> str:
