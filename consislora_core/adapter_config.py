@@ -66,7 +66,15 @@ def read_config(path: Path, metadata: Mapping[str, str]) -> AdapterConfig:
         else:
             fields = json.loads(metadata.get(HEADER, "{}"))
         return _checked(fields)
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError, TypeError, AttributeError, re.error) as error:
+    except (
+        json.JSONDecodeError,
+        UnicodeDecodeError,
+        RecursionError,
+        TypeError,
+        AttributeError,
+        OverflowError,
+        re.error,
+    ) as error:
         raise ValueError(f"Its settings as a PEFT adapter cannot be read ({error}).") from None
 
 
@@ -87,7 +95,7 @@ def _checked(fields: dict) -> AdapterConfig:
     )
     numbers = [config.r, config.lora_alpha, *config.rank_pattern.values(), *config.alpha_pattern.values()]
     if not all(number is None or type(number) in (int, float) and math.isfinite(number) for number in numbers):
-        raise TypeError("a rank or alpha is not a number")
+        raise TypeError("a rank or alpha is not a finite number")
     for pattern in [*config.rank_pattern, *config.alpha_pattern]:
         re.compile(pattern)
     return config

@@ -1,6 +1,6 @@
 """Puts LoRA parts into a UNet, says which learn, mixes them per batch row, and takes them out again."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from itertools import groupby
@@ -131,7 +131,11 @@ def inserted(
     """
     for parts in loras:
         check_fit(unet, parts)
-    names = {name: target for name, target in targets(dict(unet.named_modules())).items() if target.role in loras[0]}
+    names = {
+        name: target
+        for name, target in targets(dict(unet.named_modules())).items()
+        if target.layer in loras[0].get(target.role, ())
+    }
     originals = {name: unet.get_submodule(name) for name in names}
     flags = [(parameter, parameter.requires_grad) for parameter in unet.parameters()]
     layers = {}
@@ -238,14 +242,17 @@ class Mixer:
 
 
 def check_fit(unet: nn.Module, parts: Mapping[str, Part]) -> None:
-    """Raises ValueError for parts that were trained on a UNet with other layers."""
+    """Raises ValueError for parts that were trained on a UNet with other layers.
+
+    A part need not adapt all layers of a transformer block, but it was trained on as many blocks as the UNet has.
+    """
     layers = {target: unet.get_submodule(name) for name, target in targets(dict(unet.named_modules())).items()}
     for role, part in parts.items():
         expected = {target.layer: layer for target, layer in layers.items() if target.role == role}
-        if set(expected) != set(part):
+        if _blocks(part) != _blocks(expected) or part.keys() - expected.keys():
             raise ValueError(
-                f"The {role} LoRA has {len(part)} layers where this model has {len(expected)}: "
-                "it was trained on another architecture."
+                f"The {role} LoRA has {len(part)} layers where this model has {len(expected)}, and in other "
+                "transformer blocks: it was trained on another architecture."
             )
         for path, (down, up, _) in part.items():
             sizes = expected[path].in_features, expected[path].out_features
@@ -254,3 +261,8 @@ def check_fit(unet: nn.Module, parts: Mapping[str, Part]) -> None:
                     f"The {role} LoRA fits layers of {down.shape[1]} to {up.shape[0]} features where this model has "
                     f"{sizes[0]} to {sizes[1]} ({path}): it was trained on another architecture."
                 )
+
+
+def _blocks(layers: Iterable[str]) -> set[str]:
+    """The transformer blocks in which layers of a part lie."""
+    return {layer.partition(".attn")[0] for layer in layers}

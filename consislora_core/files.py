@@ -1,9 +1,10 @@
 """Files that appear whole or not at all, and their names in messages."""
 
+import errno
 import os
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
 
@@ -15,11 +16,25 @@ def escape_text(text: str | os.PathLike) -> str:
     return os.fspath(text).encode(errors="backslashreplace").decode()
 
 
+def write_numbered(paths: Iterable[Path], write: Callable[[Path], None]) -> Path:
+    """Writes under the first of the paths that is free, and returns it.
+
+    write: raises FileExistsError, and leaves what is there, if another process took the path meanwhile.
+    """
+    for path in paths:
+        if not path.exists():
+            with suppress(FileExistsError):
+                write(path)
+                return path
+    raise FileExistsError(errno.EEXIST, "every number is taken")
+
+
 @contextmanager
-def written_whole(path: Path) -> Iterator[Path]:
+def written_whole(path: Path, new: bool = False) -> Iterator[Path]:
     """Yields the path of an empty temporary file, which takes the name `path` if the context ends without error.
 
-    An earlier file of that name stays until then. Raises OSError when the folder cannot be written or the disk is full.
+    An earlier file of that name stays until then; with `new` it stays for good, and FileExistsError is raised. Raises
+    OSError when the folder cannot be written or the disk is full.
     """
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
     os.close(handle)
@@ -29,6 +44,18 @@ def written_whole(path: Path) -> Iterator[Path]:
         with unfinished.open("r+b") as file:
             os.fsync(file.fileno())  # or a power cut could leave the new name on old or empty bytes
         unfinished.chmod(0o644)  # temporary files are for their owner alone
-        os.replace(unfinished, path)
+        with _taken(path) if new else nullcontext():
+            os.replace(unfinished, path)
     finally:
         unfinished.unlink(missing_ok=True)
+
+
+@contextmanager
+def _taken(path: Path) -> Iterator[None]:
+    """Takes a name with an empty file, as one process alone can, for what replaces it in the context."""
+    path.touch(exist_ok=False)
+    try:
+        yield
+    except BaseException:
+        path.unlink(missing_ok=True)
+        raise

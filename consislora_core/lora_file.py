@@ -6,7 +6,7 @@ import math
 import os
 import re
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -16,18 +16,35 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .adapter_config import AdapterConfig, read_config
-from .files import written_whole
+from .adapter_config import HEADER, AdapterConfig, read_config
+from .files import escape_text, written_whole
 from .roles import ROLES, Target, diffusers_name, kohya_name, parse_module
 
-# What each spelling appends to a module's name: kohya, diffusers, PEFT (with or without its adapter name).
-SUFFIX = re.compile(
-    r"(?P<module>.+?)\.(?:(?P<down>lora_down|lora\.down|lora_A(?:\.default)?)|(?P<up>lora_up|lora\.up|lora_B(?:\.default)?))\.weight"
-    r"|(?P<scaled>.+)\.alpha"
-)
-MAGNITUDE = re.compile(r".+\.(lora_magnitude_vector.*|dora_scale)")  # what a DoRA (arXiv 2402.09353) has besides
+# What the keys of a layer end in, by kind. LoRA (arXiv 2106.09685) as kohya, diffusers and PEFT spell it, PEFT with or
+# without its adapter's name:
+LORA = {
+    "down": r"lora_down\.weight|lora\.down\.weight|lora_linear_layer\.down\.weight|lora_A(?:\.[^.]+)?\.weight",
+    "up": r"lora_up\.weight|lora\.up\.weight|lora_linear_layer\.up\.weight|lora_B(?:\.[^.]+)?\.weight",
+    "alpha": r"alpha",
+}
+# What a LoRA here cannot hold, as PEFT, LyCORIS and OneTrainer spell it; DoRA is arXiv 2402.09353, LoHa 2108.06098.
+OTHER_KINDS = {
+    "DoRA": r"dora_scale|lora_magnitude_vector(?:\..+)?",
+    "LoHa": r"hada_.+",
+    "LoKr": r"lokr_.+",
+    "OFT": r"oft_.+",
+    "GLoRA": r"[ab][12]\.weight",
+    "IA3": r"on_input",
+    "LoRA with a bias": r"(?:lora_up|lora\.up|lora_B(?:\.[^.]+)?)\.bias",
+    "layer trained in full": r"diff",
+}
+ENDINGS = {kind: re.compile(rf"(.+?)[._](?:{ending})") for kind, ending in (LORA | OTHER_KINDS).items()}
 
 MAX_VALUES = 2**24  # of one tensor: rank 1024 in a layer of SDXL takes 2**21
+LARGEST = torch.finfo(torch.float16).max  # of a weight or alpha, which files hold in fp16; trained weights are below 10
+
+# Metadata that states facts of the file it was read from, which a file written anew has others of.
+OF_THE_FILE = {HEADER, "sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256"}
 
 # ModelSpec, by which model managers sort files.
 MODEL_SPEC = {"modelspec.sai_model_spec": "1.0.1", "modelspec.architecture": "stable-diffusion-xl-v1-base/lora"}
@@ -57,10 +74,14 @@ class Source(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class ImageLora:
-    """What was learned from one image: its parts by role, and the file's metadata."""
+    """What was learned from one image: its parts by role, and the file's metadata.
+
+    left_out: the file's names of other modules that it adapts.
+    """
 
     parts: dict[str, Part]
     metadata: dict[str, str]
+    left_out: tuple[str, ...] = ()
 
     def part(self, role: str) -> Part:
         """The part of a role. Raises ValueError if there is none."""
@@ -96,52 +117,82 @@ def to_state_dict(lora: ImageLora) -> dict[str, Tensor]:
 def from_state_dict(
     state: Mapping[str, Tensor], metadata: dict[str, str] | None = None, config: AdapterConfig | None = None
 ) -> ImageLora:
-    """A LoRA from tensors in any known spelling. Raises ValueError that names foreign keys or a damaged layer.
+    """A LoRA from tensors in any known spelling; tensors of other modules than those of the two roles are left out.
 
-    config: gives alpha to layers without an alpha tensor.
+    config: gives alpha to layers without an alpha tensor. Raises ValueError that names a layer which is damaged or of
+    another kind than LoRA, and for a state without a LoRA of either role.
     """
-    found: dict[Target, dict[str, Tensor]] = {}
-    for key, (target, kind) in _placed(state).items():
-        found.setdefault(target, {})[kind] = state[key]
+    placed, left_out = _placed(state)
     parts: dict[str, Part] = {}
-    for target, tensors in found.items():
-        parts.setdefault(target.role, {})[target.layer] = _layer(target, tensors, config or AdapterConfig())
-    return ImageLora({role: parts[role] for role in ROLES if role in parts}, metadata or {})
+    for target, keys in placed.items():
+        layer = _layer(target, {kind: state[key] for kind, key in keys.items()}, config or AdapterConfig())
+        parts.setdefault(target.role, {})[target.layer] = layer
+    return ImageLora({role: parts[role] for role in ROLES if role in parts}, metadata or {}, left_out)
 
 
-def _placed(keys: Collection[str]) -> dict[str, tuple[Target, str]]:
-    """For each key its layer, and "down", "up" or "alpha". Raises ValueError that names foreign keys."""
-    if any(map(MAGNITUDE.fullmatch, keys)):
-        raise ValueError("It is a DoRA, which ConsisLoRA cannot hold. Save it as plain LoRA.")
-    placed, foreign = {}, []
+def _placed(keys: Collection[str]) -> tuple[dict[Target, dict[str, str]], tuple[str, ...]]:
+    """The keys of each layer by kind, and the modules that are left out. Raises ValueError as `from_state_dict`."""
+    placed: dict[Target, dict[str, str]] = {}
+    left_out: dict[str, str | None] = {}
     for key in keys:
-        match = SUFFIX.fullmatch(key)
-        target = match and parse_module(match["module"] or match["scaled"])
-        if target is None:
-            foreign.append(key)
-        else:
-            placed[key] = target, "down" if match["down"] else "up" if match["up"] else "alpha"
-    if foreign:
-        raise ValueError(
-            f"{len(foreign)} of {len(keys)} keys are not LoRA weights of SDXL's content or style block, for example "
-            f"{', '.join(sorted(foreign)[:3])}. The file is for another architecture, or adapts the whole model."
-        )
+        module, kind = _split(key)
+        target = parse_module(module)
+        if target is None or kind is None:
+            left_out[module] = kind
+        elif kind not in LORA:
+            raise ValueError(
+                f"It is a {kind}, for one in the {target.role} part at {target.layer}, which ConsisLoRA cannot hold. "
+                "Save it as plain LoRA."
+            )
+        elif placed.setdefault(target, {}).setdefault(kind, key) != key:
+            raise ValueError(
+                f"It holds two LoRAs for the {target.role} part at {target.layer}: {placed[target][kind]} and {key}. "
+                "Save each in a file of its own."
+            )
     if not placed:
-        raise ValueError("The file holds no LoRA weights.")
-    return placed
+        kinds = " and ".join(sorted(set(left_out.values()) & OTHER_KINDS.keys()) or ["others"])
+        found = f", but {kinds}, for example {', '.join(sorted(left_out)[:3])}" if left_out else ""
+        raise ValueError(
+            f"The file holds no LoRA weights of SDXL's content or style block{found}. It is for another architecture, "
+            "or leaves these blocks as they are."
+        )
+    return placed, tuple(left_out)
+
+
+def _split(key: str) -> tuple[str, str | None]:
+    """The module that a key is about, and the kind; the key itself and None where no kind is known."""
+    for kind, ending in ENDINGS.items():
+        if match := ending.fullmatch(key):
+            return match[1], kind
+    return key, None
 
 
 def _layer(target: Target, tensors: dict[str, Tensor], config: AdapterConfig) -> LoraLayer:
-    down, up = tensors.get("down"), tensors.get("up")
-    if down is None or up is None or down.ndim != 2 or up.ndim != 2 or down.shape[0] != up.shape[1]:
+    down, up, alpha = map(tensors.get, LORA)
+    at = f"The {target.role} part is damaged at {target.layer}:"
+    if not (_is_matrix(down) and _is_matrix(up) and len(down) == up.shape[1] and (alpha is None or alpha.numel() == 1)):
         shapes = {kind: tuple(tensor.shape) for kind, tensor in tensors.items()}
-        raise ValueError(
-            f"The {target.role} part is damaged at {target.layer}: a down (rank x in) and an up (out x rank) "
-            f"were expected, found {shapes}."
-        )
-    if "alpha" in tensors:
-        return LoraLayer(down, up, float(tensors["alpha"]))
-    return LoraLayer(down, up, config.alpha(diffusers_name(target), down.shape[0]))
+        raise ValueError(f"{at} a down (rank x in) and an up (out x rank) were expected, found {shapes}.")
+    if len(down) == 0:
+        raise ValueError(f"{at} it has rank 0, so it holds nothing.")
+    down, up = down.flatten(1), up.flatten(1)
+    alpha = config.alpha(diffusers_name(target), len(down)) if alpha is None else float(alpha)
+    for kind, values in {"down": down, "up": up, "alpha": torch.tensor(alpha)}.items():
+        if not values.is_floating_point():
+            raise ValueError(f"{at} its {kind} is {values.dtype}. Save it in fp16 or fp32.")
+        values = values.float()  # torch has no comparisons in fp8
+        if not values.isfinite().all():
+            raise ValueError(f"{at} its {kind} holds values that are not finite (NaN or infinity).")
+        if (values.abs() > LARGEST).any():
+            raise ValueError(
+                f"{at} its {kind} holds {values.abs().max():g}, where trained values are below {LARGEST:g}."
+            )
+    return LoraLayer(down, up, alpha)
+
+
+def _is_matrix(tensor: Tensor | None) -> bool:
+    """Whether it is the weight of a linear layer, or of a convolution of 1 x 1, which is the same."""
+    return tensor is not None and tensor.ndim >= 2 and tensor.shape[2:].numel() == 1
 
 
 def read(path: str | os.PathLike) -> ImageLora:
@@ -149,21 +200,25 @@ def read(path: str | os.PathLike) -> ImageLora:
 
     Raises ValueError for a file that is damaged, foreign or incomplete, or of a kind that a LoRA here cannot hold.
     """
+    name = escape_text(Path(path).name)
     try:
         with safe_open(path, framework="pt") as file:
             shapes = {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118
-            _placed(shapes)  # both checks come before a tensor takes memory
-            _check_size(shapes)
+            placed, left_out = _placed(shapes)  # both checks come before a tensor takes memory
+            keys = [key for layer in placed.values() for key in layer.values()]
+            _check_size({key: shapes[key] for key in keys})
             metadata = file.metadata() or {}
             config = read_config(Path(path), metadata)
-            return from_state_dict({key: file.get_tensor(key) for key in shapes}, metadata, config)
+            kept = {entry: text for entry, text in metadata.items() if entry not in OF_THE_FILE}
+            lora = from_state_dict({key: file.get_tensor(key) for key in keys}, kept, config)
+            return replace(lora, left_out=left_out)
     except SafetensorError as error:
         raise ValueError(
-            f"{Path(path).name} is not a whole safetensors file ({error}). It may be cut off or of another kind; "
+            f"{name} is not a whole safetensors file ({error}). It may be cut off or of another kind; "
             "download or save it again."
         ) from error
     except ValueError as error:
-        raise ValueError(f"{Path(path).name}: {error}") from error
+        raise ValueError(f"{name}: {error}") from error
 
 
 def _check_size(shapes: dict[str, list[int]]) -> None:
@@ -175,28 +230,30 @@ def _check_size(shapes: dict[str, list[int]]) -> None:
         )
 
 
-def write(lora: ImageLora, path: str | os.PathLike, dtype: torch.dtype = torch.float16) -> None:
+def write(lora: ImageLora, path: str | os.PathLike, dtype: torch.dtype = torch.float16, new: bool = False) -> None:
     """Writes a LoRA file, whole or not at all: an earlier file of that name stays until the new one is complete.
 
-    Raises OSError when the folder cannot be written or the disk is full.
+    Raises FileExistsError for an earlier file if the file must be `new`, and OSError when the folder cannot be written
+    or the disk is full.
     """
     path = Path(path)
     state = {key: tensor.to("cpu", dtype) for key, tensor in to_state_dict(lora).items()}
-    write_tensors(state, path, {"format": "pt", **MODEL_SPEC, "modelspec.title": path.stem, **lora.metadata})
+    write_tensors(state, path, {"format": "pt", **MODEL_SPEC, "modelspec.title": path.stem, **lora.metadata}, new)
 
 
-def write_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
+def write_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str], new: bool = False) -> None:
     """Writes a safetensors file, whole or not at all; the same content gives the same bytes.
 
-    Raises OSError when the folder cannot be written or the disk is full.
+    Raises FileExistsError for an earlier file if the file must be `new`, and OSError when the folder cannot be written
+    or the disk is full.
     """
     try:
-        with written_whole(path) as unfinished:
-            save_file(tensors, unfinished, metadata)
+        with written_whole(path, new) as unfinished:
+            save_file(tensors, unfinished, {name: escape_text(text) for name, text in metadata.items()})
             with unfinished.open("r+b") as file:
                 _sort_metadata(file)
     except SafetensorError as error:
-        raise OSError(f"{path} could not be written: {error}") from error
+        raise OSError(f"{escape_text(path)} could not be written: {error}") from error
 
 
 def _sort_metadata(file: BinaryIO) -> None:

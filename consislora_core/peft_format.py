@@ -1,6 +1,7 @@
 """Reads and writes adapters as PEFT keeps them: a folder with `adapter_model.safetensors` and `adapter_config.json`."""
 
 import os
+import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -21,7 +22,8 @@ def read(path: str | os.PathLike) -> ImageLora:
 def write(lora: ImageLora, folder: Path, dtype: torch.dtype = torch.float16) -> None:
     """Writes a LoRA as a folder that `PeftModel.from_pretrained` loads onto a diffusers UNet.
 
-    Raises ValueError if PEFT is not installed, and OSError when the folder cannot be written or the disk is full.
+    Raises ValueError if PEFT is not installed, FileExistsError for a folder that is there already, and OSError when it
+    cannot be written or the disk is full; then nothing of it is left.
     """
     try:
         from peft import LoraConfig
@@ -40,9 +42,13 @@ def write(lora: ImageLora, folder: Path, dtype: torch.dtype = torch.float16) -> 
         alpha_pattern={name: layer.alpha for name, layer in layers.items() if layer.alpha != alpha},
         target_modules=list(layers),
     )
-    folder.mkdir(parents=True, exist_ok=True)
-    config.save_pretrained(folder)
-    write_tensors(_peft_state_dict(layers, dtype), folder / ADAPTER_FILE, {"format": "pt", **lora.metadata})
+    folder.mkdir(parents=True)
+    try:
+        config.save_pretrained(folder)
+        write_tensors(_peft_state_dict(layers, dtype), folder / ADAPTER_FILE, {"format": "pt", **lora.metadata})
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
 
 
 def _peft_state_dict(layers: dict[str, LoraLayer], dtype: torch.dtype) -> dict[str, Tensor]:

@@ -17,6 +17,11 @@ BLOCKS = {
 # Attention layers a LoRA sits on, self- and cross-attention alike (ConsisLoRA section 5, implementation details).
 LAYER = re.compile(r"transformer_blocks[._](\d+)[._](attn[12])[._]to_(q|k|v|out[._]0)")
 
+# How LoRA files spell a UNet and such a layer: kohya lora_unet_, LyCORIS lycoris_, ComfyUI diffusion_model., PEFT
+# base_model.model., OneTrainer lora_unet. and unet.; older diffusers ...attn1.processor.to_out for ...attn1.to_out.0.
+PREFIX = re.compile(r"((lora|lycoris|unet|model|base_model|diffusion_model)_)*")
+SPELLED_LAYER = re.compile(r"transformer_blocks_(\d+)_(attn[12])_(?:processor_)?to_(q|k|v|out)(?:(?<=out)_0)?")
+
 
 class Target(NamedTuple):
     """One attention layer of a role block; `layer` is its path inside the block, dotted."""
@@ -48,17 +53,23 @@ def targets(module_names: Iterable[str], architecture: str = "sdxl") -> dict[str
 
 
 def parse_module(name: str, architecture: str = "sdxl") -> Target | None:
-    """The target of a module name in a LoRA file, dotted or with underscores; None if it is not in a role block."""
+    """The target of a module name in a LoRA file, in any spelling; None if it is no attention layer of a role block."""
+    role, layer = block_of(name, architecture)
+    if match := SPELLED_LAYER.fullmatch(layer):
+        depth, attention, projection = match.groups()
+        return Target(role, f"transformer_blocks.{depth}.{attention}.to_{projection}{'.0' * (projection == 'out')}")
+    return None
+
+
+def block_of(name: str, architecture: str = "sdxl") -> tuple[str | None, str]:
+    """The role in whose block a module of a LoRA file lies, and its path inside with underscores; None and its name."""
     flat = name.replace(".", "_")
     for role, spellings in BLOCKS[architecture].items():
         for block in spellings.values():
             prefix, _, layer = flat.partition(block.replace(".", "_") + "_")
-            if re.fullmatch(r"((lora_)?unet_|diffusion_model_|base_model_model_)*", prefix) and (
-                match := LAYER.fullmatch(layer)
-            ):
-                depth, attention, projection = match.groups()
-                return Target(role, f"transformer_blocks.{depth}.{attention}.to_{projection.replace('_', '.')}")
-    return None
+            if layer and PREFIX.fullmatch(prefix):
+                return role, layer
+    return None, flat
 
 
 def kohya_name(target: Target, architecture: str = "sdxl") -> str:

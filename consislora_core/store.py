@@ -21,12 +21,13 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from . import METHOD_VERSION, lora_file
+from .files import escape_text
 from .lora_file import ImageLora
 from .trainer import Trainer
 
-# Both are safetensors files. With that suffix ComfyUI would list them in every node that loads a LoRA, where a name of
-# 64 digits means nothing and may be removed at any time.
-LORA, CHECKPOINT = ".lora", ".checkpoint"
+# The first two are safetensors files. With that suffix ComfyUI would list them in every node that loads a LoRA, where
+# a name of 64 digits means nothing and may be removed at any time.
+LORA, CHECKPOINT, LOCK = ".lora", ".checkpoint", ".lock"
 OURS = re.compile(r"[0-9a-f]{64}\..+")  # no other file in the folder is ever touched
 RECORD = "store"  # the metadata entry of both that holds our record, as JSON
 
@@ -64,7 +65,8 @@ def fingerprint(value: object) -> str:
 
 
 class Store:
-    """LoRAs and checkpoints in a folder. limit: bytes of all files; above it, the least recently used are removed.
+    """LoRAs and checkpoints in a folder. limit: bytes of all files but those of trainings that go on; above it, the
+    least recently used are removed.
 
     Errors of disk or folder are logged once, and training goes on without the store.
     """
@@ -81,7 +83,7 @@ class Store:
         with ExitStack() as stack:
             with self._tolerant():
                 self.folder.mkdir(parents=True, exist_ok=True)
-                stack.enter_context(_acquired(FileLock(self.folder / f"{key}.lock"), waiting))
+                stack.enter_context(_acquired(FileLock(self._path(key, LOCK)), waiting))
                 for unfinished in self.folder.glob(f"{key}.*.tmp"):
                     unfinished.unlink()  # its writer was killed
             yield
@@ -151,8 +153,8 @@ class Store:
                 logging.warning(
                     "ConsisLoRA: the store of trained LoRAs, %s, cannot be used (%s). Training goes on, but may not "
                     "be remembered or resumed. Free some space, or make the folder writable.",
-                    self.folder,
-                    error,
+                    escape_text(self.folder),
+                    escape_text(str(error)),
                 )
             self.warned = True
         except (SafetensorError, ValueError) as error:
@@ -160,29 +162,63 @@ class Store:
                 raise
             logging.warning(
                 "ConsisLoRA: %s cannot be used (%s). It is set aside as .damaged; the training starts afresh.",
-                reading,
-                error,
+                escape_text(reading),
+                escape_text(str(error)),
             )
             with self._tolerant():
                 os.replace(reading, f"{reading}.damaged")
 
     def _make_room(self, key: str) -> None:
-        """Removes the least recently used files, but never those of `key`, which have just been written."""
+        """Removes the least recently used files, but never those of `key`, which have just been written.
+
+        Files of trainings that go on, in any process, neither go nor count: the checkpoint of a large batch could
+        otherwise empty the store.
+        """
         sizes, used = Counter(), Counter()
         for path in self.folder.iterdir():
             with suppress(FileNotFoundError):  # another process may remove files as well
-                if OURS.fullmatch(path.name):
+                if OURS.fullmatch(path.name) and path.suffix != LOCK:
                     name, stat = path.name.partition(".")[0], path.stat()
                     sizes[name] += stat.st_size
                     used[name] = max(used[name], stat.st_mtime)
-        excess = sizes.total() - self.limit
-        for name in sorted(sizes.keys() - {key}, key=used.get):
+        if sizes.total() <= self.limit:
+            return
+        idle = [name for name in sizes if self._is_idle(name)]
+        excess = sum(sizes[name] for name in idle) - self.limit
+        for name in sorted(idle, key=used.get):
             if excess <= 0:
                 return
-            excess -= sizes[name]
-            for path in self.folder.glob(f"{name}.*"):
+            if name != key:
+                excess -= sizes[name]
+                self._remove(name)
+
+    def _is_idle(self, name: str) -> bool:
+        with self._while_idle(name) as idle:
+            return idle
+
+    def _remove(self, name: str) -> None:
+        """Removes the files of a training, but not of one that goes on, and not the lock, which others may wait for."""
+        with self._while_idle(name) as idle:
+            for path in self.folder.glob(f"{name}.*") if idle else ():
                 with suppress(OSError):  # on Windows a file that is being read cannot go
-                    path.unlink()
+                    if path.suffix != LOCK:
+                        path.unlink()
+
+    @contextmanager
+    def _while_idle(self, name: str) -> Iterator[bool]:
+        """Yields whether a training goes on in no process; if so, none begins within the context."""
+        lock = FileLock(self._path(name, LOCK))
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            yield False
+        except NotImplementedError:  # a network folder without locks
+            yield True
+        else:
+            try:
+                yield True
+            finally:
+                lock.release()
 
 
 @contextmanager

@@ -1,13 +1,19 @@
 """Where ComfyUI keeps pictures and LoRA files, and where the store of trained LoRAs is."""
 
 import os
+import re
+from collections.abc import Iterator
+from functools import partial
+from itertools import count
 from pathlib import Path
 
 import folder_paths
 import torch
+from comfy.cli_args import args
 
 from ..consislora_core import lora_file, peft_format
 from ..consislora_core.adapter_config import ADAPTER_FILE
+from ..consislora_core.files import escape_text, write_numbered
 from ..consislora_core.lora_file import ImageLora
 from ..consislora_core.store import Store
 
@@ -34,10 +40,11 @@ def training_store() -> Store:
         raise ValueError(f"CONSISLORA_STORE_GB is {limit!r}; it must be a number of gigabytes, such as 20.") from None
 
 
-def new_picture_path(prefix: str, width: int, height: int) -> Path:
-    """Where Save Image would write the next picture."""
-    folder, name, number, *_ = folder_paths.get_save_image_path(prefix, str(output_folder()), width, height)
-    return Path(folder, f"{name}_{number:05}_.png")
+def new_picture_paths(prefix: str, width: int, height: int) -> Iterator[Path]:
+    """Where Save Image would write the next picture, and the one after it, and so on."""
+    prefix = re.sub("[\ud800-\udfff]", "_", prefix)  # halves of characters, which no file system takes
+    folder, name, first, *_ = folder_paths.get_save_image_path(prefix, str(output_folder()), width, height)
+    return (Path(folder, f"{name}_{number:05}_.png") for number in count(first))
 
 
 def lora_names() -> list[str]:
@@ -56,37 +63,23 @@ def lora_path(name: str) -> Path:
     return Path(found)
 
 
-def new_lora_path(name: str, suffix: str = ".safetensors") -> Path:
-    """Where a new LoRA of this name goes: in the first models/loras folder, numbered so that nothing is overwritten.
-
-    suffix: of the file; empty for a folder. Raises ValueError for a name that leads outside.
-    """
-    folder = loras_folder()
-    wanted = (folder / f"{name.removesuffix('.safetensors')}.safetensors").resolve()
-    if not name.strip() or not wanted.is_relative_to(folder.resolve()) or wanted.stem.startswith("."):
-        raise ValueError(
-            f"filename is {name!r}; it must be a name inside models/loras, such as my_product or clients/my_product."
-        )
-    numbered = (wanted.with_name(f"{wanted.stem}_{i:05}{suffix}") for i in range(1, 100_000))
-    return next(path for path in numbered if not path.exists())
-
-
 def save_lora(lora: ImageLora, name: str, dtype: torch.dtype, as_peft: bool = False) -> str:
-    """Writes a LoRA as a file of ours, or as a folder of PEFT; its name for the loader.
+    """Writes a LoRA as a file of ours, or as a folder of PEFT, with the next free number; its name for the loader.
 
-    Raises ValueError when the disk or folder refuses, and for a PEFT folder where PEFT is not installed.
+    name: inside the first models/loras folder; a subfolder may be a link, as for ComfyUI when it reads. Raises
+    ValueError when the disk or folder refuses, and for a PEFT folder where PEFT is not installed.
     """
-    path = new_lora_path(name, "" if as_peft else ".safetensors")
+    if args.disable_metadata:
+        lora = ImageLora(lora.parts, {})
+    wanted, suffix = loras_folder() / name, "" if as_peft else ".safetensors"
+    numbered = (wanted.with_name(f"{wanted.name}_{number:05}{suffix}") for number in range(1, 100_000))
+    writer = peft_format.write if as_peft else partial(lora_file.write, new=True)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if as_peft:
-            peft_format.write(lora, path, dtype)
-            path = path / ADAPTER_FILE
-        else:
-            lora_file.write(lora, path, dtype)
+        wanted.parent.mkdir(parents=True, exist_ok=True)
+        path = write_numbered(numbered, lambda path: writer(lora, path, dtype=dtype))
     except OSError as error:
         raise ValueError(
-            f"The LoRA could not be saved to {path.parent}: {error.strerror or error}. Free some space or "
-            "choose a folder that can be written, then queue again: the training itself is still cached."
+            f"The LoRA could not be saved to {escape_text(wanted.parent)}: {error.strerror or error}. Free some "
+            "space or choose a folder that can be written, then queue again: the training itself is still cached."
         ) from error
-    return path.relative_to(loras_folder().resolve()).as_posix()
+    return (path / ADAPTER_FILE if as_peft else path).relative_to(loras_folder()).as_posix()

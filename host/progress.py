@@ -12,6 +12,7 @@ import latent_preview
 from comfy.model_patcher import ModelPatcher
 from PIL import Image
 
+from ..consislora_core.files import escape_text
 from ..consislora_core.schedule import Stage
 from ..consislora_core.trainer import StepEvent
 
@@ -28,9 +29,9 @@ def stop_if_cancelled() -> None:
 
 
 def show_text(hidden: Any, text: str) -> None:
-    """Shows a text on the running node."""
+    """Shows a text on the running node, below its inputs."""
     if hidden and hidden.unique_id and (server := running_server()):
-        server.send_progress_text(text, hidden.unique_id)
+        server.send_progress_text(escape_text(text), hidden.unique_id)
 
 
 def loss_curve(stage: Stage, losses: list[float], first: int = 0, caption: str | None = None) -> dict:

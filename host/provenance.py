@@ -7,6 +7,7 @@ from typing import Any
 from comfy_api.latest import io
 from comfy_execution.graph_utils import is_link
 
+from ..consislora_core.files import escape_text
 from ..consislora_core.lora_file import ImageLora
 from ..consislora_core.store import fingerprint
 from .progress import running_server
@@ -38,7 +39,7 @@ def note(hidden: Any, loras: Mapping[str, ImageLora | None], settings: Mapping[s
 
 def describe_lora(lora: ImageLora) -> dict[str, str]:
     """What a picture says of a LoRA: the hash of its weights, which its file has as well, its prompt and rights."""
-    known = {name: lora.metadata[entry] for name, entry in RIGHTS.items() if lora.metadata.get(entry)}
+    known = {name: escape_text(lora.metadata[entry]) for name, entry in RIGHTS.items() if lora.metadata.get(entry)}
     return {"weights": lora.weights_hash, **known}
 
 

@@ -10,8 +10,10 @@ from typing import Any, NamedTuple
 
 import comfy.model_management
 import torch
+from comfy.cli_args import args
 
 from ..consislora_core import __version__
+from ..consislora_core.files import escape_text
 from ..consislora_core.lora_file import ImageLora
 from ..consislora_core.store import fingerprint
 from ..consislora_core.trainer import Trainer
@@ -82,10 +84,13 @@ def _find_or_train(
             locks.enter_context(store.locked(key, waiting=stop_if_cancelled))
         found = {key: Trained(*known, from_store=True) for key in keys if (known := store.find(key))}
         if found:
-            logging.info("ConsisLoRA %s stage: trained before, taken from %s.", stage.name, store.folder)
+            logging.info("ConsisLoRA %s stage: trained before, taken from %s.", stage.name, escape_text(store.folder))
         missing = {key: request for key, request in zip(keys, requests, strict=True) if key not in found}
         if missing:
-            name = keys[0] if len(missing) == 1 else fingerprint(list(missing))  # of the checkpoint
+            name, *others = missing  # of the checkpoint
+            if others:
+                name = fingerprint(list(missing))
+                locks.enter_context(store.locked(name, waiting=stop_if_cancelled))
             resume, save = partial(store.resume, name), partial(store.save_checkpoint, name)
             trained = _train(list(missing.values()), hidden, progress, memory, resume, save)
             for key, result in zip(missing, trained, strict=True):
@@ -163,7 +168,9 @@ def _run(trainer: Trainer, progress: Progress, resume: Callable, save: Callable)
 
 
 def _metadata(request: TrainingRequest, hidden: Any) -> dict[str, str]:
-    """What a LoRA's file says of its training."""
+    """What a LoRA's file says of its training; nothing with ComfyUI's option --disable-metadata."""
+    if args.disable_metadata:
+        return {}
     facts = {
         "stage": request.stage.name,
         "prompt": text_behind(hidden, "positive"),

@@ -5,6 +5,7 @@ import json
 import logging
 from datetime import datetime, timezone
 
+from comfy.cli_args import args
 from comfy_api.latest import io
 from comfy_execution.graph_utils import ExecutionBlocker
 from torch import Tensor
@@ -177,7 +178,8 @@ class CatalogSave(io.ComfyNode):
             reason=reasons,
             finished=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         )
-        texts = workflow_texts(cls.hidden) | {"consislora": facts_text(result, content, style)}
+        facts = {} if args.disable_metadata else {"consislora": facts_text(result, content, style)}
+        texts = workflow_texts(cls.hidden) | facts
         try:
             for image, path in zip(images, paths, strict=True):
                 write_picture(drawing.to_picture(image), path, texts)

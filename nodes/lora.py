@@ -1,12 +1,19 @@
 """Save, load and apply LoRAs."""
 
+import logging
+import re
+
 from comfy_api.latest import io
 
+from ..catalogue.names import portable
 from ..consislora_core import lora_file
+from ..consislora_core.files import escape_text
 from ..consislora_core.guidance import parts_of, wanted_mix
 from ..consislora_core.lora_file import ImageLora
+from ..consislora_core.lora_summary import summarise, summarise_left_out
 from ..host.guided_unet import with_mix
 from ..host.paths import lora_names, lora_path, save_lora
+from ..host.progress import show_text
 from ..host.provenance import HIDDEN, note
 from ..host.training_model import PRECISIONS, check_roles
 from .sockets import CATEGORY, ConsisLora, aliases
@@ -72,9 +79,8 @@ class Save(io.ComfyNode):
         cls, consislora, filename, precision, rights="", permission=PERMISSION[0], format=KOHYA
     ) -> io.NodeOutput:
         stated = {"rights": rights.strip(), "permission": permission if permission != PERMISSION[0] else ""}
-        return io.NodeOutput(
-            save_lora(with_rights(consislora, stated), filename, PRECISIONS[precision], format == PEFT)
-        )
+        lora, name = with_rights(consislora, stated), portable_name(filename)
+        return io.NodeOutput(save_lora(lora, name, PRECISIONS[precision], format == PEFT))
 
 
 def with_rights(lora: ImageLora, stated: dict[str, str]) -> ImageLora:
@@ -82,6 +88,20 @@ def with_rights(lora: ImageLora, stated: dict[str, str]) -> ImageLora:
     entries = {"weights": lora.weights_hash, **{name: text for name, text in stated.items() if text}}
     named = {f"consislora.{name}": text for name, text in entries.items()}
     return ImageLora(lora.parts, {**lora.metadata, **named})
+
+
+def portable_name(filename: str) -> str:
+    """The name inside models/loras, each part of it valid on every system, with / between them.
+
+    Raises ValueError for a name that is empty or leads outside.
+    """
+    parts = [part.strip() for part in re.split(r"[/\\]", filename.strip().removesuffix(".safetensors"))]
+    if not parts[0] or not parts[-1].strip(".") or ".." in parts or re.fullmatch("[A-Za-z]:.*", parts[0]):
+        raise ValueError(
+            f"filename is {filename!r}; it must be a name inside models/loras, such as my_product or "
+            "clients/my_product."
+        )
+    return "/".join(portable(part) for part in parts if part not in ("", "."))
 
 
 class Load(io.ComfyNode):
@@ -95,6 +115,7 @@ class Load(io.ComfyNode):
             description="Reads a ConsisLoRA or B-LoRA from models/loras, in any published key spelling, also PEFT's.",
             inputs=[io.Combo.Input("lora_name", options=lora_names(), tooltip="A file in models/loras.")],
             outputs=[ConsisLora.Output(display_name="consislora", tooltip="The content and style parts in the file.")],
+            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
@@ -103,7 +124,11 @@ class Load(io.ComfyNode):
 
     @classmethod
     def execute(cls, lora_name) -> io.NodeOutput:
-        return io.NodeOutput(lora_file.read(lora_path(lora_name)))
+        lora = lora_file.read(lora_path(lora_name))
+        if lora.left_out:
+            logging.info("ConsisLoRA: %s: left out %s", escape_text(lora_name), summarise_left_out(lora.left_out))
+        show_text(cls.hidden, "\n".join(summarise(lora)))
+        return io.NodeOutput(lora)
 
 
 class Apply(io.ComfyNode):

@@ -2,6 +2,7 @@
 
 import json
 import os
+from functools import partial
 from io import BytesIO
 from pathlib import Path
 
@@ -9,9 +10,9 @@ from comfy_api.latest import io, ui
 
 from ..catalogue.pictures import text_chunks
 from ..consislora_core import __version__
-from ..consislora_core.files import written_whole
+from ..consislora_core.files import escape_text, write_numbered, written_whole
 from ..host import drawing, provenance
-from ..host.paths import new_picture_path, output_folder
+from ..host.paths import new_picture_paths, output_folder
 from ..host.prompt_graph import workflow_texts
 from .sockets import CATEGORY, aliases
 
@@ -55,16 +56,21 @@ class SaveSigned(io.ComfyNode):
         record = (cls.hidden and cls.hidden.extra_pnginfo or {}).get(provenance.CHUNK, {})
         saved = []
         for image in images:
-            path = new_picture_path(filename_prefix, image.shape[1], image.shape[0])
             unsigned = BytesIO()
             drawing.to_picture(image).save(unsigned, "png", pnginfo=text_chunks(texts))
-            unsigned.seek(0)
-            file = sign_png(unsigned, record, path.name, algorithm)
-            with written_whole(path) as unfinished:
-                unfinished.write_bytes(file)
+            # Without metadata, as with ComfyUI's option, the signature tells no more than the picture.
+            write = partial(write_signed, unsigned.getvalue(), record if texts else {}, algorithm)
+            path = write_numbered(new_picture_paths(filename_prefix, image.shape[1], image.shape[0]), write)
             subfolder = path.parent.relative_to(output_folder()).as_posix()
             saved.append(ui.SavedResult(path.name, "" if subfolder == "." else subfolder, io.FolderType.output))
         return io.NodeOutput(ui=ui.SavedImages(saved))
+
+
+def write_signed(unsigned: bytes, record: dict, algorithm: str, path: Path) -> None:
+    """Signs a PNG and writes it. Raises FileExistsError for a file that is there, and ValueError as `sign_png`."""
+    file = sign_png(BytesIO(unsigned), record, escape_text(path.name), algorithm)
+    with written_whole(path, new=True) as unfinished:
+        unfinished.write_bytes(file)
 
 
 def sign_png(file: BytesIO, record: dict, title: str, algorithm: str) -> bytes:

@@ -10,8 +10,10 @@ from reference import DATA, comfy_conditioning, comfy_model, diffusers_denoiser,
 from safetensors.torch import load_file, save_file
 
 from consislora_core import lora_file
+from consislora_core.adapter_config import HEADER
 from consislora_core.adapters import inserted
 from consislora_core.lora_file import ImageLora, LoraLayer
+from consislora_core.lora_summary import summarise, summarise_left_out
 
 AUTHORS = DATA / "loras" / "stage2_style.safetensors"
 SGM_BLOCK = {"up_blocks_0_attentions_0": "output_blocks_0_1", "up_blocks_0_attentions_1": "output_blocks_1_1"}
@@ -23,6 +25,10 @@ def kohya(key):
 
 def sgm(key):
     return re.sub("up_blocks_0_attentions_[01]", lambda block: SGM_BLOCK[block[0]], kohya(key))
+
+
+def omi(key):
+    return key.removeprefix("unet.").replace(".lora.", ".lora_")
 
 
 def peft(key):
@@ -37,6 +43,18 @@ SPELLINGS = {
     "kohya": kohya,
     "kohya sgm": sgm,
     "ComfyUI": lambda key: "diffusion_model." + sgm(key).removeprefix("lora_unet_"),
+    "PEFT's own": lambda key: "base_model.model." + peft(key).removeprefix("unet."),
+    "PEFT with a name chosen": lambda key: peft(key).replace(".weight", ".my-style_2.weight"),
+    "PEFT of a pipeline": lambda key: "base_model.model." + peft(key),
+    "diffusers before 0.22": lambda key: re.sub(r"\.(to_\w+)(?:\.0)?\.lora\.", r".processor.\1_lora.", key),
+    "diffusers 0.22": lambda key: key.replace(".lora.", ".lora_linear_layer."),
+    "LyCORIS": lambda key: kohya(key).replace("lora_unet_", "lycoris_"),
+    "LyCORIS with unet": lambda key: kohya(key).replace("lora_unet_", "lycoris_unet_"),
+    "OneTrainer": lambda key: "lora_" + key.replace(".lora.", ".lora_"),
+    "OneTrainer OMI": lambda key: (
+        "unet." + re.sub(r"up_blocks\.0\.attentions\.([01])", r"output_blocks.\1.1", omi(key))
+    ),
+    "checkpoint": lambda key: f"model.diffusion_model.{sgm(key).removeprefix('lora_unet_')}",
 }
 
 
@@ -95,14 +113,132 @@ def test_a_block_number_is_matched_whole():
         )
 
 
+# Files that people have
+
+
+CASES = DATA / "cases"
+
+
+def plain_parts():
+    return lora_file.read(CASES / "lora_plain.safetensors").parts
+
+
+def equal_parts(parts, others):
+    return all(
+        torch.equal(layer.down, others[role][path].down) and torch.equal(layer.up, others[role][path].up)
+        for role, part in parts.items()
+        for path, layer in part.items()
+    ) and {role: part.keys() for role, part in parts.items()} == {role: part.keys() for role, part in others.items()}
+
+
+@pytest.mark.parametrize(
+    ("name", "scale"),
+    [("plain", 1), ("alpha_in_header", 4), ("peft_prefix", 1), ("kohya_with_feed_forward", 1)],
+)
+def test_a_file_that_people_have_is_read_at_its_scale(name, scale):
+    lora = lora_file.read(CASES / f"lora_{name}.safetensors")
+    assert equal_parts(lora.parts, plain_parts())
+    assert {layer.alpha / layer.rank for part in lora.parts.values() for layer in part.values()} == {scale}
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("with_magnitudes", r"It is a DoRA, for one in the content part at transformer_blocks\.0\.attn1\.to_k"),
+        ("nan", r"content part is damaged at transformer_blocks\.0\.attn1\.to_k: its up .* not finite \(NaN"),
+    ],
+)
+def test_a_file_that_people_have_is_refused_by_its_true_name(name, words):
+    with pytest.raises(ValueError, match=f"lora_{name}.safetensors: .*{words}"):
+        lora_file.read(CASES / f"lora_{name}.safetensors")
+
+
+ELSEWHERE = {
+    "feed-forward layers": "lora_unet_up_blocks_0_attentions_0_transformer_blocks_0_ff_net_2",
+    "proj_in and proj_out": "lora_unet_output_blocks_1_1_proj_in",
+    "other layers of the two blocks": "unet.up_blocks.0.attentions.1.norm",
+    "other blocks of the UNet": "lora_unet_down_blocks_0_resnets_0_conv1",
+    "text encoders": "lora_te1_text_model_encoder_layers_0_self_attn_k_proj",
+}
+
+
+@pytest.mark.parametrize(("words", "module"), ELSEWHERE.items())
+def test_layers_elsewhere_are_left_out_and_named(words, module, tmp_path):
+    ends = {"lora_down.weight": (2, 8, 3, 3), "lora_up.weight": (8, 2, 1, 1), "alpha": ()}
+    elsewhere = {f"{module}.{end}": torch.zeros(shape) for end, shape in ends.items()}
+    save_file(load_file(CASES / "lora_plain.safetensors") | elsewhere, tmp_path / "x.safetensors")
+    lora = lora_file.read(tmp_path / "x.safetensors")
+    assert equal_parts(lora.parts, plain_parts())
+    assert f"left out: {words} (1, such as {module})" in summarise(lora)
+
+
+@pytest.mark.parametrize(
+    "module",
+    ["text_encoder_2.text_model.encoder.layers.0.self_attn.q_proj", "clip_g.transformer.text_model", "lora_te2_text"],
+)
+def test_every_spelling_of_a_text_encoder_is_called_that(module):
+    assert summarise_left_out([module]).startswith("text encoders (1, ")
+
+
+def test_what_was_found_is_said():
+    lora = lora_file.read(CASES / "lora_alpha_in_header.safetensors")
+    metadata = {"modelspec.architecture": "stable-diffusion-xl-v1-base/lora", "consislora.prompt": "A [c]"}
+    assert summarise(replace(lora, metadata=metadata)) == [
+        "content: 16 layers, rank 4, alpha 16",
+        "style: 16 layers, rank 4, alpha 16",
+        "base model: stable-diffusion-xl-v1-base",
+        "trained with: A [c]",
+    ]
+    assert summarise(lora)[-2:] == ["base model: not stated", "trained with: not stated"]
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1,)], ids=["2d", "1d"])
+def test_weights_of_1_x_1_convolutions_are_those_of_linear_layers(shape, tmp_path):
+    state = load_file(CASES / "lora_plain.safetensors")
+    state = {key: tensor.reshape(*tensor.shape, *shape) if tensor.ndim else tensor for key, tensor in state.items()}
+    save_file(state, tmp_path / "x.safetensors")
+    assert equal_parts(lora_file.read(tmp_path / "x.safetensors").parts, plain_parts())
+
+
+def test_what_a_file_says_of_its_own_tensors_does_not_go_into_another(tmp_path):
+    lora = lora_file.read(CASES / "lora_alpha_in_header.safetensors")
+    lora_file.write(lora, tmp_path / "x.safetensors")
+    again = lora_file.read(tmp_path / "x.safetensors")
+    assert HEADER not in again.metadata and again.parts["style"].keys() == lora.parts["style"].keys()
+
+
 def broken_files():
+    whole = load_file(CASES / "lora_plain.safetensors")
+    one = next(iter(whole)).partition(".")[0]
+    at = r"content part .*at transformer_blocks\.0\.attn1\.to_k"
+    layer = {key: tensor for key, tensor in whole.items() if key.startswith(f"{one}.")}
+    rest = {key: tensor for key, tensor in whole.items() if key not in layer}
+    for kind, ends in {
+        "DoRA": ["dora_scale", "lora_magnitude_vector.default.weight"],
+        "LoHa": ["hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"],
+        "LoKr": ["lokr_w1", "lokr_w2_a", "lokr_w2_b"],
+        "OFT": ["oft_blocks"],
+        "GLoRA": ["a1.weight", "b2.weight"],
+        "LoRA with a bias": ["lora_B.bias"],
+        "layer trained in full": ["diff"],
+    }.items():
+        other = {f"{one}.{end}": torch.ones(4, 4) for end in ends}
+        yield kind, {**rest, f"{one}.alpha": torch.tensor(4.0), **other}, f"It is a {kind}, for one in the {at}"
+    yield "LoKr elsewhere alone", {"lora_te1_x.lokr_w1": torch.ones(2)}, "no LoRA weights .* LoKr, .*lora_te1_x"
+    down, up, alpha = (f"{one}.{end}" for end in ("lora_down.weight", "lora_up.weight", "alpha"))
+    yield "rank 0", {**whole, down: whole[down][:0], up: whole[up][:, :0]}, f"{at}.* has rank 0"
+    for bad in (float("inf"), float("-inf"), float("nan")):
+        yield f"weight {bad}", {**whole, down: torch.full_like(whole[down], bad)}, f"{at}: its down .* not finite"
+        yield f"alpha {bad}", {**whole, alpha: torch.tensor(bad)}, f"{at}: its alpha .* not finite"
+    yield "large weight", {**whole, up: whole[up].float() * 0 - 1e30}, f"{at}: its up holds 1e\\+30"
+    yield "large alpha", {**whole, alpha: torch.tensor(1e30)}, f"{at}: its alpha holds 1e\\+30"
+    yield "int8", {**whole, down: whole[down].to(torch.int8)}, f"{at}: its down is torch.int8"
+    yield "many alphas", {**whole, alpha: torch.ones(2)}, "damaged"
+    yield "a kernel of 3 x 3", {**whole, down: torch.zeros(4, 128, 3, 3)}, "damaged.*128, 3, 3"
+    yield "two adapters", {**whole, f"{one}.lora_A.b.weight": whole[down].clone()}, f"two LoRAs for the {at}.*own"
+    yield "SD 1.5", {"lora_unet_up_blocks_1_attentions_0_x.lora_up.weight": whole[up]}, "for another architecture"
     whole = load_file(AUTHORS)
     one = next(iter(whole))
-    yield (
-        "foreign key",
-        {**whole, "lora_te1_text_model_encoder_layers_0.lora_up.weight": torch.zeros(2, 2)},
-        "1 of 65 keys.*lora_te1_text_model",
-    )
     yield (
         "half a layer",
         {key: value for key, value in whole.items() if key != one},
@@ -243,3 +379,18 @@ def test_apply_takes_each_role_from_its_own_image(pack, question):
     ):
         expected = diffusers_denoiser(unet).denoise(x, sigma, cond)
     assert relative_error(comfy_answer(pack, both, question), expected) < 1e-4
+
+
+def test_a_lora_of_some_layers_in_every_transformer_block_acts_as_if_the_others_were_zero(pack, question):
+    style = lora_file.read(AUTHORS).part("style")
+    some = {path: layer for path, layer in style.items() if ".attn2." in path}
+    silent = {path: layer if path in some else layer._replace(up=layer.up * 0) for path, layer in style.items()}
+    x, sigma, cond, _ = question
+    answers = []
+    for part in (some, silent):
+        unet = diffusers_unet()
+        with inserted(unet, [{"style": part}], (), torch.device("cpu")), torch.no_grad():
+            answers.append(diffusers_denoiser(unet).denoise(x, sigma, cond))
+    assert torch.equal(*answers)
+    patched = pack.nodes.lora.Apply.execute(comfy_model(), 1.0, 1.0, style=ImageLora({"style": some}, {})).result[0]
+    assert relative_error(comfy_answer(pack, patched, question), answers[0]) < 1e-4

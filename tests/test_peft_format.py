@@ -163,7 +163,9 @@ def test_alpha_in_the_header_gives_the_scale(tmp_path, prefix):
         ({"peft_type": "LOHA"}, "It uses LOHA"),
         ({"bias": "lora_only", "modules_to_save": ["conv_in"]}, "It uses layers trained in full and bias lora_only"),
         ({"r": 8}, "say rank 8 for up_blocks.0.attentions.*which has rank 4"),
-        ({"lora_alpha": "16"}, "cannot be read .a rank or alpha is not a number"),
+        ({"lora_alpha": "16"}, "cannot be read .a rank or alpha is not a finite number"),
+        ({"lora_alpha": float("nan")}, "cannot be read .a rank or alpha is not a finite number"),
+        ({"lora_alpha": 10**400}, "settings as a PEFT adapter cannot be read"),
         ({"alpha_pattern": {"(": 1}}, "settings as a PEFT adapter cannot be read"),
         ([], "settings as a PEFT adapter cannot be read"),
     ],
@@ -180,7 +182,9 @@ def test_a_config_that_a_lora_cannot_hold_is_refused_by_name(tmp_path, fields, w
 def test_a_dora_is_called_that(tmp_path, key):
     name = "base_model.model.up_blocks.0.attentions.0.transformer_blocks.0.attn1"
     save_file({**load_file(AUTHORS), f"{name}.{key}": torch.ones(128)}, tmp_path / "x.safetensors")
-    with pytest.raises(ValueError, match="x.safetensors: It is a DoRA"):
+    with pytest.raises(
+        ValueError, match="x.safetensors: It is a DoRA, for one in the content part at transformer_blocks.0.attn1.to_q"
+    ):
         lora_file.read(tmp_path / "x.safetensors")
 
 
