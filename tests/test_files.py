@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from consislora_core import files
-from consislora_core.files import escape_text, written_whole
+from consislora_core.files import escape_text, write_numbered, written_whole
 
 
 def test_a_file_that_fails_half_way_leaves_the_earlier_one_and_nothing_else(tmp_path):
@@ -41,3 +41,37 @@ def test_a_name_that_is_no_utf_8_becomes_text_that_is(name):
 
 def test_every_other_name_stays_as_it_is():
     assert escape_text("caf\xe9 \u732b \U0001f600\\a\n") == "caf\xe9 \u732b \U0001f600\\a\n"
+
+
+def numbered(folder: Path) -> list[Path]:
+    return [folder / f"a_{number}.txt" for number in range(1, 4)]
+
+
+def test_a_number_that_another_process_takes_meanwhile_is_left_to_it(tmp_path):
+    first, second, _ = numbered(tmp_path)
+
+    def write(path):
+        with written_whole(path, new=True) as unfinished:
+            unfinished.write_text("mine")
+            first.touch()  # as another process may
+
+    assert write_numbered(numbered(tmp_path), write) == second
+    assert {file.name: file.read_text() for file in tmp_path.iterdir()} == {first.name: "", second.name: "mine"}
+
+
+def test_a_new_file_that_fails_leaves_nothing_and_its_number_free(tmp_path, monkeypatch):
+    def refuse(source, target):
+        raise PermissionError("held by a scanner")
+
+    with monkeypatch.context() as patch, pytest.raises(PermissionError):
+        patch.setattr("os.replace", refuse)
+        with written_whole(tmp_path / "a_1.txt", new=True):
+            pass
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_when_every_number_is_taken_it_says_so(tmp_path):
+    for path in numbered(tmp_path):
+        path.touch()
+    with pytest.raises(FileExistsError, match="every number is taken"):
+        write_numbered(numbered(tmp_path), Path.touch)

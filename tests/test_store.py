@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -133,6 +134,38 @@ def test_the_newest_stays_however_small_the_limit_and_however_wrong_the_clock(st
     store.limit = 0
     store.keep(KEYS[1], lora(), [])
     assert (store.find(KEYS[0]), bool(store.find(KEYS[1]))) == (None, True)
+
+
+def test_a_training_that_goes_on_keeps_its_files_and_its_lock(store):
+    other = Store(store.folder, 0)  # as of another process
+    with store.locked(KEYS[0], never):
+        store.keep(KEYS[0], lora(), [])
+        other.keep(KEYS[1], lora(), [])
+        assert store.find(KEYS[0]) and store.folder.joinpath(f"{KEYS[0]}.lock").exists()
+    other.keep(KEYS[2], lora(), [])
+    assert [bool(store.find(key)) for key in KEYS[:3]] == [False, False, True]
+    assert store.folder.joinpath(f"{KEYS[0]}.lock").exists()  # another process may be waiting for it
+
+
+def test_a_checkpoint_larger_than_the_limit_does_not_empty_the_store(host, store):
+    store.keep(KEYS[0], lora(), [])
+    store.limit = store.folder.joinpath(f"{KEYS[0]}.lora").stat().st_size
+    with store.locked(KEYS[1], never):
+        trained(host, store, KEYS[1], cut_at=1)
+        assert {".checkpoint", ".lora"} <= set(files(store))
+        store.drop_checkpoint(KEYS[1])
+    assert store.find(KEYS[0])
+
+
+def test_a_network_folder_without_locks_keeps_to_its_limit_all_the_same(store, monkeypatch):
+    def no_locks(*args, **kwargs):
+        raise NotImplementedError
+
+    monkeypatch.setattr(FileLock, "acquire", no_locks)
+    store.keep(KEYS[0], lora(), [])
+    store.limit = 0
+    store.keep(KEYS[1], lora(), [])
+    assert [bool(store.find(key)) for key in KEYS[:2]] == [False, True]
 
 
 def test_deleting_the_folder_empties_it_also_while_training(store):
