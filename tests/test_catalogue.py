@@ -139,6 +139,13 @@ def test_a_result_has_its_row_and_its_facts(nodes, folders):
     assert open_picture(output / "cat" / "ink" / "cup.png").size == (24, 16)
 
 
+def test_with_disable_metadata_a_picture_has_no_facts(nodes, folders, monkeypatch):
+    monkeypatch.setattr(nodes.args, "disable_metadata", True)
+    save(nodes, load(nodes)[2][0], content=LORA)
+    with Image.open(folders[1] / "cat" / "cup__ink.png") as picture:
+        assert not picture.text
+
+
 def test_a_batch_is_saved_whole(nodes, folders):
     _, output = folders
     job = load(nodes)[2][0]

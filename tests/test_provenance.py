@@ -1,15 +1,19 @@
 """What is stated of a LoRA stays with it: in its file, and in every picture made with it."""
 
 import json
+import re
 from types import SimpleNamespace
 
 import pytest
+from in_process import COMFYUI
 from PIL import Image
 from prompts import quick
 from reference import DATA
 from safetensors import safe_open
 
 from consislora_core import lora_file
+from demo.run import IMAGES
+from demo.server import ComfyServer
 
 AUTHORS = DATA / "loras" / "stage2_style.safetensors"
 STATED = {"rights": "photo: A. Smith", "permission": "trained with permission"}
@@ -93,6 +97,17 @@ def test_a_saved_picture_tells_its_loras_also_when_sampling_was_remembered(serve
     (result,) = [node for node, one in prompt.items() if one["class_type"] == "SaveImage"]
     renamed[result] = {**prompt[result], "inputs": {**prompt[result]["inputs"], "filename_prefix": "renamed"}}
     assert recorded(server, renamed) == first
+
+
+def test_with_disable_metadata_no_file_tells_of_prompt_rights_or_workflow(tmp_path):
+    with ComfyServer(tmp_path, COMFYUI, "--disable-metadata") as server:
+        for file in IMAGES.glob("*.png"):
+            server.upload(file)
+        server.run(quick("train_and_stylise_demo", rights="photo: A. Smith"))
+    files = [path for folder in ("models", "output") for path in (tmp_path / folder).rglob("*") if path.is_file()]
+    assert {".png", ".safetensors", ".lora"} <= {path.suffix for path in files}
+    for path in files:
+        assert not re.search(rb"A \[c\]|A\. Smith|image_hash|consislora\.|class_type", path.read_bytes()), path
 
 
 def recorded(server, prompt: dict) -> dict:

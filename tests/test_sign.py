@@ -95,6 +95,32 @@ def test_a_picture_that_was_changed_afterwards_is_found_out(pack, sign, monkeypa
     assert read(bytes(content))[0] == "Invalid"
 
 
+def test_a_number_that_another_server_takes_while_signing_is_left_to_it(pack, sign, monkeypatch):
+    def slow(unsigned, record, title, algorithm):
+        if not taken:
+            taken.append(pack.host.paths.output_folder() / "race" / title)
+            taken[0].write_bytes(b"of another server")
+        return signed(unsigned, record, title, algorithm)
+
+    signed, taken = sign.sign_png, []
+    monkeypatch.setattr(sign, "sign_png", slow)
+    files = saved(pack, sign, monkeypatch, filename_prefix="race/x")
+    assert [file.name for file in files] == ["x_00002_.png", "x_00003_.png"]
+    assert taken[0].read_bytes() == b"of another server"
+    assert [read(file.read_bytes())[1]["title"] for file in files] == [file.name for file in files]
+
+
+def test_with_disable_metadata_only_the_making_by_a_model_is_signed(pack, sign, monkeypatch):
+    monkeypatch.setattr(pack.host.prompt_graph.args, "disable_metadata", True)
+    for file in saved(pack, sign, monkeypatch):
+        assert read(file.read_bytes())[0] == "Valid"
+        assert b"1a2b" not in file.read_bytes() and not Image.open(file).text
+
+
+def test_half_a_character_in_the_prefix_becomes_an_underscore(pack, sign, monkeypatch):
+    assert saved(pack, sign, monkeypatch, filename_prefix="half \ud83d")[0].name == "half __00001_.png"
+
+
 def test_what_is_missing_is_named(pack, sign, monkeypatch):
     with pytest.raises(ValueError, match="could not be signed: .*algorithm is the key's"):
         saved(pack, sign, monkeypatch, algorithm="ps256")
