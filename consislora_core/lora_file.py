@@ -41,6 +41,7 @@ OTHER_KINDS = {
 ENDINGS = {kind: re.compile(rf"(.+?)[._](?:{ending})") for kind, ending in (LORA | OTHER_KINDS).items()}
 
 MAX_VALUES = 2**24  # of one tensor: rank 1024 in a layer of SDXL takes 2**21
+FLOATS = {torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.float8_e4m3fn, torch.float8_e5m2}
 LARGEST = torch.finfo(torch.float16).max  # of a weight or alpha, which files hold in fp16; trained weights are below 10
 
 # Metadata that states facts of the file it was read from, which a file written anew has others of.
@@ -175,11 +176,12 @@ def _layer(target: Target, tensors: dict[str, Tensor], config: AdapterConfig) ->
         raise ValueError(f"{at} a down (rank x in) and an up (out x rank) were expected, found {shapes}.")
     if len(down) == 0:
         raise ValueError(f"{at} it has rank 0, so it holds nothing.")
+    for kind, tensor in tensors.items():
+        if tensor.dtype not in FLOATS and not (kind == "alpha" and tensor.dtype in (torch.int32, torch.int64)):
+            raise ValueError(f"{at} its {kind} is {tensor.dtype}. Save it in fp16 or fp32.")
     down, up = down.flatten(1), up.flatten(1)
     alpha = config.alpha(diffusers_name(target), len(down)) if alpha is None else float(alpha)
     for kind, values in {"down": down, "up": up, "alpha": torch.tensor(alpha)}.items():
-        if not values.is_floating_point():
-            raise ValueError(f"{at} its {kind} is {values.dtype}. Save it in fp16 or fp32.")
         values = values.float()  # torch has no comparisons in fp8
         if not values.isfinite().all():
             raise ValueError(f"{at} its {kind} holds values that are not finite (NaN or infinity).")
@@ -220,7 +222,8 @@ def read(path: str | os.PathLike) -> ImageLora:
             "download or save it again."
         ) from error
     except ValueError as error:
-        raise ValueError(f"{name}: {error}") from error
+        # Without the first error, which may have what the log cannot write from a config in JSON.
+        raise ValueError(escape_text(f"{name}: {error}")) from None
 
 
 def _check_size(shapes: dict[str, list[int]]) -> None:

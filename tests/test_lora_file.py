@@ -233,6 +233,7 @@ def broken_files():
     yield "large weight", {**whole, up: whole[up].float() * 0 - 1e30}, f"{at}: its up holds 1e\\+30"
     yield "large alpha", {**whole, alpha: torch.tensor(1e30)}, f"{at}: its alpha holds 1e\\+30"
     yield "int8", {**whole, down: whole[down].to(torch.int8)}, f"{at}: its down is torch.int8"
+    yield "fp4", {**whole, down: torch.zeros(4, 64, dtype=torch.float4_e2m1fn_x2)}, f"{at}: its down is torch.float4"
     yield "many alphas", {**whole, alpha: torch.ones(2)}, "damaged"
     yield "a kernel of 3 x 3", {**whole, down: torch.zeros(4, 128, 3, 3)}, "damaged.*128, 3, 3"
     yield "two adapters", {**whole, f"{one}.lora_A.b.weight": whole[down].clone()}, f"two LoRAs for the {at}.*own"

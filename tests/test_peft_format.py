@@ -99,6 +99,23 @@ def test_a_folder_reads_back_as_it_was_written(folder):
         assert again.metadata["consislora.rights"] == "photo: A. Smith"
 
 
+def test_a_folder_that_is_there_is_left_as_it_is(folder):
+    folder.mkdir()
+    with pytest.raises(FileExistsError):
+        peft_format.write(authors_lora("style"), folder)
+    assert list(folder.iterdir()) == []
+
+
+def test_a_folder_that_cannot_be_written_whole_is_not_there(folder, monkeypatch):
+    def full(tensors, path, metadata):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(lora_file, "save_file", full)
+    with pytest.raises(OSError, match="No space left"):
+        peft_format.write(authors_lora("style"), folder)
+    assert not folder.exists()
+
+
 # What PEFT and diffusers write
 
 
@@ -161,6 +178,7 @@ def test_alpha_in_the_header_gives_the_scale(tmp_path, prefix):
     [
         ({"use_dora": True}, "It uses DoRA, which ConsisLoRA cannot hold"),
         ({"peft_type": "LOHA"}, "It uses LOHA"),
+        ({"peft_type": "\ud83d"}, r"It uses \\ud83d"),
         ({"bias": "lora_only", "modules_to_save": ["conv_in"]}, "It uses layers trained in full and bias lora_only"),
         ({"r": 8}, "say rank 8 for up_blocks.0.attentions.*which has rank 4"),
         ({"lora_alpha": "16"}, "cannot be read .a rank or alpha is not a finite number"),
