@@ -32,9 +32,11 @@ OTHER_KINDS = {
     "DoRA": r"dora_scale|lora_magnitude_vector(?:\..+)?",
     "LoHa": r"hada_.+",
     "LoKr": r"lokr_.+",
-    "OFT": r"oft_.+",
+    "OFT": r"b?oft_.+",
     "GLoRA": r"[ab][12]\.weight",
-    "IA3": r"on_input",
+    "IA3": r"on_input|ia3_l(?:\..+)?",
+    "VeRA": r"vera_lambda_[bd](?:\..+)?",
+    "LoRA with a third weight": r"lora_mid\.weight",
     "LoRA with a bias": r"(?:lora_up|lora\.up|lora_B(?:\.[^.]+)?)\.bias",
     "layer trained in full": r"diff",
 }
