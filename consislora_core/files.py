@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
+from filelock import FileLock, Timeout
+
 
 def escape_text(text: str | os.PathLike) -> str:
     r"""Text that every log, message and file takes: halves of characters become escapes such as \udcff.
@@ -59,3 +61,20 @@ def _taken(path: Path) -> Iterator[None]:
     except BaseException:
         path.unlink(missing_ok=True)
         raise
+
+
+@contextmanager
+def locked_if_free(path: Path) -> Iterator[bool]:
+    """Holds a lock file if no process does, and yields whether it was free; True on network folders without locks."""
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        yield False
+    except NotImplementedError:
+        yield True
+    else:
+        try:
+            yield True
+        finally:
+            lock.release()

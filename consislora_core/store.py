@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from . import METHOD_VERSION, lora_file
-from .files import escape_text
+from .files import escape_text, locked_if_free
 from .lora_file import ImageLora
 from .trainer import Trainer
 
@@ -171,13 +171,13 @@ class Store:
     def _make_room(self, key: str) -> None:
         """Removes the least recently used files, but never those of `key`, which have just been written.
 
-        Files of trainings that go on, in any process, neither go nor count: the checkpoint of a large batch could
-        otherwise empty the store.
+        Files of trainings that go on, in any process, neither go nor count, nor does a checkpoint just written: that of
+        a large batch could otherwise empty the store.
         """
         sizes, used = Counter(), Counter()
         for path in self.folder.iterdir():
             with suppress(FileNotFoundError):  # another process may remove files as well
-                if OURS.fullmatch(path.name) and path.suffix != LOCK:
+                if OURS.fullmatch(path.name) and path.suffix != LOCK and path != self._path(key, CHECKPOINT):
                     name, stat = path.name.partition(".")[0], path.stat()
                     sizes[name] += stat.st_size
                     used[name] = max(used[name], stat.st_mtime)
@@ -193,32 +193,16 @@ class Store:
                 self._remove(name)
 
     def _is_idle(self, name: str) -> bool:
-        with self._while_idle(name) as idle:
+        with locked_if_free(self._path(name, LOCK)) as idle:
             return idle
 
     def _remove(self, name: str) -> None:
         """Removes the files of a training, but not of one that goes on, and not the lock, which others may wait for."""
-        with self._while_idle(name) as idle:
+        with locked_if_free(self._path(name, LOCK)) as idle:
             for path in self.folder.glob(f"{name}.*") if idle else ():
                 with suppress(OSError):  # on Windows a file that is being read cannot go
                     if path.suffix != LOCK:
                         path.unlink()
-
-    @contextmanager
-    def _while_idle(self, name: str) -> Iterator[bool]:
-        """Yields whether a training goes on in no process; if so, none begins within the context."""
-        lock = FileLock(self._path(name, LOCK))
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            yield False
-        except NotImplementedError:  # a network folder without locks
-            yield True
-        else:
-            try:
-                yield True
-            finally:
-                lock.release()
 
 
 @contextmanager

@@ -20,7 +20,7 @@ PLAN = {
     "demo": {"batch", "PIL", "torch", "psutil"},
 }
 # Packages that few files need, and which those are.
-ONLY = {"ray": {"ray_workers"}, "peft": {"peft_format"}, "c2pa": {"sign"}, "filelock": {"store", "sheets"}}
+ONLY = {"ray": {"ray_workers"}, "peft": {"peft_format"}, "c2pa": {"sign"}, "filelock": {"store", "sheets", "files"}}
 LINES = {"nodes": (1500, 330), "consislora_core": (2000, 330)}  # at most: of the room, of a file
 
 FILES = {room: {path.stem: path for path in (ROOT / room).glob("*.py")} for room in PLAN}
