@@ -144,8 +144,8 @@ def _placed(keys: Collection[str]) -> tuple[dict[Target, dict[str, str]], tuple[
             left_out[module] = kind
         elif kind not in LORA:
             raise ValueError(
-                f"It is a {kind}, for one in the {target.role} part at {target.layer}, which ConsisLoRA cannot hold. "
-                "Save it as plain LoRA."
+                f"It is a {kind} (in the {target.role} part, for example at {target.layer}), which ConsisLoRA cannot "
+                "hold. Save it as plain LoRA."
             )
         elif placed.setdefault(target, {}).setdefault(kind, key) != key:
             raise ValueError(
@@ -172,12 +172,12 @@ def _split(key: str) -> tuple[str, str | None]:
 
 def _layer(target: Target, tensors: dict[str, Tensor], config: AdapterConfig) -> LoraLayer:
     down, up, alpha = map(tensors.get, LORA)
-    at = f"The {target.role} part is damaged at {target.layer}:"
+    at, again = f"The {target.role} part is damaged at {target.layer}:", "Train or download it again."
     if not (_is_matrix(down) and _is_matrix(up) and len(down) == up.shape[1] and (alpha is None or alpha.numel() == 1)):
         shapes = {kind: tuple(tensor.shape) for kind, tensor in tensors.items()}
         raise ValueError(f"{at} a down (rank x in) and an up (out x rank) were expected, found {shapes}.")
     if len(down) == 0:
-        raise ValueError(f"{at} it has rank 0, so it holds nothing.")
+        raise ValueError(f"{at} it has rank 0, so it holds nothing. {again}")
     for kind, tensor in tensors.items():
         if tensor.dtype not in FLOATS and not (kind == "alpha" and tensor.dtype in (torch.int32, torch.int64)):
             raise ValueError(f"{at} its {kind} is {tensor.dtype}. Save it in fp16 or fp32.")
@@ -186,10 +186,10 @@ def _layer(target: Target, tensors: dict[str, Tensor], config: AdapterConfig) ->
     for kind, values in {"down": down, "up": up, "alpha": torch.tensor(alpha)}.items():
         values = values.float()  # torch has no comparisons in fp8
         if not values.isfinite().all():
-            raise ValueError(f"{at} its {kind} holds values that are not finite (NaN or infinity).")
+            raise ValueError(f"{at} its {kind} holds values that are not finite (NaN or infinity). {again}")
         if (values.abs() > LARGEST).any():
             raise ValueError(
-                f"{at} its {kind} holds {values.abs().max():g}, where trained values are below {LARGEST:g}."
+                f"{at} its {kind} holds {values.abs().max():g}, where trained values are below {LARGEST:g}. {again}"
             )
     return LoraLayer(down, up, alpha)
 
