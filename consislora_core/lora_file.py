@@ -204,9 +204,9 @@ def read(path: str | os.PathLike) -> ImageLora:
 
     Raises ValueError for a file that is damaged, foreign or incomplete, or of a kind that a LoRA here cannot hold.
     """
-    name, text = escape_text(Path(path).name), escape_text(path)
-    if text != os.fspath(path):
-        raise ValueError(f"{name} cannot be opened: its path, {text}, is not UTF-8. Rename the file or folder.")
+    name, written = escape_text(Path(path).name), escape_text(path)
+    if written != os.fspath(path):  # which safetensors does not take
+        raise ValueError(f"{name} cannot be opened: its path, {written}, is not UTF-8. Rename the file or folder.")
     try:
         with safe_open(path, framework="pt") as file:
             shapes = {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118
