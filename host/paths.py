@@ -41,8 +41,13 @@ def training_store() -> Store:
 
 
 def new_picture_paths(prefix: str, width: int, height: int) -> Iterator[Path]:
-    """Where Save Image would write the next picture, and the one after it, and so on."""
-    prefix = re.sub("[\ud800-\udfff]", "_", prefix)  # halves of characters, which no file system takes
+    """Where Save Image would write the next picture, and the one after it, and so on.
+
+    Raises ValueError for an empty prefix, with which Save Image writes hidden files.
+    """
+    prefix = re.sub("[\ud800-\udfff]", "_", prefix).strip()  # halves of characters, which no file system takes
+    if not prefix:
+        raise ValueError("filename_prefix is empty. Give the beginning of a name, such as consislora.")
     folder, name, first, *_ = folder_paths.get_save_image_path(prefix, str(output_folder()), width, height)
     return (Path(folder, f"{name}_{number:05}_.png") for number in count(first))
 

@@ -121,6 +121,12 @@ def test_half_a_character_in_the_prefix_becomes_an_underscore(pack, sign, monkey
     assert saved(pack, sign, monkeypatch, filename_prefix="half \ud83d")[0].name == "half __00001_.png"
 
 
+@pytest.mark.parametrize("prefix", ["", "  "])
+def test_an_emptied_prefix_is_refused(pack, sign, monkeypatch, prefix):
+    with pytest.raises(ValueError, match="filename_prefix is empty"):
+        saved(pack, sign, monkeypatch, filename_prefix=prefix)
+
+
 def test_what_is_missing_is_named(pack, sign, monkeypatch):
     with pytest.raises(ValueError, match="could not be signed: .*algorithm is the key's"):
         saved(pack, sign, monkeypatch, algorithm="ps256")
