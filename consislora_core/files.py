@@ -1,10 +1,18 @@
-"""Files that appear whole or not at all."""
+"""Files that appear whole or not at all, and their names in messages."""
 
 import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+
+def escape_text(text: str | os.PathLike) -> str:
+    r"""Text that every log, message and file takes: halves of characters become escapes such as \udcff.
+
+    Names have them where their bytes are not UTF-8. ComfyUI's log cannot write them, and its queue would end.
+    """
+    return os.fspath(text).encode(errors="backslashreplace").decode()
 
 
 @contextmanager

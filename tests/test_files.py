@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from consislora_core import files
-from consislora_core.files import written_whole
+from consislora_core.files import escape_text, written_whole
 
 
 def test_a_file_that_fails_half_way_leaves_the_earlier_one_and_nothing_else(tmp_path):
@@ -32,3 +32,12 @@ with written_whole(Path(sys.argv[1])) as unfinished:
     (tmp_path / "a.txt").write_text("earlier")
     subprocess.run([sys.executable, "-c", code, str(tmp_path / "a.txt")], cwd=root)
     assert (tmp_path / "a.txt").read_text() == "earlier"
+
+
+@pytest.mark.parametrize("name", [b"caf\xe9.png".decode(errors="surrogateescape"), "\ud83d", "\udc00\ud800"])
+def test_a_name_that_is_no_utf_8_becomes_text_that_is(name):
+    assert escape_text(name).encode() == escape_text(Path(name)).encode() == ascii(name)[1:-1].encode()
+
+
+def test_every_other_name_stays_as_it_is():
+    assert escape_text("caf\xe9 \u732b \U0001f600\\a\n") == "caf\xe9 \u732b \U0001f600\\a\n"
