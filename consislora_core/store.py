@@ -8,7 +8,6 @@ import json
 import logging
 import os
 import re
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
@@ -16,11 +15,11 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from . import METHOD_VERSION, lora_file
+from .files import locked
 from .lora_file import ImageLora
 from .trainer import Trainer
 
@@ -81,7 +80,9 @@ class Store:
         with ExitStack() as stack:
             with self._tolerant():
                 self.folder.mkdir(parents=True, exist_ok=True)
-                stack.enter_context(_acquired(FileLock(self.folder / f"{key}.lock"), waiting))
+                stack.enter_context(
+                    locked(self.folder / f"{key}.lock", waiting, "another process is at the same training")
+                )
                 for unfinished in self.folder.glob(f"{key}.*.tmp"):
                     unfinished.unlink()  # its writer was killed
             yield
@@ -183,25 +184,6 @@ class Store:
             for path in self.folder.glob(f"{name}.*"):
                 with suppress(OSError):  # on Windows a file that is being read cannot go
                     path.unlink()
-
-
-@contextmanager
-def _acquired(lock: FileLock, waiting: Callable[[], None]) -> Iterator[None]:
-    logged = False
-    while True:
-        try:
-            lock.acquire(timeout=0)
-            break
-        except Timeout:
-            if not logged:
-                logging.info("ConsisLoRA: another process is at the same training; waiting for its result.")
-            logged = True
-            waiting()
-            time.sleep(0.2)
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 def _is_number(loss: object) -> bool:

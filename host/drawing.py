@@ -12,13 +12,14 @@ CARD, GAP, LINE = 256, 16, 28  # pixels: a picture on a card, the space between,
 
 
 def to_picture(image: Tensor) -> Image.Image:
-    """A Pillow image from one of ComfyUI's IMAGE batch (h w 3, or h w 4 with alpha; 0 to 1)."""
+    """A Pillow image from one of ComfyUI's IMAGE batch (h w 3, h w 4 with alpha, or h w 1 grey; 0 to 1)."""
+    image = image.expand(-1, -1, 3) if image.shape[-1] == 1 else image
     return Image.fromarray((image.float().clamp(0, 1) * 255).round().byte().cpu().numpy())
 
 
 def to_image(picture: Image.Image) -> Tensor:
     """ComfyUI's IMAGE (1 h w 3, fp32, 0 to 1) from a Pillow image."""
-    return torch.from_numpy(np.array(picture.convert("RGB")))[None].float() / 255
+    return torch.from_numpy(np.array(picture.convert("RGB")))[None].float().div_(255)
 
 
 def stack_pictures(pictures: Sequence[Image.Image]) -> Tensor:
