@@ -1,13 +1,18 @@
 """Load and Save Catalogue on real folders: names, sizes, what is done and what is bad."""
 
 import json
+import os
 import shutil
+import sys
+import time
 
 import pytest
 import torch
 from conftest import ROOT
+from filelock import FileLock
 from PIL import Image
 
+from catalogue import pictures
 from catalogue.pictures import open_picture
 from catalogue.sheets import SETTINGS, Result, ResultsSheet
 from consislora_core.lora_file import ImageLora
@@ -146,6 +151,102 @@ def test_a_batch_is_saved_whole(nodes, folders):
     result = ResultsSheet(output / "cat" / "results.csv").read()["cup__ink"]
     assert result.files == "cup__ink.png;cup__ink_2.png;cup__ink_3.png"
     assert result.is_done(job.key, output / "cat")
+
+
+NAMES = ["a;b", "=1+2", "cafe\u0301", " spaces ", "x" * 230, "-cup", "100%", "{style}", "\u00a0cup"]
+
+
+@pytest.mark.parametrize("pattern", ["{content}__{style}", "", "{content} ", "{style};{content}", "\u00e9/{content}"])
+def test_whatever_its_name_is_a_pair_is_made_once(nodes, folders, pattern):
+    root, output = folders
+    for name in NAMES:
+        shutil.copy(root / "subjects" / "cup.png", root / "subjects" / f"{name}.png")
+    for job in load(nodes, name=pattern, styles="catalogue/styles/ink.png")[2]:
+        save(nodes, job)
+    assert "Everything is done" in load(nodes, name=pattern, styles="catalogue/styles/ink.png")[4]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="names are Unicode there")
+def test_a_damaged_picture_whose_name_is_no_utf_8_does_not_stop_its_catalogue(nodes, folders):
+    root, output = folders
+    (root / "subjects" / os.fsdecode(b"caf\xe9.png")).write_bytes(b"damaged")
+    shutil.copy(root / "subjects" / "cup.png", root / "subjects" / os.fsdecode(b"th\xe9.png"))
+    for _ in range(2):  # the second time with the sheet as the first has left it
+        *_, jobs, found, report = load(nodes, styles="catalogue/styles/ink.png\n\ud83d")
+        assert len(found) == 3 and report.encode()
+        assert "- catalogue/subjects/caf\\udce9.png: caf\\udce9.png is no picture of a known kind." in report
+        results = ResultsSheet(output / "cat" / "results.csv")
+        assert sorted(results.read()) == ["\\ud83d", "catalogue/subjects/caf\\udce9.png"]
+    for job in jobs:
+        save(nodes, job)
+    assert results.read()[jobs[-1].name].content == "th\\udce9.png"
+
+
+def test_a_run_of_a_large_catalogue_opens_its_own_pair_and_takes_half_a_second(nodes, folders, monkeypatch):
+    root, output = folders
+    for side in ("subjects", "styles"):
+        for number in range(300):
+            shutil.copy(root / "styles" / "ink.png", root / side / f"photo {number}.png")
+    opened = []
+    monkeypatch.setattr(pictures, "open_picture", lambda path: opened.append(path.name) or open_picture(path))
+    save(nodes, load(nodes, run=nodes.ONE, index=7)[2][0])
+    opened.clear()
+    started = time.process_time()
+    fingerprint(nodes)
+    (*_, jobs, _, report) = load(nodes, run=nodes.ONE, index=9_000)
+    assert time.process_time() - started < 0.5
+    assert opened == [jobs[0].content, jobs[0].style]
+    assert report.splitlines()[1] == "1 of 91204 pairs are done."
+
+
+def test_pictures_of_what_is_done_are_not_opened(nodes, folders, monkeypatch):
+    for job in load(nodes)[2]:
+        save(nodes, job)
+    monkeypatch.setattr(pictures, "open_picture", None)
+    assert "Everything is done" in load(nodes)[4]
+
+
+def test_all_pairs_come_in_as_many_runs_as_memory_needs(nodes, folders, monkeypatch):
+    monkeypatch.setattr("comfy.model_management.get_free_memory", lambda device: 2 * 40 * 20 * 12)
+    (*_, jobs, found, report) = load(nodes)
+    assert found == ["cup__ink"]
+    assert "3 pairs come in the next run" in report
+    save(nodes, jobs[0])
+    assert names(nodes) == ["cup__oil"]
+
+
+def test_waiting_for_the_sheet_of_results_is_cancelled(nodes, folders, comfy):
+    import comfy.model_management as management
+
+    _, output = folders
+    job = load(nodes)[2][0]
+    job.folder.mkdir(parents=True)
+    management.interrupt_current_processing()
+    with FileLock(output / "cat" / "results.csv.lock"), pytest.raises(management.InterruptProcessingException):
+        save(nodes, job)
+
+
+@pytest.mark.parametrize(
+    ("images", "words"),
+    [
+        (torch.zeros(0, 8, 8, 3), "images is empty"),
+        (torch.zeros(1, 0, 8, 3), "images is empty"),
+        (torch.zeros(8, 8, 3), r"images has the shape \[8, 8, 3\]"),
+        (torch.zeros(1, 8, 8, 2), r"images has the shape \[1, 8, 8, 2\]"),
+        (torch.full((1, 8, 8, 3), float("inf")), "not numbers"),
+    ],
+)
+def test_what_is_no_picture_is_refused_in_words(nodes, folders, images, words):
+    with pytest.raises(ValueError, match=words):
+        nodes.CatalogSave.execute(images=images, job=load(nodes)[2][0])
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1, 3), (1, 8, 8, 1), (1, 8, 8, 4)], ids=["one pixel", "grey", "alpha"])
+def test_pictures_of_every_kind_are_saved(nodes, folders, shape):
+    _, output = folders
+    nodes.CatalogSave.execute(images=torch.full(shape, 0.2), job=load(nodes)[2][0])
+    with Image.open(output / "cat" / "cup__ink.png") as saved:
+        assert saved.convert("RGB").getpixel((0, 0)) == (51, 51, 51)
 
 
 def test_settings_are_those_of_the_nearest_node_before(pack):

@@ -1,5 +1,6 @@
 """Files are whole or not there."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -41,3 +42,28 @@ def test_a_name_that_is_no_utf_8_becomes_text_that_is(name):
 
 def test_every_other_name_stays_as_it_is():
     assert escape_text("caf\xe9 \u732b \U0001f600\\a\n") == "caf\xe9 \u732b \U0001f600\\a\n"
+
+
+def test_a_file_that_a_virus_scanner_holds_is_tried_again(tmp_path, monkeypatch):
+    replace, refusals = os.replace, [PermissionError(13, "in use")] * 3
+
+    def held(*paths):
+        if refusals:
+            raise refusals.pop()
+        replace(*paths)
+
+    monkeypatch.setattr(os, "replace", held)
+    monkeypatch.setattr(files, "HELD", 5.0)  # as on Windows
+    with written_whole(tmp_path / "a.txt") as unfinished:
+        unfinished.write_text("new")
+    assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [("a.txt", "new")]
+
+
+def test_a_file_that_stays_refused_is_an_error(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "HELD", 0.3)
+    with pytest.raises(PermissionError):
+        files.patiently(refused)
+
+
+def refused():
+    raise PermissionError(13, "in use")
