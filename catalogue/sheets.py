@@ -15,7 +15,7 @@ from itertools import compress
 from pathlib import Path
 from typing import NamedTuple
 
-from . import locked, patiently, written_whole
+from . import escape_text, locked, patiently, written_whole
 from .names import as_spelled, composed, inside, portable, result_name
 from .pictures import NAME, filled_name
 
@@ -230,8 +230,8 @@ def _read_table(path: Path, only: Collection[str] = ()) -> Table:
         with patiently(path.open, "rb") as file:
             data = file.read(MAX_SHEET_BYTES + 1)
     except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error.strerror or error}.") from error
-    return _parsed_table(path.name, data, only)
+        raise ValueError(f"{escape_text(path)} cannot be read: {error.strerror or error}.") from error
+    return _parsed_table(escape_text(path.name), data, only)
 
 
 def _parsed_table(name: str, data: bytes, only: Collection[str] = ()) -> Table:
@@ -346,7 +346,7 @@ class ResultsSheet:
 
     def read(self) -> dict[str, Result]:
         """Results by name, in the order in which they were recorded. Raises ValueError for invalid cells."""
-        return _parsed_results(str(self.path), self._table())
+        return _parsed_results(escape_text(self.path), self._table())
 
     def entries(self) -> dict[str, Entry]:
         """Of every result, by name, what tells whether it is done: `read` takes seconds for a large sheet.
@@ -377,7 +377,7 @@ class ResultsSheet:
             for result in results:
                 records[result.name] = {**as_record(result), **self._added(records.get(result.name, {}))}
             if len(records) > MAX_ROWS:
-                raise ValueError(f"{self.path} has {MAX_ROWS} rows already. Go on in another folder.")
+                raise ValueError(f"{escape_text(self.path)} has {MAX_ROWS} rows already. Go on in another folder.")
             _write_table(self.path, list(records.values()))
 
     def _added(self, record: Record) -> Record:

@@ -15,6 +15,7 @@ from ..catalogue.names import inside
 from ..catalogue.pictures import NAME, PictureCache, write_picture
 from ..catalogue.plan import CatalogueJob, Plan, plan_catalogue
 from ..catalogue.sheets import RESULTS, SETTINGS, Result, ResultsSheet, as_record, error_text
+from ..consislora_core.files import escape_text
 from ..consislora_core.lora_file import ImageLora
 from ..host import drawing
 from ..host.paths import input_folder, output_folder
@@ -178,8 +179,10 @@ class CatalogSave(io.ComfyNode):
             ResultsSheet(job.folder / RESULTS).record([result], waiting=stop_if_cancelled)
         except (OSError, NotImplementedError) as error:  # the second where a network folder has no locks
             raise ValueError(
-                f"{job.name} could not be saved to {job.folder}: {error}. Free some space, make the "
-                f"folder writable, or close {RESULTS} in other programs; then queue the pair again."
+                escape_text(
+                    f"{job.name} could not be saved to {job.folder}: {error}. Free some space, make the folder "
+                    f"writable, or close {RESULTS} in other programs; then queue the pair again."
+                )
             ) from error
         files = [path.relative_to(output_folder()) for path in paths]
         shown = [{"filename": file.name, "subfolder": file.parent.as_posix(), "type": "output"} for file in files]

@@ -654,6 +654,19 @@ def wait_for_one_more(sheet: Path, process: subprocess.Popen) -> None:
         time.sleep(0.05)
 
 
+def test_a_server_tells_whether_it_has_a_whole_picture(server):
+    data = png()
+
+    async def ask():
+        async with ComfyClient(server.url) as client:
+            before = await client.has_upload(data, "whole.png", "batch")
+            await client.upload(data, "whole.png", "batch")
+            await client.upload(data[:-5], "cut.png", "batch")
+            return [before, *[await client.has_upload(data, name, "batch") for name in ("whole.png", "cut.png")]]
+
+    assert asyncio.run(ask()) == [False, True, False]
+
+
 @pytest.mark.skipif(os.name == "nt", reason="a program cannot press Ctrl-C for one other program there")
 @pytest.mark.parametrize("kills", [1, pytest.param(20, marks=pytest.mark.slow)])
 def test_stopped_and_with_its_server_killed_every_job_is_done_once(tmp_path, kills):

@@ -12,6 +12,7 @@ from conftest import ROOT
 from filelock import FileLock
 from PIL import Image
 
+from batch.comfy_client import WorkflowError
 from catalogue import pictures
 from catalogue.pictures import open_picture
 from catalogue.sheets import SETTINGS, Result, ResultsSheet
@@ -292,6 +293,31 @@ def test_errors_of_the_disk_are_reported(nodes, folders, monkeypatch, fails, err
     with pytest.raises(ValueError, match=f"cup__ink could not be saved .*{words}"):
         save(nodes, job)
     assert not [path for path in job.folder.rglob("*") if path.suffix != ".lock"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="names are Unicode there")
+def test_no_name_ends_the_servers_queue(server):
+    """Of a file that is no UTF-8, and half a character in each text of the node."""
+    folder = server.base / "input" / "names"
+    folder.mkdir()
+    Image.new("RGB", (8, 8)).save(folder / os.fsdecode(b"th\xe9.png"))
+    (folder / os.fsdecode(b"caf\xe9.png")).write_bytes(b"damaged")
+    inputs = dict(contents="names\n\ud83d", styles="names\n\ud83d", catalogue="names", name="", run="one pair per run")
+    prompt = {
+        "load": {"class_type": "ConsisLoRACatalogLoad", "inputs": {**inputs, "index": 0}},
+        "show": {"class_type": "PreviewAny", "inputs": {"source": ["load", 4]}},
+    }
+    (report,) = server.run(prompt)["outputs"]["show"]["text"]
+    assert (
+        "- names/caf\\udce9.png: caf\\udce9.png is no picture" in report
+        and "- \\ud83d: '\\ud83d' is not a name" in report
+    )
+    for name in ("catalogue", "name"):
+        prompt["load"]["inputs"] |= {**inputs, name: "\ud83d", "index": 3}
+        with pytest.raises(WorkflowError, match=r"'\\ud83d\S*' is not a name inside the folder"):
+            server.run(prompt)
+    prompt["load"]["inputs"] |= {**inputs, "index": 3}
+    assert "Now: th___th_." in server.run(prompt)["outputs"]["show"]["text"][0]
 
 
 def test_the_shared_workflow_makes_the_catalogue_once(server):
