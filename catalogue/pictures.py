@@ -171,8 +171,6 @@ def open_picture(path: Path) -> Image.Image:
 def _decoded(file: BinaryIO) -> Image.Image:
     try:
         return _rgb(file)
-    except Image.UnidentifiedImageError:
-        raise
     except (OSError, ValueError):
         file.seek(0)
         data = repaired(file.read())
@@ -248,7 +246,7 @@ def _digest(path: Path, mtime_ns: int, size: int) -> bytes:
 
 
 class PictureCache:
-    """Opens each picture file once. decode: turns a picture into what is kept. limit: bytes of memory for all of them.
+    """Opens each picture file once. decode: turns a picture into what is kept. limit: bytes of all of them.
 
     problems: why a file cannot be used, by `name_of(path)`; opening adds to it. left_over: pairs that had no room.
     """

@@ -102,7 +102,9 @@ class Plan(NamedTuple):
         if not coming and done == count:
             lines = ["Everything is done. To have a result made again, delete its picture."]
         if cache.left_over:
-            lines.append(f"{cache.left_over} pairs come in the next run: memory has no room for more pictures at once.")
+            lines.append(
+                f"{cache.left_over} pairs come in the next run: the disk has no room for more pictures at once."
+            )
         lines.append(f"{done} of {count} pairs are done.")
         passed_over = [f"- {name}: {problem}" for name, problem in cache.problems.items()]
         if len(passed_over) > SHOWN:

@@ -4,9 +4,9 @@ import hashlib
 import json
 import logging
 from datetime import datetime, timezone
+from functools import partial
+from shutil import disk_usage
 
-import comfy.model_management
-import torch
 from comfy_api.latest import io
 from comfy_execution.graph_utils import ExecutionBlocker
 from torch import Tensor
@@ -18,7 +18,7 @@ from ..catalogue.sheets import RESULTS, SETTINGS, Result, ResultsSheet, as_recor
 from ..consislora_core.files import escape_text
 from ..consislora_core.lora_file import ImageLora
 from ..host import drawing
-from ..host.paths import input_folder, output_folder
+from ..host.paths import input_folder, output_folder, temp_folder
 from ..host.progress import show_text, stop_if_cancelled
 from ..host.prompt_graph import numbers_behind, workflow_texts
 from .sockets import CATEGORY, CatalogJob, ConsisLora, aliases
@@ -101,9 +101,11 @@ class CatalogLoad(io.ComfyNode):
         if not pairs:
             problems = [f"{name}: {problem}" for name, problem in plan.problems.items()]
             raise ValueError(error_text("The catalogue", problems or ["contents or styles is empty. Name a folder."]))
-        free = comfy.model_management.get_free_memory(torch.device("cpu"))
-        cache = PictureCache(drawing.to_image, plan.name_of, dict(plan.problems), limit=free // 2)
-        jobs = plan.pending(pairs if run == ALL else [pairs[index % len(pairs)]], entries, cache)
+        chosen, cache = [pairs[index % len(pairs)]], PictureCache(drawing.to_image, plan.name_of, dict(plan.problems))
+        if run == ALL:  # whose pictures need not all be in memory
+            chosen, folder = pairs, temp_folder()
+            cache.decode, cache.limit = partial(drawing.to_mapped_image, folder=folder), disk_usage(folder).free // 2
+        jobs = plan.pending(chosen, entries, cache)
         plan.record_bad_files(entries, cache, stop_if_cancelled)
         names = [job.name for job in jobs]
         report = plan.report(plan.count_done(pairs, entries), len(pairs), names, cache)
@@ -155,7 +157,7 @@ class CatalogSave(io.ComfyNode):
         cls, images: Tensor, job: CatalogueJob, content: ImageLora | None = None, style: ImageLora | None = None,
         report: str = "", accepted: bool | None = None, reasons: str = "",
     ) -> io.NodeOutput:  # fmt: skip
-        check_pictures(images)
+        check_pictures(images, "images")
         names = [job.name, *(f"{job.name}_{number}" for number in range(2, len(images) + 1))]
         paths = [inside(job.folder, f"{name}.png") for name in names]
         result = Result(
@@ -194,18 +196,19 @@ def make_plan(contents: str, styles: str, catalogue: str, name: str) -> Plan:
     return plan_catalogue(input_folder(), inside(output_folder(), catalogue), contents, styles, name)
 
 
-def check_pictures(images: Tensor) -> None:
-    """Raises ValueError for what is no batch of pictures (b h w 1, 3 or 4) or holds values that are not numbers."""
+def check_pictures(images: Tensor, name: str) -> None:
+    """Raises ValueError for what is no batch of pictures (b h w, 1, 3 or 4 channels), and for values not finite."""
     if images.ndim != 4 or images.shape[-1] not in (1, 3, 4):
         raise ValueError(
-            f"images has the shape {list(images.shape)}; pictures in RGB, RGBA or grey are needed, as [batch, height, "
-            "width, channels]. Connect a node that gives pictures, such as VAE Decode."
+            f"{name} has shape {tuple(images.shape)}; pictures are (batch, height, width, 1, 3 or 4 channels)."
         )
-    if images.numel() == 0:
-        raise ValueError("images is empty. Connect a node that gives at least one picture.")
+    if not images.numel():
+        raise ValueError(
+            f"{name} holds no picture: its shape is {tuple(images.shape)}. Connect a node that gives some."
+        )
     if not images.isfinite().all():
         raise ValueError(
-            "The picture holds values that are not numbers (NaN or infinity): model or VAE failed. "
+            f"{name} holds values that are not numbers (NaN or infinity): model or VAE failed. "
             "Run the VAE in fp32 if it is SDXL's own, or lower the guidance."
         )
 

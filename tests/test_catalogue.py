@@ -5,7 +5,9 @@ import os
 import shutil
 import sys
 import time
+from types import SimpleNamespace
 
+import psutil
 import pytest
 import torch
 from conftest import ROOT
@@ -207,8 +209,20 @@ def test_pictures_of_what_is_done_are_not_opened(nodes, folders, monkeypatch):
     assert "Everything is done" in load(nodes)[4]
 
 
-def test_all_pairs_come_in_as_many_runs_as_memory_needs(nodes, folders, monkeypatch):
-    monkeypatch.setattr("comfy.model_management.get_free_memory", lambda device: 2 * 40 * 20 * 12)
+def test_all_pairs_together_hold_little_memory(nodes, folders):
+    root, _ = folders
+    for name in ("subjects/cup", "subjects/pot", "styles/ink", "styles/oil"):
+        Image.new("RGB", (4000, 3000), (255, 0, 51)).save(root / f"{name}.png")
+    before = psutil.Process().memory_info().rss
+    contents, styles, *_ = load(nodes)
+    assert psutil.Process().memory_info().rss - before < 100e6  # where four pictures in fp32 are 576 MB
+    assert contents[3].shape == (1, 3000, 4000, 3) and contents[3][0, -1, -1].tolist() == pytest.approx([1, 0, 0.2])
+    contents[3].mul_(0.5)
+    assert styles[3][0, 0, 0].tolist() == pytest.approx([1, 0, 0.2])
+
+
+def test_all_pairs_come_in_as_many_runs_as_the_disk_needs(nodes, folders, monkeypatch):
+    monkeypatch.setattr(nodes, "disk_usage", lambda folder: SimpleNamespace(free=2 * 40 * 20 * 12))
     (*_, jobs, found, report) = load(nodes)
     assert found == ["cup__ink"]
     assert "3 pairs come in the next run" in report
@@ -230,10 +244,10 @@ def test_waiting_for_the_sheet_of_results_is_cancelled(nodes, folders, comfy):
 @pytest.mark.parametrize(
     ("images", "words"),
     [
-        (torch.zeros(0, 8, 8, 3), "images is empty"),
-        (torch.zeros(1, 0, 8, 3), "images is empty"),
-        (torch.zeros(8, 8, 3), r"images has the shape \[8, 8, 3\]"),
-        (torch.zeros(1, 8, 8, 2), r"images has the shape \[1, 8, 8, 2\]"),
+        (torch.zeros(0, 8, 8, 3), "images holds no picture"),
+        (torch.zeros(1, 0, 8, 3), "images holds no picture"),
+        (torch.zeros(8, 8, 3), r"images has shape \(8, 8, 3\)"),
+        (torch.zeros(1, 8, 8, 2), r"images has shape \(1, 8, 8, 2\)"),
         (torch.full((1, 8, 8, 3), float("inf")), "not numbers"),
     ],
 )

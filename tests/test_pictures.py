@@ -166,6 +166,14 @@ def test_long_texts_in_a_png_do_not_matter(tmp_path):
     assert colours(tmp_path / "a.png") == {RED}
 
 
+def test_a_damaged_text_in_a_png_does_not_matter(tmp_path):
+    texts = PngImagePlugin.PngInfo()
+    texts.add_text("workflow", "some text")
+    picture().save(tmp_path / "a.png", pnginfo=texts)
+    (tmp_path / "a.png").write_bytes((tmp_path / "a.png").read_bytes().replace(b"some text", b"same text"))
+    assert colours(tmp_path / "a.png") == {RED}
+
+
 def empty(path):
     path.write_bytes(b"")
 
