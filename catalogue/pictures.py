@@ -171,12 +171,13 @@ def open_picture(path: Path) -> Image.Image:
 def _decoded(file: BinaryIO) -> Image.Image:
     try:
         return _rgb(file)
-    except (OSError, ValueError):
-        file.seek(0)
-        data = repaired(file.read())
-        if data is None:
-            raise
-        return _rgb(io.BytesIO(data))
+    except (OSError, ValueError) as error:
+        damage = error.with_traceback(None)  # which would keep the picture's memory
+    file.seek(0)
+    data = repaired(file.read())
+    if data is None:
+        raise damage
+    return _rgb(io.BytesIO(data))
 
 
 def _rgb(file: BinaryIO) -> Image.Image:

@@ -1,6 +1,7 @@
 """What a catalogue is made of: its pairs, which of them are done, and which files cannot be used."""
 
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -50,7 +51,7 @@ class Plan(NamedTuple):
 
     def state(self) -> str:
         """A text that changes when a picture, the sheet or a result is added, changed or removed."""
-        files = [*self.pictures, self.sheet.path, *_folders(self.folder, self.pattern.count("/"))]
+        files = [*self.pictures, self.sheet.path, *_folders(self.folder, len(re.findall(r"[/\\]", self.pattern)))]
         stats = []
         for path in files:
             with suppress(FileNotFoundError):
@@ -93,7 +94,9 @@ class Plan(NamedTuple):
         """How many pairs have a result, of whichever pictures."""
         made = [entries[name] for name in pairs.names if name in entries]
         folders = {name.rpartition("/")[0] for entry in made for name in entry.files.split(";")}
-        files = {f"{folder}/{name}".lstrip("/") for folder in folders for name in _names_in(self.folder / folder)}
+        files = {
+            composed(f"{folder}/{name}".lstrip("/")) for folder in folders for name in _names_in(self.folder / folder)
+        }
         return sum(entry.has_pictures(lambda name: composed(name) in files) for entry in made)
 
     def report(self, done: int, count: int, coming: list[str], cache: PictureCache) -> str:
@@ -130,7 +133,7 @@ def _folders(folder: Path, depth: int) -> Iterator[Path]:
 
 
 def _names_in(folder: Path) -> list[str]:
-    return [composed(name) for name in os.listdir(folder)] if folder.is_dir() else []
+    return os.listdir(folder) if folder.is_dir() else []
 
 
 def plan_catalogue(root: Path, folder: Path, contents: str, styles: str, name: str) -> Plan:
