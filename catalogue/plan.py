@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
@@ -60,7 +60,7 @@ class Plan(NamedTuple):
         return str([stats, list(self.problems)])
 
     def pending(
-        self, pairs: Iterable[Pair], entries: dict[str, Entry], cache: PictureCache
+        self, pairs: Iterable[Pair], entries: Mapping[str, Entry], cache: PictureCache
     ) -> dict[CatalogueJob, Pair]:
         """Those of the pairs whose pictures open and that have no result of these very pictures yet, as jobs.
 
@@ -79,7 +79,7 @@ class Plan(NamedTuple):
         return jobs
 
     def record_bad_files(
-        self, entries: dict[str, Entry], cache: PictureCache, waiting: Callable[[], None] = lambda: None
+        self, entries: Mapping[str, Entry], cache: PictureCache, waiting: Callable[[], None] = lambda: None
     ) -> None:
         """Keeps an entry in the sheet for each file that cannot be used, until it can. waiting: see `ResultsSheet`."""
         recorded = {name: entry.error for name, entry in entries.items() if entry.error and not entry.key}
@@ -90,7 +90,7 @@ class Plan(NamedTuple):
             bad = [Result(name, error=problem) for name, problem in cache.problems.items()]
             self.sheet.record(bad, outdated, waiting)
 
-    def count_done(self, pairs: Pairs, entries: dict[str, Entry]) -> int:
+    def count_done(self, pairs: Pairs, entries: Mapping[str, Entry]) -> int:
         """How many pairs have a result, of whichever pictures."""
         made = [entries[name] for name in pairs.names if name in entries]
         folders = {name.rpartition("/")[0] for entry in made for name in entry.files.split(";")}

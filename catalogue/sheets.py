@@ -8,7 +8,7 @@ import math
 import re
 import typing
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import MISSING, Field, dataclass, fields, replace
 from decimal import Decimal
 from itertools import compress
@@ -348,18 +348,16 @@ class ResultsSheet:
         """Results by name, in the order in which they were recorded. Raises ValueError for invalid cells."""
         return _parsed_results(escape_text(self.path), self._table())
 
-    def entries(self) -> dict[str, Entry]:
+    def entries(self) -> Mapping[str, Entry]:
         """Of every result, by name, what tells whether it is done: `read` takes seconds for a large sheet.
 
         Raises ValueError as `read` does if a result has no name.
         """
-        table = self._table({"name", *Entry._fields})
-        entries = {
-            _name_in(row): Entry(row.get("key", ""), row.get("files", ""), row.get("error", "")) for _, row in table
-        }
-        if "" in entries:
-            self.read()
-        return entries
+        try:
+            state = self.path.stat()
+        except FileNotFoundError:
+            return {}
+        return _entries(self.path, state.st_mtime_ns, state.st_size)
 
     def record(
         self, results: Iterable[Result], forget: Iterable[str] = (), waiting: Callable[[], None] = lambda: None
@@ -384,8 +382,17 @@ class ResultsSheet:
         ours = as_record(Result(""))
         return {column: value for column, value in record.items() if column not in ours}
 
-    def _table(self, only: Collection[str] = ()) -> Table:
-        return _read_table(self.path, only) if self.path.exists() else []
+    def _table(self) -> Table:
+        return _read_table(self.path) if self.path.exists() else []
+
+
+@functools.lru_cache(1)  # runs that find their pair done, one after another, read a large sheet once
+def _entries(path: Path, mtime_ns: int, size: int) -> Mapping[str, Entry]:
+    table = _read_table(path, {"name", *Entry._fields})
+    entries = {_name_in(row): Entry(row.get("key", ""), row.get("files", ""), row.get("error", "")) for _, row in table}
+    if "" in entries:
+        ResultsSheet(path).read()
+    return entries
 
 
 def _name_in(record: Record) -> str:

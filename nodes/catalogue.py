@@ -11,7 +11,7 @@ from comfy_api.latest import io
 from comfy_execution.graph_utils import ExecutionBlocker
 from torch import Tensor
 
-from ..catalogue.names import inside
+from ..catalogue.names import as_spelled, inside
 from ..catalogue.pictures import NAME, PictureCache, write_picture
 from ..catalogue.plan import CatalogueJob, Plan, plan_catalogue
 from ..catalogue.sheets import RESULTS, SETTINGS, Result, ResultsSheet, as_record, error_text
@@ -193,7 +193,7 @@ class CatalogSave(io.ComfyNode):
 
 def make_plan(contents: str, styles: str, catalogue: str, name: str) -> Plan:
     """The plan in ComfyUI's own folders. Raises ValueError for names that lead out of them."""
-    return plan_catalogue(input_folder(), inside(output_folder(), catalogue), contents, styles, name)
+    return plan_catalogue(input_folder(), as_spelled(inside(output_folder(), catalogue)), contents, styles, name)
 
 
 def check_pictures(images: Tensor, name: str) -> None:

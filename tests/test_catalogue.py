@@ -62,9 +62,9 @@ def names(nodes, **changes) -> list[str]:
     return found if isinstance(found[0], str) else []
 
 
-def fingerprint(nodes):
+def fingerprint(nodes, **changes):
     inputs = dict(contents="catalogue/subjects", styles="catalogue/styles", catalogue="cat", name="{content}__{style}")
-    return nodes.CatalogLoad.fingerprint_inputs(**inputs, run=nodes.ALL, index=0)
+    return nodes.CatalogLoad.fingerprint_inputs(**{**inputs, "run": nodes.ALL, "index": 0, **changes})
 
 
 def test_all_pairs_come_with_their_own_sizes(nodes, folders):
@@ -93,6 +93,21 @@ def test_what_is_saved_is_skipped_until_its_picture_or_source_changes(nodes, fol
     (output / "cat" / "cup__ink.png").unlink()
     Image.new("RGB", (3, 3)).save(root / "styles" / "oil.png")
     assert names(nodes) == ["cup__ink", "cup__oil", "pot__oil"]
+
+
+@pytest.mark.parametrize("pattern", ["{style}/{content}", "{style}\\{content}"])
+def test_a_result_that_is_deleted_in_a_folder_is_noticed(nodes, folders, pattern):
+    job = load(nodes, name=pattern)[2][0]
+    save(nodes, job)
+    before = fingerprint(nodes, name=pattern)
+    (job.folder / "ink" / "cup.png").unlink()
+    assert fingerprint(nodes, name=pattern) != before
+    assert "ink/cup" in names(nodes, name=pattern)
+
+
+def test_a_catalogue_goes_on_in_either_spelling_of_its_name(nodes, folders):
+    save(nodes, load(nodes, catalogue="caf\u00e9")[2][0])
+    assert len(names(nodes, catalogue="cafe\u0301")) == 3
 
 
 def test_when_everything_is_done_it_says_so_and_nothing_runs(nodes, folders):
