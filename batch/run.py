@@ -201,11 +201,17 @@ class Batch:
 
     async def run_all(self, jobs: list[Job], runner: JobRunner | Scheduler) -> int:
         """Runs the jobs that are not done; 1 if any failed."""
-        sheet, failed = ResultsSheet(self.output / RESULTS), []
+        sheet, failed, task = ResultsSheet(self.output / RESULTS), [], asyncio.current_task()
+
+        def stop_if_cancelled() -> None:
+            """Of Ctrl-C asyncio only takes note, from Python 3.11 on, until the task waits for something of its own."""
+            if hasattr(task, "cancelling") and task.cancelling():
+                raise asyncio.CancelledError
+
         with tqdm(total=len(jobs), unit="job") as bar:
 
             def keep(result: Result, picture: bytes | None) -> None:
-                sheet.record([self.saved(result, picture) if picture else result])
+                sheet.record([self.saved(result, picture) if picture else result], waiting=stop_if_cancelled)
                 if result.error:
                     failed.append(result.name)
                     bar.write(f"{result.name}: {result.error}")

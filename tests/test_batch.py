@@ -12,6 +12,7 @@ import signal
 import ssl
 import subprocess
 import sys
+import threading
 import time
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -23,6 +24,7 @@ from conftest import COMFYUI, ROOT
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
+from filelock import FileLock
 from PIL import Image
 from prompts import two_steps
 from test_resume import check_every_file_is_whole
@@ -494,6 +496,14 @@ def test_pictures_are_uploaded_once_and_again_when_a_restart_has_lost_them(made,
     results, server = made(["one", "two", "three"], DONE, loss, DONE, DONE)
     assert [result.error for result in results.values()] == ["", "", ""]
     assert len(server.uploads) == 2  # of one picture, which is both content and style
+
+
+@pytest.mark.skipif(os.name == "nt", reason="a program cannot press Ctrl-C for itself alone there")
+def test_waiting_for_the_sheet_is_stopped_by_ctrl_c(made, tmp_path):
+    (tmp_path / "out").mkdir()
+    with FileLock(tmp_path / "out" / f"{RESULTS}.lock"), pytest.raises(KeyboardInterrupt):
+        threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
+        made(["one"], DONE)
 
 
 def test_a_console_that_lacks_the_letters_of_a_name_stops_nothing(tmp_path):
