@@ -3,15 +3,19 @@
 import asyncio
 import contextlib
 import json
+import re
 import socket
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
+from urllib.parse import parse_qsl, urlsplit
 
 import aiohttp
 
 LIMIT = 500_000_000  # bytes of an answer
-BUSY = (429, 502, 503, 504)
+# Of a proxy, a tunnel or a pod that starts, in ComfyUI's place; and every 5xx, to which Cloudflare adds its own.
+PASSING = (404, 408, 425, 429)
+HEADER = "CONSISLORA_HEADER"  # in the environment
 FIRST_DELAY, LONGEST_DELAY = 1.0, 30.0  # seconds between two tries
 LISTENING = 5.0  # seconds without the message that a workflow has ended, after which queue and history are read
 PREVIEW_FRAME = 1  # BinaryEventTypes.PREVIEW_IMAGE in ComfyUI's protocol.py
@@ -27,20 +31,40 @@ class Refused(RuntimeError):
     """The server answered, and refused the request; the text says why."""
 
 
+class Denied(RuntimeError):
+    """The server will refuse every request, or cannot be trusted; the text says what to do."""
+
+
 class WorkflowError(Refused):
     """The server refused a workflow, or a node in it failed; the text names the node."""
 
 
 class ComfyClient:
-    """Use as an async context. patience: seconds to wait for a server that does not answer. report: takes messages."""
+    """Use as an async context.
 
-    def __init__(self, url: str, patience: float = 0, report: Callable[[str], None] = print):
-        self.url, self.patience, self.report = url.rstrip("/"), patience, report
+    url: with a query string, it is sent with every request. patience: seconds to wait for a server that does not
+    answer. report: takes messages, which name neither headers nor the query. headers: sent with every request.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        patience: float = 0,
+        report: Callable[[str], None] = print,
+        headers: dict[str, str] | None = None,
+    ):
+        parts = urlsplit(url)
+        self.url = parts._replace(path=parts.path.rstrip("/"), query="", fragment="").geturl()
+        self.name = urlsplit(self.url)._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()  # without a password
+        self.query = parse_qsl(parts.query, keep_blank_values=True)
+        self.patience, self.report, self.headers = patience, report, headers
         self.client_id = uuid.uuid4().hex
         self.socket: aiohttp.ClientWebSocketResponse | None = None
+        self.has_answered = False  # as ComfyUI does
 
     async def __aenter__(self) -> "ComfyClient":
-        self.session = aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(sock_connect=10, sock_read=120))
+        timeout = aiohttp.ClientTimeout(sock_connect=10, sock_read=120)
+        self.session = aiohttp.ClientSession(timeout=timeout, headers=self.headers)
         return self
 
     async def __aexit__(self, *_) -> None:
@@ -49,33 +73,94 @@ class ComfyClient:
         await self.session.close()
 
     async def call(
-        self, method: str, path: str, body: Callable[[], object] = lambda: None, **query: str
+        self,
+        method: str,
+        path: str,
+        body: Callable[[], object] = lambda: None,
+        lacking: bool = False,
+        is_done: Callable[[], Awaitable] | None = None,
+        headers: dict[str, str] | None = None,
+        **query: str,
     ) -> bytes | None:
-        """The body of the server's answer; None for status 404.
+        """The body of the server's answer. Tries again until patience ends.
 
-        body: makes the request's body, anew for each try. Raises Refused, and Unreachable when patience ends.
+        body: makes the request's body, anew for each try. lacking: return None if ComfyUI answers that it has no such
+        file; otherwise status 404 is a proxy's. is_done: asked before another try; if so, return None.
+        Raises Refused, Denied, and Unreachable when patience ends.
         """
-        deadline, delay = time.monotonic() + self.patience, FIRST_DELAY
+        deadline, delay, is_sure = time.monotonic() + self.patience, FIRST_DELAY, False
         while True:
             try:
-                async with self.session.request(
-                    method, self.url + path, params=query, data=body(), allow_redirects=False
-                ) as response:
-                    answer = await self._bounded(response)
-                    if response.status == 404:
+                response, answer = await self._ask(method, path, body(), headers, query)
+                if response.status < 300 and self._is_comfyuis(response, answer):
+                    return answer
+                if response.status == 404 and lacking:
+                    if is_sure:
                         return None
-                    if response.status < 300:
-                        return answer
-                    trouble = f"{response.status} {response.reason}"
-                    if response.status not in BUSY:
-                        raise Refused(refusal_text(trouble, answer))
-            except (aiohttp.ClientConnectionError, aiohttp.ClientPayloadError, asyncio.TimeoutError):
+                    is_sure = self._is_comfyuis(*await self._ask("GET", "/queue"))
+                    if is_sure:  # that ComfyUI answers; whether the 404 was its own, the next one tells
+                        continue
+                trouble = "a page of a proxy" if response.status < 300 else f"{response.status} {response.reason}"
+                if 300 <= response.status < 500 and response.status not in PASSING:
+                    raise self._refusal(response, answer)
+            except aiohttp.ClientConnectorCertificateError as error:
+                reason = error.certificate_error.verify_message
+                raise Denied(
+                    f"The certificate of {self.name} is not valid: {reason}. Correct the address after --server, "
+                    "or the server's certificate."
+                ) from None
+            except aiohttp.InvalidURL:
+                raise
+            except (aiohttp.ClientError, asyncio.TimeoutError):
                 trouble = "no answer"
             if time.monotonic() + delay > deadline:
-                raise Unreachable(f"{self.url} cannot be reached ({trouble}).")
-            self.report(f"{self.url} cannot be reached ({trouble}); trying again in {delay:.0f} s.")
+                raise Unreachable(f"{self.name} cannot be reached ({trouble}).")
+            self.report(f"{self.name} cannot be reached ({trouble}); trying again in {delay:.0f} s.")
             await asyncio.sleep(delay)
-            delay = min(2 * delay, LONGEST_DELAY)
+            delay, is_sure = min(2 * delay, LONGEST_DELAY), False
+            if is_done and await is_done():
+                return None
+
+    async def _ask(
+        self,
+        method: str,
+        path: str,
+        body: object = None,
+        headers: dict[str, str] | None = None,
+        query: dict[str, str] | None = None,
+    ) -> tuple[aiohttp.ClientResponse, bytes]:
+        params = [*self.query, *(query or {}).items()]
+        async with self.session.request(
+            method, self.url + path, params=params, data=body, headers=headers, allow_redirects=False
+        ) as response:
+            return response, await self._bounded(response)
+
+    def _is_comfyuis(self, response: aiohttp.ClientResponse, answer: bytes) -> bool:
+        """Whether an answer is not a page of a proxy. Raises Refused if there has never been one of ComfyUI's."""
+        is_page = response.content_type == "text/html" or answer[:1] == b"<"
+        if is_page and not self.has_answered and response.status < 300:
+            raise Refused(f"{self.name} answers, but not as ComfyUI does. Name ComfyUI's address with --server.")
+        self.has_answered |= not is_page and response.status < 300
+        return not is_page and response.status < 300
+
+    def _refusal(self, response: aiohttp.ClientResponse, answer: bytes) -> Refused | Denied:
+        status = f"{response.status} {response.reason}"
+        if response.status in (401, 403, 407):
+            return Denied(
+                f"{self.name} wants a key or a password ({status}). Set {HEADER} in the environment, such as "
+                "'Authorization: Bearer ...', or ask who runs the server."
+            )
+        if response.status == 413:
+            return Denied(
+                f"{self.name} takes no picture as large as this ({status}). Save it smaller, or raise the limit of the "
+                "proxy before ComfyUI, or ComfyUI's own (--max-upload-size)."
+            )
+        if response.status < 400:
+            return Denied(
+                f"{self.name} sends elsewhere ({status}), perhaps to sign in. Name the address where ComfyUI itself "
+                f"answers with --server, or set {HEADER} in the environment."
+            )
+        return Refused(refusal_text(status, answer))
 
     async def _bounded(self, response: aiohttp.ClientResponse) -> bytes:
         answer = bytearray()
@@ -85,21 +170,32 @@ class ComfyClient:
                 raise Refused(f"the server's answer is larger than {LIMIT // 10**6} MB")
         return bytes(answer)
 
-    async def get(self, path: str, **query: str):
-        """The JSON at a path; None for status 404. Raises as `call` does."""
-        return self._parsed(await self.call("GET", path, **query))
+    async def get(self, path: str, lacking: bool = False, **query: str):
+        """The JSON at a path. Raises as `call` does; lacking: see there."""
+        return self._parsed(await self.call("GET", path, lacking=lacking, **query))
 
-    async def post(self, path: str, body: dict):
-        """Posts JSON; the JSON of the answer, or None. Raises as `call` does."""
-        return self._parsed(await self.call("POST", path, lambda: json.dumps(body)))
+    async def post(self, path: str, body: dict, is_done: Callable[[], Awaitable] | None = None):
+        """Posts JSON; the JSON of the answer, or None. Raises as `call` does; is_done: see there."""
+        return self._parsed(await self.call("POST", path, lambda: json.dumps(body), is_done=is_done))
 
     def _parsed(self, answer: bytes | None):
         try:
             return json.loads(answer) if answer else None
         except ValueError:
             raise Refused(
-                f"{self.url} answers, but not as ComfyUI does. Name ComfyUI's address with --server."
+                f"{self.name} answers, but not as ComfyUI does. Name ComfyUI's address with --server."
             ) from None
+
+    async def has_upload(self, data: bytes, name: str, folder: str) -> bool:
+        """Whether a folder inside the server's input folder has this file, by its name, size and last byte."""
+        ranged = {"Range": f"bytes={len(data) - 1}-"}
+        try:
+            end = await self.call(
+                "GET", "/view", lacking=True, headers=ranged, filename=name, subfolder=folder, type="input"
+            )
+        except Refused:  # it is shorter
+            return False
+        return bool(end) and data.endswith(end)
 
     async def upload(self, data: bytes, name: str, folder: str) -> None:
         """Puts a picture into a folder inside the server's input folder."""
@@ -113,7 +209,7 @@ class ComfyClient:
 
     async def file(self, name: str, folder: str) -> bytes | None:
         """A file in a folder inside the server's output folder; None if there is none."""
-        return await self.call("GET", "/view", filename=name, subfolder=folder, type="output")
+        return await self.call("GET", "/view", lacking=True, filename=name, subfolder=folder, type="output")
 
     async def run(self, prompt: dict, on_event: OnEvent = lambda kind, data: None) -> dict | None:
         """Queues a workflow in API form and waits for it: `queue`, then `wait`."""
@@ -123,11 +219,14 @@ class ComfyClient:
         """Queues a workflow in API form; its prompt_id. Raises WorkflowError that names every bad input."""
         with contextlib.suppress(aiohttp.ClientError, asyncio.TimeoutError):
             await self._connect()  # before the workflow starts, so that its first messages arrive
-        body = {"prompt": prompt, "client_id": self.client_id, "prompt_id": str(uuid.uuid4())}
+        prompt_id = str(uuid.uuid4())
+        body = {"prompt": prompt, "client_id": self.client_id, "prompt_id": prompt_id}
         try:
-            return (await self.post("/prompt", body))["prompt_id"]
+            # Of an answer that a proxy has lost the server may have queued the workflow.
+            answer = await self.post("/prompt", body, lambda: self._knows(prompt_id))
         except Refused as error:
             raise WorkflowError(str(error)) from None
+        return answer["prompt_id"] if answer else prompt_id
 
     async def wait(self, prompt_id: str, on_event: OnEvent = lambda kind, data: None) -> dict | None:
         """The history entry of a workflow once it has ended, well or not; None if the server lost it, as by a restart.
@@ -137,7 +236,7 @@ class ComfyClient:
         """
         while True:
             held = await self._holds(prompt_id)
-            entry = (await self.get(f"/history/{uuid.UUID(prompt_id)}")).get(prompt_id)
+            entry = await self._entry(prompt_id)
             if entry or not held:  # in this order: a workflow that ends between the two requests is in the history
                 return entry
             await self._listen(prompt_id, on_event)
@@ -146,10 +245,17 @@ class ComfyClient:
         queue = await self.get("/queue")
         return any(item[1] == prompt_id for item in [*queue["queue_running"], *queue["queue_pending"]])
 
+    async def _entry(self, prompt_id: str) -> dict | None:
+        return (await self.get(f"/history/{uuid.UUID(prompt_id)}")).get(prompt_id)
+
+    async def _knows(self, prompt_id: str) -> bool:
+        return await self._holds(prompt_id) or bool(await self._entry(prompt_id))
+
     async def _connect(self) -> None:
         if self.socket is None or self.socket.closed:
             address = f"{self.url}/ws".replace("http", "ws", 1)
-            self.socket = await self.session.ws_connect(address, params={"clientId": self.client_id})
+            params = [*self.query, ("clientId", self.client_id)]
+            self.socket = await self.session.ws_connect(address, params=params)
 
     async def _listen(self, prompt_id: str, on_event: OnEvent) -> None:
         """Passes messages on until one says that the workflow has ended, for `LISTENING` seconds at most."""
@@ -200,6 +306,17 @@ def failure_text(entry: dict) -> str:
             problem = data["exception_message"].strip() if kind == "execution_error" else "it was cancelled"
             return f"{data['node_type']} (node {data['node_id']}): {problem}"
     return ""
+
+
+def headers_in(text: str) -> dict[str, str]:
+    """Headers from lines such as "Authorization: Bearer ...". Raises ValueError, without showing them."""
+    headers = {}
+    for line in filter(None, map(str.strip, text.splitlines())):
+        name, _, value = (part.strip() for part in line.partition(":"))
+        if not re.fullmatch(r"[\w!#$%&'*+.^`|~-]+", name, re.ASCII) or not value:
+            raise ValueError(f"{HEADER} holds no header such as 'Authorization: Bearer ...'.")
+        headers[name] = value
+    return headers
 
 
 def free_port() -> int:

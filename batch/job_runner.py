@@ -9,9 +9,10 @@ from typing import NamedTuple
 
 from PIL import Image
 
-from batch.comfy_client import ComfyClient, Refused, failure_text
+from batch.comfy_client import ComfyClient, Denied, Refused, failure_text
 from batch.fill_workflow import INPUTS, Workflow
 from catalogue.sheets import RESULTS, Result, read_results
+from consislora_core.files import patiently
 
 ATTEMPTS = 3  # a job during which the server breaks down as often is given up
 
@@ -34,7 +35,7 @@ class Order(NamedTuple):
     loras: frozenset[str]
 
     def read_pictures(self) -> dict[str, bytes]:
-        return {name: path.read_bytes() for name, path in self.pictures.items()}
+        return {name: patiently(path.read_bytes) for name, path in self.pictures.items()}
 
 
 class JobRunner:
@@ -43,10 +44,9 @@ class JobRunner:
     def __init__(self, client: ComfyClient, report: Callable[[str], None] = print):
         self.client, self.report = client, report
         self.get = client.get
-        self.uploaded: set[str] = set()
 
     async def run_all(self, orders: Iterable[Order], keep: Keep, show: Show) -> None:
-        """Runs all orders. Raises Unreachable."""
+        """Runs all orders. Raises Unreachable and Denied."""
         for order in orders:
             name = order.result.name
             show(name)
@@ -58,25 +58,38 @@ class JobRunner:
             keep(*await self.run(order, order.read_pictures(), on_event))
 
     async def run(self, order: Order, pictures: dict[str, bytes], on_event: Callable = lambda kind, data: None) -> Made:
-        """Runs one order; what the server refuses or a node fails at is in the result. Raises Unreachable."""
+        """Runs one order; what the server refuses or a node fails at is in the result.
+
+        Raises Unreachable and Denied.
+        """
         started = time.monotonic()
         try:
             result, picture = await self._run(order, pictures, on_event)
         except Refused as error:
             result, picture = replace(order.result, error=str(error)), None
+        except Denied as error:
+            raise Denied(f"{order.result.name}: {error}") from None
         return replace(result, seconds=round(time.monotonic() - started, 1)), picture
 
     async def _run(self, order: Order, pictures: dict[str, bytes], on_event: Callable) -> Made:
-        for name in pictures.keys() - self.uploaded:
-            await self.client.upload(pictures[name], name, INPUTS)
-            self.uploaded.add(name)
+        await self._upload(pictures)
         for _ in range(ATTEMPTS):
             entry = await self.client.run(order.workflow, on_event)
-            if entry:
-                error = failure_text(entry)
-                return (replace(order.result, error=error), None) if error else await self._fetch(order)
+            error = failure_text(entry) if entry else ""
+            was_lost = await self._upload(pictures) if error or not entry else False
+            if entry and not error:
+                return await self._fetch(order)
+            if entry and not was_lost:
+                return replace(order.result, error=error), None
             self.report(f"{order.result.name}: the server was restarted; the job is queued again.")
         return replace(order.result, error=given_up_text("server")), None
+
+    async def _upload(self, pictures: dict[str, bytes]) -> bool:
+        """Uploads those pictures that the server does not have, or not any more; whether there were any."""
+        missing = [name for name, data in pictures.items() if not await self.client.has_upload(data, name, INPUTS)]
+        for name in missing:
+            await self.client.upload(pictures[name], name, INPUTS)
+        return bool(missing)
 
     async def _fetch(self, order: Order) -> Made:
         """The picture and its entry, under the name that the sheet gave the job."""

@@ -8,7 +8,7 @@ from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 
 import ray
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import RayActorError, RayError, RayTaskError
 
 from batch.comfy_client import ComfyClient, Unreachable, free_port
 from batch.job_runner import JobRunner, Made, Order
@@ -69,7 +69,7 @@ class RemoteWorker:
         await self._answer(self.actor.end.remote())
 
     async def _answer(self, answer: Awaitable):
-        """Raises what the worker raised, and WorkerLost if its process has ended."""
+        """Raises what the worker raised, and WorkerLost if its process has ended or its machine is cut off."""
         try:
             return await answer
         except RayActorError:
@@ -77,6 +77,9 @@ class RemoteWorker:
         except RayTaskError as error:
             ray.kill(self.actor)
             raise error.cause from None
+        except RayError as error:  # the answer was lost on its way
+            ray.kill(self.actor)
+            raise WorkerLost(f"its answer was lost: {type(error).__name__}") from None
 
 
 class Worker:

@@ -3,6 +3,7 @@
 import argparse
 import asyncio
 import json
+import os
 import shlex
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
@@ -12,12 +13,12 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from batch.comfy_client import ComfyClient, Refused, Unreachable
+from batch.comfy_client import HEADER, ComfyClient, Denied, Refused, Unreachable, headers_in
 from batch.fill_workflow import LORAS, Workflow, catalogue_folder, fill_workflow, lora_problems, server_problems
 from batch.job_runner import JobRunner, Order
 from batch.scheduler import Scheduler, WorkerLost
-from catalogue.names import inside
-from catalogue.pictures import open_picture, picture_key
+from catalogue.names import as_spelled, inside
+from catalogue.pictures import SUFFIXES, open_picture, picture_key
 from catalogue.sheets import RESULTS, Job, Result, ResultsSheet, error_text, read_jobs
 from consislora_core.files import written_whole
 
@@ -29,6 +30,8 @@ THIS = [sys.executable, str(COMFYUI)]
 
 def main(arguments: list[str] | None = None) -> int | str:
     """The exit status: 0, 1 if jobs failed, or a text that says why the program could not go on."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # a console may lack the letters of a name
     options = parse(arguments)
     try:
         return asyncio.run(run(options))
@@ -37,7 +40,7 @@ def main(arguments: list[str] | None = None) -> int | str:
         return f"Stopped. {what}; the same command goes on from here."
     except Unreachable as error:
         return f"{error} Start ComfyUI, or name its address with --server. The same command goes on from here."
-    except WorkerLost as error:
+    except (Denied, WorkerLost) as error:
         return f"{error}\nThe same command goes on from here."
     except OSError as error:
         what = f"{error.filename or options.sheet}: {error.strerror or error}"
@@ -123,7 +126,9 @@ async def job_runner(options: argparse.Namespace) -> AsyncIterator[JobRunner | S
         async with ray_scheduler(options.workers, options.comfyui, tqdm.write) as scheduler:
             yield scheduler
     else:
-        async with ComfyClient(options.server, 0 if options.dry_run else options.patience, tqdm.write) as client:
+        headers = headers_in(os.environ.get(HEADER, ""))
+        patience = 0 if options.dry_run else options.patience
+        async with ComfyClient(options.server, patience, tqdm.write, headers) as client:
             yield JobRunner(client, tqdm.write)
 
 
@@ -156,7 +161,7 @@ class Batch:
                 picture = getattr(job, column)
                 if picture not in self.names and picture not in problems:
                     try:
-                        self.names[picture] = server_name(self.folder / picture)
+                        self.names[picture] = server_name(self.path(picture))
                     except ValueError as error:
                         problems[picture] = f"{job.name}, column {column}: {error}"
         found = list(problems.values())
@@ -167,13 +172,15 @@ class Batch:
                 found.append(f"{job.name}: {error}")
         return found
 
+    def path(self, picture: str) -> Path:
+        """The file of a picture in the sheet."""
+        return as_spelled(self.folder / picture)
+
     async def server_problems(self, jobs: list[Job], get: Callable[..., Awaitable]) -> list[str]:
         """What the server would refuse, for jobs without `local_problems`. get: reads from the server."""
         info = await get("/object_info")
-        if info is None:
-            return ["at the server's address is no ComfyUI. Name the right one with --server."]
         for name in {getattr(job, column) for job in jobs for column in LORAS} - {None}:
-            self.metadata[name] = await get("/view_metadata/loras", filename=name) or {}
+            self.metadata[name] = await get("/view_metadata/loras", lacking=True, filename=name) or {}
         found = {}
         for job in jobs:
             for problem in [*server_problems(self.order(job).workflow, info), *lora_problems(job, self.metadata)]:
@@ -188,17 +195,23 @@ class Batch:
             Result(job.name, key, job.content, job.style),
             workflow,
             self.server_folder,
-            {content: self.folder / job.content, style: self.folder / job.style},
+            {content: self.path(job.content), style: self.path(job.style)},
             frozenset([f"content {job.content_lora or content}", f"style {job.style_lora or style}"]),
         )
 
     async def run_all(self, jobs: list[Job], runner: JobRunner | Scheduler) -> int:
         """Runs the jobs that are not done; 1 if any failed."""
-        sheet, failed = ResultsSheet(self.output / RESULTS), []
+        sheet, failed, task = ResultsSheet(self.output / RESULTS), [], asyncio.current_task()
+
+        def stop_if_cancelled() -> None:
+            """Of Ctrl-C asyncio only takes note, from Python 3.11 on, until the task waits for something of its own."""
+            if hasattr(task, "cancelling") and task.cancelling():
+                raise asyncio.CancelledError
+
         with tqdm(total=len(jobs), unit="job") as bar:
 
             def keep(result: Result, picture: bytes | None) -> None:
-                sheet.record([self.saved(result, picture) if picture else result])
+                sheet.record([self.saved(result, picture) if picture else result], waiting=stop_if_cancelled)
                 if result.error:
                     failed.append(result.name)
                     bar.write(f"{result.name}: {result.error}")
@@ -232,4 +245,5 @@ class Batch:
 def server_name(picture: Path) -> str:
     """The name of a picture on the server, by its bytes. Raises ValueError for one that does not open."""
     open_picture(picture)
-    return picture_key(picture) + picture.suffix.lower()
+    suffix = picture.suffix.lower()
+    return picture_key(picture) + (suffix if suffix in SUFFIXES else "")

@@ -1,9 +1,14 @@
 """Names of files and folders that are valid on every system and cannot leave their folder."""
 
+import hashlib
+import os
 import re
+import unicodedata
 from pathlib import Path, PurePosixPath
 
-LONGEST = 150  # bytes of a name: file systems take 255, and a number and a suffix are appended
+LONGEST = 150  # bytes of a picture's name in that of a result
+LONGEST_RESULT = 180  # bytes of a result's name: a number and a suffix are appended
+LONGEST_PART = 200  # bytes of a file's or folder's name: file systems take 255
 DEVICE = re.compile(r"(con|prn|aux|nul|conin\$|conout\$|com[0-9\u00b9\u00b2\u00b3]|lpt[0-9\u00b9\u00b2\u00b3])", re.I)
 FORBIDDEN = re.compile(r'[\x00-\x1f\x7f<>:"/|?*\\]')  # on Windows; a workflow made here is opened there
 HALF = re.compile("[\ud800-\udfff]")  # surrogates, which no file system takes
@@ -36,12 +41,58 @@ def is_portable(part: str) -> bool:
         and not HALF.search(part)
         and not DEVICE.fullmatch(part.partition(".")[0].rstrip())
         and part.strip(" ") == part.rstrip(".")
-        and len(part.encode()) <= LONGEST + 50
+        and len(part.encode()) <= LONGEST_PART
     )
 
 
 def portable(text: str) -> str:
     """A file name that is valid on every system, and as close to the text as possible."""
     kept = FORBIDDEN.sub("_", HALF.sub("_", text))
-    kept = kept.encode()[:LONGEST].decode(errors="ignore").strip(" ").rstrip(" .")
+    kept = _shortened(kept, LONGEST).strip(" ").rstrip(" .")
     return kept if is_portable(kept) else f"_{kept}"
+
+
+def result_name(text: str) -> str:
+    """The name of a result in the one spelling that file systems and sheets of results give back unchanged.
+
+    Unicode is composed, parts between slashes have no spaces at their ends and a bounded length, and there is no ";",
+    which separates files in the sheet. What is not valid stays: `inside` refuses it.
+    """
+    if _is_settled(text):
+        return text
+    parts = PurePosixPath(composed(text).replace(";", "_").replace("\\", "/")).parts
+    return "/".join(_shortened(part.strip(), LONGEST_RESULT) for part in parts)
+
+
+# The usual name, so that the names of a large catalogue take no time.
+_is_settled = re.compile(rf"\w[\w.~ ()-]{{0,{LONGEST_RESULT - 2}}}\w", re.ASCII).fullmatch
+
+
+def _shortened(text: str, longest: int) -> str:
+    """The text, or its beginning with a mark of the whole: `longest` bytes at most."""
+    data = text.encode(errors="surrogatepass")
+    if len(data) <= longest:
+        return text
+    mark = f"~{hashlib.sha256(data).hexdigest()[:6]}"
+    return data[: longest - len(mark)].decode(errors="ignore") + mark
+
+
+def by_number(name: str) -> tuple[list[str | int], str]:
+    """Key that sorts names as people do: 2 before 10, and case does not count."""
+    parts = re.split(r"(\d+)", name.casefold())
+    parts[1::2] = map(int, parts[1::2])
+    return parts, name
+
+
+def as_spelled(path: Path) -> Path:
+    """The file or folder of this path, or the one whose name differs only in composed and decomposed Unicode."""
+    if os.path.exists(path) or path == path.parent:
+        return path
+    folder, wanted = as_spelled(path.parent), composed(path.name)
+    names = os.listdir(folder) if folder.is_dir() else ()
+    return folder / next((name for name in names if composed(name) == wanted), path.name)
+
+
+def composed(name: str) -> str:
+    """A name with its accents as most systems write them; Macs write them as characters of their own."""
+    return unicodedata.normalize("NFC", name)

@@ -1,21 +1,29 @@
 """Picture files: finds, pairs, opens, names and writes them."""
 
+import functools
 import hashlib
+import io
+import math
 import re
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
-from PIL import Image, ImageOps, PngImagePlugin
+from PIL import Image, ImageCms, ImageOps, PngImagePlugin
 
-from . import written_whole
-from .names import inside, portable
+from . import escape_text, patiently, written_whole
+from .names import as_spelled, by_number, inside, portable, result_name
+from .repair import repaired
 
+BYTES_A_PIXEL = 12  # of an opened picture: RGB in fp32
 MAX_PIXELS, MAX_PICTURE_BYTES = 80_000_000, 500_000_000
-FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")  # Pillow's readers of some others run programs
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
+KINDS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF", "AVIF")  # Pillow's readers of some others run programs
+FORMATS = tuple(kind for kind in KINDS if kind in Image.registered_extensions().values())  # older ones have no AVIF
+SUFFIXES = tuple(suffix for suffix, kind in Image.registered_extensions().items() if kind in (*FORMATS, "MPO"))
+BASE_MODES = {"CMYK": "CMYK", "LAB": "LAB", "1": "L", "L": "L", "LA": "L"}  # of others it is RGB
+PROFILED = {"RGB ": "RGB", "GRAY": "L", "CMYK": "CMYK"}  # the mode that a kind of colour profile is for
 NAME = "{content}__{style}"
 
 
@@ -27,6 +35,23 @@ class Pair(NamedTuple):
     style: Path
 
 
+class Pairs(Sequence):
+    """Every content image with every style image: all pairs of the first content image, then of the second, and so on.
+
+    names: of the results. A large catalogue has too many pairs to keep more of each.
+    """
+
+    def __init__(self, contents: list[Path], styles: list[Path], names: list[str]):
+        self.contents, self.styles, self.names = contents, styles, names
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, index: int) -> Pair:
+        content, style = divmod(range(len(self))[index], len(self.styles))
+        return Pair(self.names[index], self.contents[content], self.styles[style])
+
+
 class Pictures(NamedTuple):
     """Picture files. problems: why a name cannot be used, by the name."""
 
@@ -35,99 +60,156 @@ class Pictures(NamedTuple):
 
 
 def find_pictures(root: Path, names: str) -> Pictures:
-    """The picture files in folders and files inside `root`, which `names` lists one a line."""
+    """The picture files in folders and files inside `root`, which `names` lists one a line.
+
+    problems: also of every other file in those folders, dot files excepted.
+    """
     paths, problems = [], {}
     for name in filter(None, map(str.strip, names.splitlines())):
         try:
-            found = list(_found(root, name))
+            pictures, others = _found(root, name)
         except ValueError as error:
-            problems[name] = str(error)
+            problems[escape_text(name)] = escape_text(str(error))
             continue
-        for path in found:
+        for path in others:
+            kind = path.suffix or "without a suffix"
+            problems[name_inside(root, path)] = escape_text(
+                f"files of the kind {kind} are not read. Save a picture as PNG or JPEG."
+            )
+        for path in pictures:
             if path.resolve().is_relative_to(root.resolve()):
                 paths.append(path)
             else:
-                problems[path.name] = (
+                problems[name_inside(root, path)] = (
                     f"it is a link that leads out of the folder {root.name}. Put the file itself there."
                 )
     return Pictures(list(dict.fromkeys(paths)), problems)
 
 
-def _found(root: Path, name: str) -> Iterator[Path]:
-    path = inside(root, name)
+def _found(root: Path, name: str) -> tuple[list[Path], list[Path]]:
+    """The file of that name, or from the folder of that name the pictures and the other files."""
+    path = as_spelled(inside(root, name))
     if path.is_file():
-        yield path
-    elif path.is_dir():
-        files = [file for file in path.iterdir() if file.suffix.lower() in SUFFIXES and file.is_file()]
-        if not files:
-            raise ValueError(f"there are no pictures in {path}. Put {', '.join(SUFFIXES)} files there.")
-        yield from sorted(files, key=lambda file: (file.name.casefold(), file.name))
-    else:
+        return [path], []
+    if not path.is_dir():
         raise ValueError(f"there is no such folder or file in {root}.")
+    files = [file for file in path.iterdir() if not file.name.startswith(".") and file.is_file()]
+    pictures = [file for file in files if file.suffix.lower() in SUFFIXES]
+    if not pictures:
+        raise ValueError(f"there are no pictures in {path}. Put PNG, JPEG or WebP files there.")
+    return sorted(pictures, key=lambda file: by_number(file.name)), [file for file in files if file not in pictures]
 
 
-def pair_up(contents: list[Path], styles: list[Path], pattern: str) -> list[Pair]:
+def name_inside(root: Path, path: Path) -> str:
+    """What a picture file inside `root` is called in sheets and reports."""
+    return escape_text(path.relative_to(root).as_posix())
+
+
+def pair_up(contents: list[Path], styles: list[Path], pattern: str) -> Pairs:
     """Every content image with every style image; the names differ on every system, also in more than case.
 
-    pattern: of the names, with {content} and {style} for the names of the two files.
+    pattern: of the names, with {content} and {style} for the names of the two files; empty: NAME.
     """
-    pairs = [
-        Pair(filled_name(pattern, content.stem, style.stem), content, style) for content in contents for style in styles
-    ]
-    count = Counter(pair.name.casefold() for pair in pairs)
-    return [
-        pair._replace(name=f"{pair.name}_{_pair_hash(pair)}") if count[pair.name.casefold()] > 1 else pair
-        for pair in pairs
-    ]
+    template = _template(pattern)
+    content_words, style_words = ([portable(path.stem) for path in paths] for paths in (contents, styles))
+    names = [result_name(template % {"content": c, "style": s}) for c in content_words for s in style_words]
+    pairs = Pairs(contents, styles, names)
+    for digits in (6, 16):  # of many equal names, 6 digits leave some equal
+        count = Counter(map(str.casefold, pairs.names))
+        if len(count) == len(names):
+            break
+        pairs.names = [
+            f"{name}_{_pair_hash(pair)[:digits]}" if count[pair.name.casefold()] > 1 else pair.name
+            for name, pair in zip(names, pairs, strict=True)
+        ]
+    return pairs
 
 
 def filled_name(pattern: str, content: str, style: str) -> str:
-    """The pattern with the names of a content and a style image put in for {content} and {style}."""
-    words = {"{content}": portable(content), "{style}": portable(style)}
-    return re.sub("{content}|{style}", lambda match: words[match[0]], pattern)
+    """The pattern with the names of a content and a style image put in for {content} and {style}; empty: NAME."""
+    return result_name(_template(pattern) % {"content": portable(content), "style": portable(style)})
+
+
+def _template(pattern: str) -> str:
+    """The pattern for the % operator."""
+    return re.sub("{(content|style)}", r"%(\1)s", (pattern.strip() or NAME).replace("%", "%%"))
 
 
 def _pair_hash(pair: Pair) -> str:
-    return hashlib.sha256(f"{pair.content}\0{pair.style}".encode(errors="backslashreplace")).hexdigest()[:6]
+    return hashlib.sha256(f"{pair.content}\0{pair.style}".encode(errors="backslashreplace")).hexdigest()
 
 
 def open_picture(path: Path) -> Image.Image:
-    """Opens a picture file as RGB, as a viewer shows it: upright, 16 bits as 8, alpha on white, the first frame.
+    """Opens a picture file as a viewer shows it: RGB in sRGB, upright, 16 bits as 8, alpha on white, the first frame.
 
     Raises ValueError for a file that is not a picture, is damaged or is too large, before its pixels take memory.
     """
+    name = escape_text(path.name)
     try:
-        size = path.stat().st_size
-    except OSError as error:
-        raise ValueError(f"{path.name} cannot be read: {error.strerror or error}.") from error
-    if size == 0:
-        raise ValueError(f"{path.name} is empty (0 bytes). Copy it again.")
-    if size > MAX_PICTURE_BYTES:
-        raise ValueError(f"{path.name} is larger than {MAX_PICTURE_BYTES // 10**6} MB. Save it smaller.")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow's warnings about size and damage: both raise below
-            with Image.open(path, formats=FORMATS) as picture:
-                if picture.width * picture.height > MAX_PIXELS:
-                    raise Image.DecompressionBombError
-                return _rgb(ImageOps.exif_transpose(picture))
-    except Image.DecompressionBombError:
-        raise ValueError(f"{path.name} has more than {MAX_PIXELS // 10**6} million pixels. Save it smaller.") from None
-    except Image.UnidentifiedImageError:
-        raise ValueError(f"{path.name} is no picture of a known kind. Save it as PNG or JPEG.") from None
-    except Exception as error:  # readers raise whatever they run into in a damaged file
-        raise ValueError(f"{path.name} is damaged ({error}). Copy or save it again.") from error
+        file = patiently(path.open, "rb")
+    except (OSError, ValueError) as error:  # the second for a name that no file can have
+        reason = getattr(error, "strerror", None) or "no file can have this name"
+        raise ValueError(f"{name} cannot be read: {reason}.") from error
+    with file, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Pillow's warnings about size and damage: both raise below
+        size = file.seek(0, io.SEEK_END)
+        if size == 0:
+            raise ValueError(f"{name} is empty (0 bytes). Copy it again.")
+        if size > MAX_PICTURE_BYTES:
+            raise ValueError(f"{name} is larger than {MAX_PICTURE_BYTES // 10**6} MB. Save it smaller.")
+        try:
+            return _decoded(file)
+        except Image.DecompressionBombError:
+            limit = f"{MAX_PIXELS // 10**6} million pixels"
+            raise ValueError(f"{name} has more than {limit}. Save it smaller.") from None
+        except Image.UnidentifiedImageError:
+            raise ValueError(f"{name} is no picture of a known kind. Save it as PNG or JPEG.") from None
+        except Exception as error:  # readers raise whatever they run into in a damaged file
+            raise ValueError(f"{name} is damaged ({escape_text(str(error))}). Copy or save it again.") from error
 
 
-def _rgb(picture: Image.Image) -> Image.Image:
+def _decoded(file: BinaryIO) -> Image.Image:
+    try:
+        return _rgb(file)
+    except (OSError, ValueError) as error:
+        damage = error.with_traceback(None)  # which would keep the picture's memory
+    file.seek(0)
+    data = repaired(file.read())
+    if data is None:
+        raise damage
+    return _rgb(io.BytesIO(data))
+
+
+def _rgb(file: BinaryIO) -> Image.Image:
+    with Image.open(file, formats=FORMATS) as picture:
+        if picture.width * picture.height > MAX_PIXELS:
+            raise Image.DecompressionBombError
+        picture = ImageOps.exif_transpose(picture)
     if picture.mode.startswith("I"):
         picture = picture.convert("I").point(lambda value: value * (1 / 257)).convert("L")
     if picture.mode == "F":
         raise ValueError("its values are floating point; save it with 8 or 16 bits")
-    if picture.has_transparency_data:
-        picture = picture.convert("RGBA")
-        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
-    return picture.convert("RGB")
+    alpha = picture.convert("RGBA").getchannel("A") if picture.has_transparency_data else None
+    picture = _in_srgb(picture)
+    return Image.composite(picture, Image.new("RGB", picture.size, "white"), alpha) if alpha else picture
+
+
+def _in_srgb(picture: Image.Image) -> Image.Image:
+    """RGB from any mode, without alpha. Colours are converted from the picture's profile; without one they are sRGB."""
+    mode = BASE_MODES.get(picture.mode, "RGB")
+    try:
+        if mode == "LAB":
+            profile = ImageCms.createProfile("LAB")
+        else:
+            profile = ImageCms.ImageCmsProfile(io.BytesIO(picture.info["icc_profile"]))
+            if PROFILED.get(profile.profile.xcolor_space) != mode:
+                return picture.convert("RGB")
+        return ImageCms.profileToProfile(
+            picture.convert(mode), profile, ImageCms.createProfile("sRGB"),
+            ImageCms.Intent.RELATIVE_COLORIMETRIC, "RGB", flags=ImageCms.Flags.BLACKPOINTCOMPENSATION,
+        )  # fmt: skip
+    except (KeyError, OSError, ImageCms.PyCMSError):  # no profile, or one that is damaged
+        return picture.convert("RGB")
 
 
 def write_picture(picture: Image.Image, path: Path, texts: dict[str, str]) -> None:
@@ -149,29 +231,51 @@ def picture_key(*paths: Path) -> str:
     """16 hex digits that name some files by their bytes."""
     digests = hashlib.sha256()
     for path in paths:
-        digest = hashlib.sha256()
-        with path.open("rb") as file:
-            while chunk := file.read(1 << 20):
-                digest.update(chunk)
-        digests.update(digest.digest())
+        state = path.stat()
+        digests.update(_digest(path, state.st_mtime_ns, state.st_size))
     return digests.hexdigest()[:16]
 
 
-class PictureCache:
-    """Opens each picture file once. decode: turns a picture into what is kept.
+@functools.lru_cache(10_000)
+def _digest(path: Path, mtime_ns: int, size: int) -> bytes:
+    """SHA-256 of a file's bytes, read again only when its time or size has changed."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.digest()
 
-    problems: why a file cannot be used, by `name_of(path)`; opening adds to it.
+
+class PictureCache:
+    """Opens each picture file once. decode: turns a picture into what is kept. limit: bytes of all of them.
+
+    problems: why a file cannot be used, by `name_of(path)`; opening adds to it. left_over: pairs that had no room.
     """
 
-    def __init__(self, decode: Callable[[Image.Image], Any], name_of: Callable[[Path], str], problems: dict[str, str]):
-        self.decode, self.name_of, self.problems = decode, name_of, problems
+    def __init__(
+        self,
+        decode: Callable[[Image.Image], Any],
+        name_of: Callable[[Path], str],
+        problems: dict[str, str],
+        limit: float = math.inf,
+    ):
+        self.decode, self.name_of, self.problems, self.limit = decode, name_of, problems, limit
         self.opened: dict[Path, Any] = {}
+        self.bytes = self.left_over = 0
+
+    def has_room(self, pair: Pair) -> bool:
+        """Whether the pair's pictures are open, or memory is left for more; counts those pairs that have no room."""
+        has_room = self.bytes < self.limit or {pair.content, pair.style} <= self.opened.keys()
+        self.left_over += not has_room
+        return has_room
 
     def open(self, path: Path) -> Any:
         """The decoded picture; None for a file that cannot be used."""
         if path not in self.opened:
             try:
-                self.opened[path] = self.decode(open_picture(path))
+                picture = open_picture(path)
+                self.opened[path] = self.decode(picture)
+                self.bytes += BYTES_A_PIXEL * picture.width * picture.height
             except ValueError as error:
                 self.opened[path] = None
                 self.problems[self.name_of(path)] = str(error)

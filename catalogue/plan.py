@@ -1,11 +1,16 @@
 """What a catalogue is made of: its pairs, which of them are done, and which files cannot be used."""
 
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
-from .names import inside
-from .pictures import Pair, PictureCache, find_pictures, pair_up, picture_key
-from .sheets import RESULTS, Result, ResultsSheet
+from . import escape_text
+from .names import composed, inside
+from .pictures import Pair, Pairs, PictureCache, find_pictures, name_inside, pair_up, picture_key
+from .sheets import RESULTS, SHOWN, Entry, Result, ResultsSheet
 
 
 class CatalogueJob(NamedTuple):
@@ -19,67 +24,123 @@ class CatalogueJob(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """All pairs of a catalogue. root: of the pictures. folder: of the results. problems: why a file or folder cannot be
-    used, by its name."""
+    """All pairs of a catalogue. root: of the pictures. folder: of the results. pattern: of their names. problems: why a
+    file or folder cannot be used, by its name."""
 
     root: Path
     folder: Path
-    pairs: list[Pair]
+    contents: list[Path]
+    styles: list[Path]
+    pattern: str
     problems: dict[str, str]
 
     @property
     def sheet(self) -> ResultsSheet:
         return ResultsSheet(self.folder / RESULTS)
 
+    @property
+    def pictures(self) -> list[Path]:
+        return list(dict.fromkeys([*self.contents, *self.styles]))
+
+    def pair_up(self) -> Pairs:
+        return pair_up(self.contents, self.styles, self.pattern)
+
     def name_of(self, path: Path) -> str:
         """What a picture file is called in the sheet and in reports."""
-        return path.relative_to(self.root).as_posix()
+        return name_inside(self.root, path)
 
-    def is_done(self, pair: Pair, results: dict[str, Result]) -> bool:
-        """Whether the pair has a result, of whichever pictures."""
-        return pair.name in results and results[pair.name].is_done(results[pair.name].key, self.folder)
+    def state(self) -> str:
+        """A text that changes when a picture, the sheet or a result is added, changed or removed."""
+        files = [*self.pictures, self.sheet.path, *_folders(self.folder, len(re.findall(r"[/\\]", self.pattern)))]
+        stats = []
+        for path in files:
+            with suppress(FileNotFoundError):
+                stat = path.stat()
+                stats.append((str(path), stat.st_mtime_ns, stat.st_size))
+        return str([stats, list(self.problems)])
 
-    def pending(self, pairs: list[Pair], results: dict[str, Result], cache: PictureCache) -> dict[CatalogueJob, Pair]:
-        """Those of the pairs whose pictures open and that have no result of these very pictures yet, as jobs."""
+    def pending(
+        self, pairs: Iterable[Pair], entries: Mapping[str, Entry], cache: PictureCache
+    ) -> dict[CatalogueJob, Pair]:
+        """Those of the pairs whose pictures open and that have no result of these very pictures yet, as jobs.
+
+        Only their pictures are opened, and after the cache is full no more. Raises ValueError for a name that leads
+        out of the folder.
+        """
         jobs = {}
         for pair in pairs:
-            if cache.open(pair.content) is None or cache.open(pair.style) is None:
+            key = _key(pair)
+            if pair.name in entries and entries[pair.name].is_done(key, self.folder):
                 continue
-            key = picture_key(pair.content, pair.style)
-            if pair.name not in results or not results[pair.name].is_done(key, self.folder):
-                jobs[CatalogueJob(pair.name, key, pair.content.name, pair.style.name, self.folder)] = pair
+            inside(self.folder, f"{pair.name}.png")
+            if cache.has_room(pair) and cache.open(pair.content) is not None and cache.open(pair.style) is not None:
+                names = escape_text(pair.content.name), escape_text(pair.style.name)
+                jobs[CatalogueJob(pair.name, key, *names, self.folder)] = pair
         return jobs
 
-    def record_bad_files(self, results: dict[str, Result], cache: PictureCache) -> None:
-        """Keeps an entry in the sheet for each file that cannot be used, until it can."""
-        bad = [Result(name, error=problem) for name, problem in cache.problems.items()]
+    def record_bad_files(
+        self, entries: Mapping[str, Entry], cache: PictureCache, waiting: Callable[[], None] = lambda: None
+    ) -> None:
+        """Keeps an entry in the sheet for each file that cannot be used, until it can. waiting: see `ResultsSheet`."""
+        recorded = {name: entry.error for name, entry in entries.items() if entry.error and not entry.key}
         good = {self.name_of(path) for path, picture in cache.opened.items() if picture is not None}
-        listed = {self.name_of(path) for pair in self.pairs for path in (pair.content, pair.style)} | set(
-            cache.problems
-        )
-        recorded = {name for name, result in results.items() if result.error and not result.key}
-        outdated = recorded & good | recorded - listed
-        if outdated or any(results.get(result.name) != result for result in bad):
-            self.sheet.record(bad, outdated)
+        listed = {self.name_of(path) for path in self.pictures} | cache.problems.keys()
+        outdated = recorded.keys() & good | recorded.keys() - listed
+        if outdated or not cache.problems.items() <= recorded.items():
+            bad = [Result(name, error=problem) for name, problem in cache.problems.items()]
+            self.sheet.record(bad, outdated, waiting)
 
-    def report(self, results: dict[str, Result], coming: list[str], problems: dict[str, str]) -> str:
-        """For people: what comes now, how many pairs are done, and which files are skipped."""
-        done = sum(self.is_done(pair, results) for pair in self.pairs)
+    def count_done(self, pairs: Pairs, entries: Mapping[str, Entry]) -> int:
+        """How many pairs have a result, of whichever pictures."""
+        made = [entries[name] for name in pairs.names if name in entries]
+        folders = {name.rpartition("/")[0] for entry in made for name in entry.files.split(";")}
+        files = {
+            composed(f"{folder}/{name}".lstrip("/")) for folder in folders for name in _names_in(self.folder / folder)
+        }
+        return sum(entry.has_pictures(lambda name: composed(name) in files) for entry in made)
+
+    def report(self, done: int, count: int, coming: list[str], cache: PictureCache) -> str:
+        """For people: what comes now, how many pairs of how many are done, and which files are passed over."""
         lines = [f"Now: {', '.join(coming)}." if coming else "Nothing to do in this run."]
-        if not coming and done == len(self.pairs):
+        if not coming and done == count:
             lines = ["Everything is done. To have a result made again, delete its picture."]
-        lines.append(f"{done} of {len(self.pairs)} pairs are done.")
-        skipped = [f"- {name}: {problem}" for name, problem in problems.items()]
-        return "\n".join([*lines, *(["Skipped:"] if skipped else []), *skipped])
+        if cache.left_over:
+            lines.append(
+                f"{cache.left_over} pairs come in the next run: the disk has no room for more pictures at once."
+            )
+        lines.append(f"{done} of {count} pairs are done.")
+        passed_over = [f"- {name}: {problem}" for name, problem in cache.problems.items()]
+        if len(passed_over) > SHOWN:
+            passed_over[SHOWN:] = [f"... and {len(passed_over) - SHOWN} more, in {RESULTS}"]
+        return "\n".join([*lines, *(["Passed over:"] if passed_over else []), *passed_over])
+
+
+def _key(pair: Pair) -> str:
+    """The key of a pair's pictures; empty if they cannot be read."""
+    try:
+        return picture_key(pair.content, pair.style)
+    except OSError:
+        return ""
+
+
+def _folders(folder: Path, depth: int) -> Iterator[Path]:
+    """A folder and those in it, down to a depth."""
+    yield folder
+    if depth and folder.is_dir():
+        for entry in os.scandir(folder):
+            if entry.is_dir():
+                yield from _folders(Path(entry), depth - 1)
+
+
+def _names_in(folder: Path) -> list[str]:
+    return os.listdir(folder) if folder.is_dir() else []
 
 
 def plan_catalogue(root: Path, folder: Path, contents: str, styles: str, name: str) -> Plan:
     """The plan for lists of content and style pictures, one file or folder inside `root` a line.
 
-    name: pattern of the results' names. Raises ValueError for a name that leads out of `folder`.
+    name: pattern of the results' names.
     """
     content_files, style_files = find_pictures(root, contents), find_pictures(root, styles)
-    pairs = pair_up(content_files.paths, style_files.paths, name)
-    for pair in pairs:
-        inside(folder, f"{pair.name}.png")
-    return Plan(root, folder, pairs, content_files.problems | style_files.problems)
+    problems = content_files.problems | style_files.problems
+    return Plan(root, folder, content_files.paths, style_files.paths, name, problems)

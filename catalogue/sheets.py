@@ -1,22 +1,28 @@
 """Job sheets and the sheet of results, as CSV or JSON."""
 
 import csv
+import functools
 import io
 import json
 import math
+import re
 import typing
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import MISSING, Field, dataclass, fields, replace
+from decimal import Decimal
+from itertools import compress
 from pathlib import Path
+from typing import NamedTuple
 
-from filelock import FileLock
-
-from . import written_whole
-from .names import inside, portable
+from . import escape_text, locked, patiently, written_whole
+from .names import as_spelled, composed, inside, portable, result_name
 from .pictures import NAME, filled_name
 
-MAX_ROWS, MAX_SHEET_BYTES = 50_000, 50_000_000
+MAX_ROWS, MAX_SHEET_BYTES = 200_000, 200_000_000
+LARGEST = 10**20  # of whole numbers: seeds have 64 bits
+THOUSANDS = re.compile(r"\s*[+-]?\d{1,3}(,\d{3})+\s*")  # in some countries, thousandths in others
+FORMULA = re.compile(r"'*[=+\-@]")  # at the beginning of a cell, for a spreadsheet
 SHOWN = 30  # problems that an error text lists
 RESULTS = "results.csv"
 
@@ -73,13 +79,38 @@ class Result(Settings):
 
     def is_done(self, key: str, folder: Path) -> bool:
         """Whether this is the result of the job with that key, and its pictures still exist."""
-        names = self.files.split(";")
-        return not self.error and self.key == key and all(name and (folder / name).is_file() for name in names)
+        return Entry(self.key, self.files, self.error).is_done(key, folder)
 
 
+class Entry(NamedTuple):
+    """What tells whether a job is done, as the results sheet has it."""
+
+    key: str
+    files: str
+    error: str
+
+    def is_done(self, key: str, folder: Path) -> bool:
+        """Whether this is the result of the job with that key, and its pictures still exist."""
+        return self.key == key and self.has_pictures(lambda name: as_spelled(folder / name).is_file())
+
+    def has_pictures(self, exists: Callable[[str], bool]) -> bool:
+        """Whether this is a result without error whose pictures exist. exists: whether there is a file of that name."""
+        return not self.error and all(name and exists(name) for name in self.files.split(";"))
+
+
+@functools.cache
 def columns(kind: type[Settings]) -> list[Field]:
     """The fields of a Job or a Result in the order of a sheet's columns: settings last."""
     return sorted(fields(kind), key=lambda field: field.kw_only)
+
+
+@functools.cache
+def cell_type(field: Field) -> type:
+    """str, float or int."""
+    return (typing.get_args(field.type) or (field.type,))[0]
+
+
+TEXTS = {field.name for field in fields(Result) if cell_type(field) is str}
 
 
 def read_jobs(path: Path) -> list[Job]:
@@ -143,7 +174,7 @@ def _parsed(kind: type, record: Record) -> tuple[typing.Any, list[str]]:
     values, problems = {}, []
     for field in columns(kind):
         try:
-            value = _parsed_cell(field.type, record.get(field.name))
+            value = _parsed_cell(cell_type(field), record.get(field.name))
             if value is not None:
                 values[field.name] = value
             elif field.default is MISSING:
@@ -151,6 +182,7 @@ def _parsed(kind: type, record: Record) -> tuple[typing.Any, list[str]]:
         except ValueError as error:
             problems.append(f"column {field.name}: {error}")
     if kind is Job and "name" in values:
+        values["name"] = result_name(values["name"])
         try:
             inside(Path("results"), values["name"])
         except ValueError as error:
@@ -160,7 +192,6 @@ def _parsed(kind: type, record: Record) -> tuple[typing.Any, list[str]]:
 
 def _parsed_cell(kind: type, value: object) -> str | float | int | None:
     """A cell's value in its column's type; None where it is empty. Raises ValueError."""
-    kind = (typing.get_args(kind) or (kind,))[0]
     if value is None or (isinstance(value, str) and not value.strip()):
         return None
     if kind is str and isinstance(value, str):
@@ -170,30 +201,45 @@ def _parsed_cell(kind: type, value: object) -> str | float | int | None:
             number = float(value.replace(",", ".") if isinstance(value, str) else value)
             if math.isfinite(number):
                 return number
-        if kind is int and (isinstance(value, str) or type(value) is int):
-            return int(value)
-    except (ValueError, TypeError, OverflowError):
+        if kind is int and isinstance(value, (str, int, float)) and not isinstance(value, bool):
+            return _whole_number(value)
+    except (ValueError, TypeError, ArithmeticError):
         pass
     wanted = {str: "text", float: "a number, such as 0.8", int: "a whole number, such as 42"}[kind]
     raise ValueError(f"{value!r:.60} is not {wanted}.")
 
 
-def _read_table(path: Path) -> Table:
-    """The records of a CSV or JSON file that are not blank. Raises ValueError for a file that is not such a sheet."""
+def _whole_number(value: str | float) -> int:
+    """A whole number, which spreadsheets also write as 7.0, 7,0 or 1e3. Raises ValueError or ArithmeticError."""
+    if isinstance(value, str):
+        if THOUSANDS.fullmatch(value):
+            raise ValueError("ambiguous")
+        value = value.replace(",", ".")
+    number = Decimal(value)
+    if abs(number) > LARGEST or number != int(number):
+        raise ValueError("not whole")
+    return int(number)
+
+
+def _read_table(path: Path, only: Collection[str] = ()) -> Table:
+    """The records of a CSV or JSON file that are not blank. Raises ValueError for a file that is not such a sheet.
+
+    only: columns of a CSV file that are wanted, if not all.
+    """
     try:
-        with path.open("rb") as file:
+        with patiently(path.open, "rb") as file:
             data = file.read(MAX_SHEET_BYTES + 1)
     except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error.strerror or error}.") from error
-    return _parsed_table(path.name, data)
+        raise ValueError(f"{escape_text(path)} cannot be read: {error.strerror or error}.") from error
+    return _parsed_table(escape_text(path.name), data, only)
 
 
-def _parsed_table(name: str, data: bytes) -> Table:
+def _parsed_table(name: str, data: bytes, only: Collection[str] = ()) -> Table:
     if len(data) > MAX_SHEET_BYTES:
         raise ValueError(f"{name} is larger than {MAX_SHEET_BYTES // 10**6} MB. Split it into several sheets.")
     try:
         text = data.decode("utf-8-sig")
-        table = _json_table(text) if name.lower().endswith(".json") else _csv_table(text)
+        table = _json_table(text) if name.lower().endswith(".json") else _csv_table(text, only)
     except UnicodeDecodeError:
         raise ValueError(f"{name} is not UTF-8 text. Save it as CSV UTF-8.") from None
     except (ValueError, csv.Error, RecursionError) as error:
@@ -210,8 +256,21 @@ def _json_table(text: str) -> Table:
     return list(enumerate(records, 1))
 
 
-def _csv_table(text: str) -> Table:
-    """Columns are separated by commas, semicolons or tabs, depending on a spreadsheet's country."""
+def _csv_table(text: str, only: Collection[str]) -> Table:
+    header, rows = _csv_rows(text)
+    is_wanted = [not only or column in only for column in header]
+    wanted = list(compress(header, is_wanted))
+    return [
+        (number, {column: _unquoted(value) for column, value in zip(wanted, cells, strict=False) if value})
+        for number, cells in ((number, compress(cells, is_wanted)) for number, cells in rows)
+    ]
+
+
+def _csv_rows(text: str) -> tuple[list[str], Iterator[tuple[int, list[str]]]]:
+    """The columns, and the rows that are not blank.
+
+    Columns are separated by commas, semicolons or tabs, depending on a spreadsheet's country.
+    """
     first_line = text.partition("\n")[0]
     delimiter = max(",;\t", key=first_line.count)
     lines = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
@@ -219,13 +278,24 @@ def _csv_table(text: str) -> Table:
     duplicates = [column for column, count in Counter(header).items() if column and count > 1]
     if duplicates:
         raise ValueError(f"the column {duplicates[0]} is there twice")
-    table = []
+    return header, _filled_rows(lines, len(header))
+
+
+def _filled_rows(lines: Iterator[list[str]], width: int) -> Iterator[tuple[int, list[str]]]:
     for number, cells in enumerate(lines, 2):
-        if any(value.strip() for value in cells[len(header) :]):
+        if len(cells) > width and any(value.strip() for value in cells[width:]):
             raise ValueError(f"row {number} has more cells than the first row has columns")
         if any(value.strip() for value in cells):
-            table.append((number, {column: value for column, value in zip(header, cells, strict=False) if value}))
-    return table
+            yield number, cells
+
+
+def _quoted(value: object) -> object:
+    """A text that no spreadsheet takes for a formula."""
+    return f"'{value}" if isinstance(value, str) and FORMULA.match(value) else value
+
+
+def _unquoted(value: str) -> str:
+    return value[1:] if value[0] == "'" and FORMULA.match(value) else value
 
 
 def _write_table(path: Path, records: list[Record]) -> None:
@@ -238,9 +308,12 @@ def _write_table(path: Path, records: list[Record]) -> None:
         if as_json:
             json.dump(records, file, ensure_ascii=False, indent=1)
         else:
-            writer = csv.DictWriter(file, columns)
-            writer.writeheader()
-            writer.writerows(records)
+            writer = csv.writer(file)
+            writer.writerow(columns)
+            writer.writerows(
+                [_quoted(record.get(column)) if column in TEXTS else record.get(column) for column in columns]
+                for record in records
+            )
 
 
 def read_results(name: str, data: bytes) -> dict[str, Result]:
@@ -273,22 +346,36 @@ class ResultsSheet:
 
     def read(self) -> dict[str, Result]:
         """Results by name, in the order in which they were recorded. Raises ValueError for invalid cells."""
-        return _parsed_results(str(self.path), self._table())
+        return _parsed_results(escape_text(self.path), self._table())
 
-    def record(self, results: Iterable[Result], forget: Iterable[str] = ()) -> None:
+    def entries(self) -> Mapping[str, Entry]:
+        """Of every result, by name, what tells whether it is done: `read` takes seconds for a large sheet.
+
+        Raises ValueError as `read` does if a result has no name.
+        """
+        try:
+            state = self.path.stat()
+        except FileNotFoundError:
+            return {}
+        return _entries(self.path, state.st_mtime_ns, state.st_size)
+
+    def record(
+        self, results: Iterable[Result], forget: Iterable[str] = (), waiting: Callable[[], None] = lambda: None
+    ) -> None:
         """Adds results, each in place of an earlier one of its name, and removes those of the names in `forget`.
 
-        Columns that a person has added stay. Raises OSError, and ValueError as `read` does.
+        Columns that a person has added stay. waiting: called while another process writes; may raise to give up.
+        Raises OSError, and ValueError as `read` does.
         """
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{self.path}.lock"):
-            records = {str(record.get("name")): record for _, record in self._table()}
+        with locked(Path(f"{self.path}.lock"), waiting, f"another program writes {self.path.name}"):
+            records = {_name_in(record): record for _, record in self._table()}
             for name in forget:
                 records.pop(name, None)
             for result in results:
                 records[result.name] = {**as_record(result), **self._added(records.get(result.name, {}))}
             if len(records) > MAX_ROWS:
-                raise ValueError(f"{self.path} has {MAX_ROWS} rows already. Go on in another folder.")
+                raise ValueError(f"{escape_text(self.path)} has {MAX_ROWS} rows already. Go on in another folder.")
             _write_table(self.path, list(records.values()))
 
     def _added(self, record: Record) -> Record:
@@ -297,3 +384,16 @@ class ResultsSheet:
 
     def _table(self) -> Table:
         return _read_table(self.path) if self.path.exists() else []
+
+
+@functools.lru_cache(1)  # runs that find their pair done, one after another, read a large sheet once
+def _entries(path: Path, mtime_ns: int, size: int) -> Mapping[str, Entry]:
+    table = _read_table(path, {"name", *Entry._fields})
+    entries = {_name_in(row): Entry(row.get("key", ""), row.get("files", ""), row.get("error", "")) for _, row in table}
+    if "" in entries:
+        ResultsSheet(path).read()
+    return entries
+
+
+def _name_in(record: Record) -> str:
+    return composed(str(record.get("name", "")).strip())

@@ -1,13 +1,19 @@
 """Files that appear whole or not at all, and their names in messages."""
 
 import errno
+import logging
 import os
+import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock, Timeout
+
+HELD = 5.0 if sys.platform == "win32" else 0.0  # seconds for which a virus scanner may hold a new file there
 
 
 def escape_text(text: str | os.PathLike) -> str:
@@ -47,9 +53,9 @@ def written_whole(path: Path, new: bool = False) -> Iterator[Path]:
             os.fsync(file.fileno())  # or a power cut could leave the new name on old or empty bytes
         unfinished.chmod(0o644)  # temporary files are for their owner alone
         with _taken(path) if new else nullcontext():
-            os.replace(unfinished, path)
+            patiently(os.replace, unfinished, path)
     finally:
-        unfinished.unlink(missing_ok=True)
+        patiently(unfinished.unlink, missing_ok=True)
 
 
 @contextmanager
@@ -78,3 +84,39 @@ def locked_if_free(path: Path) -> Iterator[bool]:
             yield True
         finally:
             lock.release()
+
+
+def patiently(action: Callable, *arguments, **settings) -> Any:
+    """What the action on a file returns; on Windows it is tried again while another program holds the file."""
+    deadline = time.monotonic() + HELD
+    while True:
+        try:
+            return action(*arguments, **settings)
+        except PermissionError:
+            if time.monotonic() >= deadline:
+                raise
+            time.sleep(0.1)
+
+
+@contextmanager
+def locked(path: Path, waiting: Callable[[], None], reason: str) -> Iterator[None]:
+    """Holds a lock file against other processes. The lock of a process that is killed is released.
+
+    waiting: called several times a second while another process holds it; may raise to give up. reason: logged then.
+    Raises OSError, and NotImplementedError on network folders without locks.
+    """
+    lock, logged = FileLock(path), False
+    while True:
+        try:
+            lock.acquire(timeout=0)
+            break
+        except Timeout:
+            if not logged:
+                logging.info("ConsisLoRA: %s; waiting for it.", escape_text(reason))
+            logged = True
+            waiting()
+            time.sleep(0.1)
+    try:
+        yield
+    finally:
+        lock.release()

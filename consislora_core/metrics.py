@@ -4,6 +4,7 @@ Pictures are tensors b 3 h w, 0 to 1. Features are tensors b d of any network, s
 the functions only compare them. All scores are without a unit, one for each picture of the batch.
 """
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -42,10 +43,14 @@ def feature_scores(features: Tensor, content: Tensor, style: Tensor) -> dict[str
 
 
 def misses(scores: Mapping[str, float], least: Mapping[str, float], most: Mapping[str, float]) -> list[str]:
-    """Which bounds (by the score's name) a picture with these scores misses, as sentences."""
+    """Which bounds (by the score's name) a picture with these scores misses, as sentences.
+
+    A score that is no number misses, whether it has a bound or not.
+    """
+    unknown = [f"{name} is {score}" for name, score in scores.items() if not math.isfinite(score)]
     below = [f"{name} {scores[name]:.2f} is below {bound:g}" for name, bound in least.items() if scores[name] < bound]
     above = [f"{name} {scores[name]:.2f} is above {bound:g}" for name, bound in most.items() if scores[name] > bound]
-    return below + above
+    return unknown + below + above
 
 
 def content_score(picture: Tensor, content: Tensor) -> Tensor:

@@ -8,7 +8,6 @@ import json
 import logging
 import os
 import re
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
@@ -16,12 +15,11 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from . import METHOD_VERSION, lora_file
-from .files import escape_text, locked_if_free
+from .files import escape_text, locked, locked_if_free
 from .lora_file import ImageLora
 from .trainer import Trainer
 
@@ -83,7 +81,7 @@ class Store:
         with ExitStack() as stack:
             with self._tolerant():
                 self.folder.mkdir(parents=True, exist_ok=True)
-                stack.enter_context(_acquired(FileLock(self._path(key, LOCK)), waiting))
+                stack.enter_context(locked(self._path(key, LOCK), waiting, "another process is at the same training"))
                 for unfinished in self.folder.glob(f"{key}.*.tmp"):
                     unfinished.unlink()  # its writer was killed
             yield
@@ -203,25 +201,6 @@ class Store:
                 with suppress(OSError):  # on Windows a file that is being read cannot go
                     if path.suffix != LOCK:
                         path.unlink()
-
-
-@contextmanager
-def _acquired(lock: FileLock, waiting: Callable[[], None]) -> Iterator[None]:
-    logged = False
-    while True:
-        try:
-            lock.acquire(timeout=0)
-            break
-        except Timeout:
-            if not logged:
-                logging.info("ConsisLoRA: another process is at the same training; waiting for its result.")
-            logged = True
-            waiting()
-            time.sleep(0.2)
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 def _is_number(loss: object) -> bool:

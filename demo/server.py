@@ -74,7 +74,7 @@ class ComfyServer:
         return self.log_file.read_text(encoding="utf-8", errors="replace")
 
     def get(self, path: str):
-        """The JSON at `path`; None for status 404."""
+        """The JSON at `path`."""
         return self._result(self._client.get(path))
 
     def post(self, path: str, body: dict):

@@ -1,6 +1,8 @@
 """Draws what nodes show: pictures with their scores, and pictures in a grid with labelled axes."""
 
+import tempfile
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -12,13 +14,26 @@ CARD, GAP, LINE = 256, 16, 28  # pixels: a picture on a card, the space between,
 
 
 def to_picture(image: Tensor) -> Image.Image:
-    """A Pillow image from one of ComfyUI's IMAGE batch (h w 3, or h w 4 with alpha; 0 to 1)."""
-    return Image.fromarray((image.float().clamp(0, 1) * 255).round().byte().cpu().numpy())
+    """A Pillow image from one of ComfyUI's IMAGE batch (h w 3, h w 4 with alpha, or h w 1 for grey; 0 to 1)."""
+    colours = image.expand(-1, -1, 3) if image.shape[-1] == 1 else image
+    return Image.fromarray((colours.float().clamp(0, 1) * 255).round().byte().cpu().numpy())
 
 
 def to_image(picture: Image.Image) -> Tensor:
     """ComfyUI's IMAGE (1 h w 3, fp32, 0 to 1) from a Pillow image."""
-    return torch.from_numpy(np.array(picture.convert("RGB")))[None].float() / 255
+    return torch.from_numpy(np.array(picture.convert("RGB")))[None].float().div_(255)
+
+
+def to_mapped_image(picture: Image.Image, folder: Path) -> Tensor:
+    """As `to_image`, in a temporary file in the folder, of which only those parts take memory that are being used.
+
+    Raises OSError where the disk is full.
+    """
+    image = to_image(picture)
+    with tempfile.TemporaryFile(dir=folder) as file:
+        image.numpy().tofile(file)
+        file.flush()
+        return torch.from_numpy(np.memmap(file, np.float32, "c", shape=tuple(image.shape)))
 
 
 def stack_pictures(pictures: Sequence[Image.Image]) -> Tensor:

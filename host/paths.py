@@ -26,6 +26,12 @@ def output_folder() -> Path:
     return Path(folder_paths.get_output_directory())
 
 
+def temp_folder() -> Path:
+    folder = Path(folder_paths.get_temp_directory())
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
 def loras_folder() -> Path:
     """The first models/loras folder, where new files go."""
     return Path(folder_paths.get_folder_paths("loras")[0])

@@ -4,20 +4,23 @@ import hashlib
 import json
 import logging
 from datetime import datetime, timezone
+from functools import partial
+from shutil import disk_usage
 
 from comfy.cli_args import args
 from comfy_api.latest import io
 from comfy_execution.graph_utils import ExecutionBlocker
 from torch import Tensor
 
-from ..catalogue.names import inside
+from ..catalogue.names import as_spelled, inside
 from ..catalogue.pictures import NAME, PictureCache, write_picture
 from ..catalogue.plan import CatalogueJob, Plan, plan_catalogue
 from ..catalogue.sheets import RESULTS, SETTINGS, Result, ResultsSheet, as_record, error_text
+from ..consislora_core.files import escape_text
 from ..consislora_core.lora_file import ImageLora
 from ..host import drawing
-from ..host.paths import input_folder, output_folder
-from ..host.progress import show_text
+from ..host.paths import input_folder, output_folder, temp_folder
+from ..host.progress import show_text, stop_if_cancelled
 from ..host.prompt_graph import numbers_behind, workflow_texts
 from .sockets import CATEGORY, CatalogJob, ConsisLora, aliases
 
@@ -88,27 +91,25 @@ class CatalogLoad(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, contents, styles, catalogue, name, run, index):
-        plan = make_plan(contents, styles, catalogue, name)
-        files = sorted({path for pair in plan.pairs for path in (pair.content, pair.style)})
-        stats = [(str(path), path.stat().st_mtime_ns, path.stat().st_size) for path in files]
-        results = plan.sheet.read()
-        done = [plan.is_done(pair, results) for pair in plan.pairs if pair.name in results]
-        state = str([stats, list(plan.problems), sorted(results), done])
+        state = make_plan(contents, styles, catalogue, name).state()
         # Hashed, because ComfyUI writes it into the picture's metadata.
         return hashlib.sha256(state.encode(errors="backslashreplace")).hexdigest()
 
     @classmethod
     def execute(cls, contents, styles, catalogue, name, run, index) -> io.NodeOutput:
         plan = make_plan(contents, styles, catalogue, name)
-        if not plan.pairs:
+        pairs, entries = plan.pair_up(), plan.sheet.entries()
+        if not pairs:
             problems = [f"{name}: {problem}" for name, problem in plan.problems.items()]
             raise ValueError(error_text("The catalogue", problems or ["contents or styles is empty. Name a folder."]))
-        results, cache = plan.sheet.read(), PictureCache(drawing.to_image, plan.name_of, dict(plan.problems))
-        chosen = plan.pairs if run == ALL else [plan.pairs[index % len(plan.pairs)]]
-        jobs = plan.pending(chosen, results, cache)
-        plan.record_bad_files(results, cache)
+        chosen, cache = [pairs[index % len(pairs)]], PictureCache(drawing.to_image, plan.name_of, dict(plan.problems))
+        if run == ALL:  # whose pictures need not all be in memory
+            chosen, folder = pairs, temp_folder()
+            cache.decode, cache.limit = partial(drawing.to_mapped_image, folder=folder), disk_usage(folder).free // 2
+        jobs = plan.pending(chosen, entries, cache)
+        plan.record_bad_files(entries, cache, stop_if_cancelled)
         names = [job.name for job in jobs]
-        report = plan.report(results, names, cache.problems)
+        report = plan.report(plan.count_done(pairs, entries), len(pairs), names, cache)
         logging.info("ConsisLoRA catalogue: %s", report)
         show_text(cls.hidden, report)
         if not jobs:
@@ -157,11 +158,7 @@ class CatalogSave(io.ComfyNode):
         cls, images: Tensor, job: CatalogueJob, content: ImageLora | None = None, style: ImageLora | None = None,
         report: str = "", accepted: bool | None = None, reasons: str = "",
     ) -> io.NodeOutput:  # fmt: skip
-        if not images.isfinite().all():
-            raise ValueError(
-                "The picture holds values that are not numbers (NaN or infinity): model or VAE failed. "
-                "Run the VAE in fp32 if it is SDXL's own, or lower the guidance."
-            )
+        check_pictures(images, "images")
         names = [job.name, *(f"{job.name}_{number}" for number in range(2, len(images) + 1))]
         paths = [inside(job.folder, f"{name}.png") for name in names]
         result = Result(
@@ -183,11 +180,13 @@ class CatalogSave(io.ComfyNode):
         try:
             for image, path in zip(images, paths, strict=True):
                 write_picture(drawing.to_picture(image), path, texts)
-            ResultsSheet(job.folder / RESULTS).record([result])
+            ResultsSheet(job.folder / RESULTS).record([result], waiting=stop_if_cancelled)
         except (OSError, NotImplementedError) as error:  # the second where a network folder has no locks
             raise ValueError(
-                f"{job.name} could not be saved to {job.folder}: {error}. Free some space, make the "
-                f"folder writable, or close {RESULTS} in other programs; then queue the pair again."
+                escape_text(
+                    f"{job.name} could not be saved to {job.folder}: {error}. Free some space, make the folder "
+                    f"writable, or close {RESULTS} in other programs; then queue the pair again."
+                )
             ) from error
         files = [path.relative_to(output_folder()) for path in paths]
         shown = [{"filename": file.name, "subfolder": file.parent.as_posix(), "type": "output"} for file in files]
@@ -196,7 +195,24 @@ class CatalogSave(io.ComfyNode):
 
 def make_plan(contents: str, styles: str, catalogue: str, name: str) -> Plan:
     """The plan in ComfyUI's own folders. Raises ValueError for names that lead out of them."""
-    return plan_catalogue(input_folder(), inside(output_folder(), catalogue), contents, styles, name)
+    return plan_catalogue(input_folder(), as_spelled(inside(output_folder(), catalogue)), contents, styles, name)
+
+
+def check_pictures(images: Tensor, name: str) -> None:
+    """Raises ValueError for what is no batch of pictures (b h w, 1, 3 or 4 channels), and for values not finite."""
+    if images.ndim != 4 or images.shape[-1] not in (1, 3, 4):
+        raise ValueError(
+            f"{name} has shape {tuple(images.shape)}; pictures are (batch, height, width, 1, 3 or 4 channels)."
+        )
+    if not images.numel():
+        raise ValueError(
+            f"{name} holds no picture: its shape is {tuple(images.shape)}. Connect a node that gives some."
+        )
+    if not images.isfinite().all():
+        raise ValueError(
+            f"{name} holds values that are not numbers (NaN or infinity): model or VAE failed. "
+            "Run the VAE in fp32 if it is SDXL's own, or lower the guidance."
+        )
 
 
 def describe_lora(lora: ImageLora | None) -> str:

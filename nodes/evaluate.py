@@ -126,6 +126,9 @@ class Gate(io.ComfyNode):
     @classmethod
     def execute(cls, images, scores, **bounds) -> io.NodeOutput:
         reasons = missed_bounds(len(images), scores, bounds)
+        for image, missed in zip(images, reasons, strict=True):
+            if not image.isfinite().all():
+                missed.append("the picture holds values that are not numbers")
         sides = [[not missed for missed in reasons], [bool(missed) for missed in reasons]]
         # Nodes fail on an empty batch, so those downstream of an empty side are blocked.
         accepted, rejected = (images[side] if any(side) else ExecutionBlocker(None) for side in sides)

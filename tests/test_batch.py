@@ -2,14 +2,17 @@
 
 import asyncio
 import copy
+import datetime
 import io
 import itertools
 import json
 import os
 import random
 import signal
+import ssl
 import subprocess
 import sys
+import threading
 import time
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -18,13 +21,17 @@ import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestServer
 from conftest import COMFYUI, ROOT
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from filelock import FileLock
 from PIL import Image
 from prompts import two_steps
 from test_resume import check_every_file_is_whole
 
 import batch.comfy_client
 from batch import run
-from batch.comfy_client import ComfyClient, Refused, Unreachable, WorkflowError
+from batch.comfy_client import ComfyClient, Denied, Refused, Unreachable, WorkflowError, headers_in
 from batch.fill_workflow import fill_workflow, lora_problems, server_problems
 from batch.job_runner import JobRunner
 from batch.scheduler import Scheduler, WorkerLost
@@ -134,7 +141,8 @@ async def pretended(routes: dict, patience: float = 5):
     """A ComfyClient of a server with these answers: handlers by path."""
 
     async def answer(request):
-        return routes[request.path](request) if request.path in routes else web.Response(status=404)
+        response = routes[request.path](request) if request.path in routes else web.Response(status=404)
+        return await response if asyncio.iscoroutine(response) else response
 
     app = web.Application()
     app.router.add_route("*", "/{path:.*}", answer)
@@ -156,10 +164,169 @@ def asked(routes: dict, question, **settings):
     return asyncio.run(ask())
 
 
-@pytest.mark.parametrize("status", batch.comfy_client.BUSY)
+@pytest.mark.parametrize("status", [404, 408, 425, 429, 500, 502, 503, 504, *range(520, 531)])
 def test_a_busy_server_is_asked_again(status):
     answers = [web.Response(status=status), web.Response(status=status), web.json_response([1])]
     assert asked({"/queue": lambda _: answers.pop(0)}, lambda client: client.get("/queue")) == [1]
+
+
+def page(_):
+    return web.Response(text="<html>Your pod is starting</html>", content_type="text/html")
+
+
+QUEUE = {"queue_running": [], "queue_pending": []}
+
+
+def as_comfyui(_):
+    return web.json_response(QUEUE)
+
+
+def nothing(_):
+    return web.Response(status=404)
+
+
+def turns(*handlers):
+    """A handler that answers as these do, one after another, and then as the last."""
+    left = list(handlers)
+    return lambda request: (left.pop(0) if len(left) > 1 else left[0])(request)
+
+
+def test_a_page_of_a_proxy_is_waited_out_once_comfyui_has_answered():
+    async def twice(client):
+        return await client.get("/queue"), await client.get("/queue")
+
+    assert asked({"/queue": turns(as_comfyui, page, page, as_comfyui)}, twice) == (QUEUE, QUEUE)
+
+
+def test_that_a_file_is_lacking_is_comfyuis_word_and_not_a_tunnels():
+    def fetched(**routes):
+        return asked({f"/{name}": route for name, route in routes.items()}, lambda client: client.file("a.png", "b"))
+
+    assert fetched(queue=as_comfyui) is None
+    file = turns(nothing, nothing, lambda _: web.Response(body=b"data"))
+    assert fetched(queue=turns(nothing, as_comfyui), view=file) == b"data"
+
+
+def test_a_workflow_whose_answer_was_lost_is_queued_once():
+    queued = []
+
+    async def lost(request):
+        queued.append((await request.json())["prompt_id"])
+        return web.Response(status=524)
+
+    def queue(_):
+        return web.json_response({"queue_running": [[0, queued[0], {}]], "queue_pending": []})
+
+    found = asked({"/prompt": lost, "/queue": queue}, lambda client: client.queue({}))
+    assert [found] == queued
+
+
+@pytest.mark.parametrize(
+    ("status", "words"),
+    [
+        (302, "sends elsewhere .302 Found., perhaps to sign in"),
+        (401, "wants a key or a password .401 Unauthorized.. Set CONSISLORA_HEADER"),
+        (403, "wants a key or a password"),
+        (407, "wants a key or a password"),
+        (413, "takes no picture as large as this .413 Request Entity Too Large.. Save it smaller"),
+    ],
+)
+def test_what_no_request_can_pass_ends_the_batch_at_once(made, status, words):
+    shelf = Shelf()
+
+    async def upload(*_):
+        async with pretended({"/upload/image": lambda _: web.Response(status=status)}) as client:
+            await client.upload(b"data", "a.png", "b")
+
+    shelf.upload = upload
+    with pytest.raises(Denied, match=f"^one: http://127.0.0.1:\\d+ {words}"):
+        made(["one", "two"], server=shelf)
+    assert made([])[0] == {}  # neither is recorded as failed
+
+
+def test_a_certificate_that_is_not_valid_is_reported_at_once(tmp_path):
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "localhost")])
+    now = datetime.datetime.now(datetime.timezone.utc)
+    builder = x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number())
+    certificate = builder.not_valid_before(now).not_valid_after(now + datetime.timedelta(1)).sign(key, hashes.SHA256())
+    plain = serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    pem = key.private_bytes(serialization.Encoding.PEM, *plain) + certificate.public_bytes(serialization.Encoding.PEM)
+    (tmp_path / "server.pem").write_bytes(pem)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(tmp_path / "server.pem")
+
+    async def ask():
+        server = TestServer(web.Application(), scheme="https")
+        await server.start_server(ssl=context)
+        async with server, ComfyClient(str(server.make_url("")), 60, lambda text: None) as client:
+            await client.get("/queue")
+
+    with pytest.raises(Denied, match="certificate of https://127.0.0.1:.* is not valid: self-signed certificate"):
+        asyncio.run(ask())
+
+
+SECRET = "Bearer 5ec2e7"
+
+
+def test_the_header_and_the_query_go_with_every_request_and_into_no_message(tmp_path, capsys, monkeypatch):
+    """A sheet sent from end to end to a server that takes the header alone, at an address with a path and a token."""
+    seen = []
+
+    async def answer(request):
+        seen.append((request.path, request.headers.get("Authorization"), request.query.get("token")))
+        if request.path == "/proxy/ws":
+            socket = web.WebSocketResponse()
+            await socket.prepare(request)
+            await socket.close()
+            return socket
+        if request.path == "/proxy/view":
+            return web.Response(status=404)
+        info = {
+            node["class_type"]: {"input": {}}
+            for node in run.read_workflow(run.WORKFLOWS / "catalogue_sdxl.json", None).values()
+        }
+        answers = {"/proxy/object_info": info, "/proxy/queue": QUEUE, "/proxy/prompt": {"prompt_id": ID}}
+        return web.json_response(answers.get(request.path, {ID: CANCELLED}))
+
+    async def serve():
+        app = web.Application()
+        app.router.add_route("*", "/{path:.*}", answer)
+        async with TestServer(app) as there:
+            address = f"http://127.0.0.1:{there.port}/proxy/?token=70cea"
+            return await run.run(run.parse([str(tmp_path / "jobs.csv"), "--server", address, "--patience", "5"]))
+
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    (tmp_path / "jobs.csv").write_text("content,style\na.png,a.png\n")
+    monkeypatch.setenv("CONSISLORA_HEADER", f"Authorization: {SECRET}")
+    assert asyncio.run(serve()) == 1
+    assert {path for path, *_ in seen} >= {f"/proxy/{path}" for path in ("ws", "prompt", "upload/image", "view")}
+    assert {(header, token) for _, header, token in seen} == {(SECRET, "70cea")}
+    written = "".join(path.read_text("utf-8-sig") for path in tmp_path.rglob("*.csv"))
+    assert "5ec2e7" not in (text := "".join(capsys.readouterr()) + written) and "70cea" not in text
+
+
+@pytest.mark.parametrize("text", ["Bearer 5ec2e7", "Authorization:", "two words: 5ec2e7"])
+def test_what_is_no_header_is_refused_without_showing_it(text):
+    with pytest.raises(ValueError, match="CONSISLORA_HEADER holds no header such as") as caught:
+        headers_in(text)
+    assert "5ec2e7" not in str(caught.value)
+
+
+def test_several_headers_come_on_lines_of_their_own():
+    assert headers_in("CF-Access-Client-Id: a\n\nCF-Access-Client-Secret: b:c\n") == {
+        "CF-Access-Client-Id": "a",
+        "CF-Access-Client-Secret": "b:c",
+    }
+
+
+def test_no_message_names_a_password_of_the_address():
+    async def ask():
+        async with ComfyClient("http://me:5ec2e7@127.0.0.1:1/?key=70cea") as client:
+            await client.get("/queue")
+
+    with pytest.raises(Unreachable, match="^http://127.0.0.1:1 cannot be reached"):
+        asyncio.run(ask())
 
 
 def test_patience_ends():
@@ -175,14 +342,9 @@ async def unreachable():
         await client.get("/queue")
 
 
-def test_a_redirection_is_not_followed_and_a_flood_is_stopped(monkeypatch):
+def test_a_flood_is_stopped(monkeypatch):
     monkeypatch.setattr(batch.comfy_client, "LIMIT", 1000)
-    routes = {
-        "/a": lambda _: web.Response(status=302, headers={"Location": "/b"}),
-        "/b": lambda _: web.Response(body=b"x" * 2000),
-    }
-    with pytest.raises(Refused, match="302"):
-        asked(routes, lambda client: client.call("GET", "/a"))
+    routes = {"/b": lambda _: web.Response(body=b"x" * 2000)}
     with pytest.raises(Refused, match="larger than"):
         asked(routes, lambda client: client.call("GET", "/b"))
 
@@ -243,17 +405,24 @@ class Shelf:
     """Answers as a Server does. outcomes: of every workflow in turn; an entry, or None for one that was lost."""
 
     def __init__(self, *outcomes):
-        self.outcomes, self.prompts, self.files = list(outcomes), [], {}
+        self.outcomes, self.prompts, self.files, self.uploads = list(outcomes), [], {}, []
+        self.inputs = set()
 
     async def get(self, path, **query):
         raise AssertionError(path)
 
+    async def has_upload(self, data, name, folder):
+        return name in self.inputs
+
     async def upload(self, data, name, folder):
-        pass
+        self.uploads.append(name)
+        self.inputs.add(name)
 
     async def run(self, prompt, on_event):
         self.prompts.append(prompt)
         outcome = self.outcomes.pop(0)
+        if outcome in (None, WIPED):  # as when a pod starts again with an empty disk
+            self.inputs.clear()
         if outcome == DONE:
             key = inputs(prompt, "ConsisLoRACatalogLoad")["name"]
             self.files |= {f"{key}.png": png(), RESULTS: f"name,scores,files\n{key},good,../../evil.png".encode()}
@@ -266,6 +435,7 @@ class Shelf:
 
 DONE = {"status": {"messages": []}}
 NODE = {"node_type": "VAEDecode", "node_id": "5"}
+WIPED = {"status": {"messages": [["execution_error", {**NODE, "exception_message": "no such folder"}]]}}
 CANCELLED = {"status": {"messages": [["execution_interrupted", NODE]]}}
 FAILED = {"status": {"messages": [["execution_error", {**NODE, "exception_message": "no memory\n"}]]}}
 
@@ -282,8 +452,8 @@ def made(tmp_path, capsys):
     for name in ("cup.png", "ink.png"):
         Image.new("RGB", (8, 8)).save(tmp_path / name)
 
-    def make(names, *outcomes):
-        server = Shelf(*outcomes)
+    def make(names, *outcomes, server=None):
+        server = server or Shelf(*outcomes)
         one = run.Batch(WORKFLOW, tmp_path / "jobs.csv", tmp_path / "out")
         jobs = [Job("cup.png", "ink.png", name, seed=number) for number, name in enumerate(names)]
         assert one.local_problems(jobs) == []
@@ -319,6 +489,33 @@ def test_a_lost_job_is_queued_again_but_not_for_ever(made):
     assert server.prompts[0] == server.prompts[1]
     assert results["one"].error == ""
     assert results["two"].error == "the server broke down 3 times during this job. Look into ComfyUI's log."
+
+
+@pytest.mark.parametrize("loss", [None, WIPED], ids=["in the middle of a job", "between two jobs"])
+def test_pictures_are_uploaded_once_and_again_when_a_restart_has_lost_them(made, loss):
+    results, server = made(["one", "two", "three"], DONE, loss, DONE, DONE)
+    assert [result.error for result in results.values()] == ["", "", ""]
+    assert len(server.uploads) == 2  # of one picture, which is both content and style
+
+
+@pytest.mark.skipif(os.name == "nt", reason="a program cannot press Ctrl-C for itself alone there")
+def test_waiting_for_the_sheet_is_stopped_by_ctrl_c(made, tmp_path):
+    (tmp_path / "out").mkdir()
+    with FileLock(tmp_path / "out" / f"{RESULTS}.lock"), pytest.raises(KeyboardInterrupt):
+        threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
+        made(["one"], DONE)
+
+
+def test_a_console_that_lacks_the_letters_of_a_name_stops_nothing(tmp_path):
+    (tmp_path / "jobs.csv").write_text("content,style,name\n\u732b.png,\u732b.png,\u732b", encoding="utf-8")
+    command = [sys.executable, str(ROOT / "batch"), str(tmp_path / "jobs.csv"), "--server", "http://127.0.0.1:1"]
+    Image.new("RGB", (8, 8)).save(tmp_path / "\u732b.png")
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    ended = subprocess.run([*command, "--dry-run"], env=environment, capture_output=True, text=True)
+    assert "1 jobs, no problems found." in ended.stdout, ended.stderr
+    (tmp_path / "\u732b.png").unlink()
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert "\\u732b, column content: \\u732b.png cannot be read" in ended.stderr
 
 
 def test_a_disk_that_is_full_at_home_leaves_nothing_half_and_the_sheet_goes_on(made, tmp_path, monkeypatch):
@@ -465,6 +662,19 @@ def wait_for_one_more(sheet: Path, process: subprocess.Popen) -> None:
     while len(results(sheet)) == len(before):
         assert process.poll() is None, process.stdout.read()
         time.sleep(0.05)
+
+
+def test_a_server_tells_whether_it_has_a_whole_picture(server):
+    data = png()
+
+    async def ask():
+        async with ComfyClient(server.url) as client:
+            before = await client.has_upload(data, "whole.png", "batch")
+            await client.upload(data, "whole.png", "batch")
+            await client.upload(data[:-5], "cut.png", "batch")
+            return [before, *[await client.has_upload(data, name, "batch") for name in ("whole.png", "cut.png")]]
+
+    assert asyncio.run(ask()) == [False, True, False]
 
 
 @pytest.mark.skipif(os.name == "nt", reason="a program cannot press Ctrl-C for one other program there")

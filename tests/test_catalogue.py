@@ -1,13 +1,21 @@
 """Load and Save Catalogue on real folders: names, sizes, what is done and what is bad."""
 
 import json
+import os
 import shutil
+import sys
+import time
+from types import SimpleNamespace
 
+import psutil
 import pytest
 import torch
 from conftest import ROOT
+from filelock import FileLock
 from PIL import Image
 
+from batch.comfy_client import WorkflowError
+from catalogue import pictures
 from catalogue.pictures import open_picture
 from catalogue.sheets import SETTINGS, Result, ResultsSheet
 from consislora_core.lora_file import ImageLora
@@ -54,9 +62,9 @@ def names(nodes, **changes) -> list[str]:
     return found if isinstance(found[0], str) else []
 
 
-def fingerprint(nodes):
+def fingerprint(nodes, **changes):
     inputs = dict(contents="catalogue/subjects", styles="catalogue/styles", catalogue="cat", name="{content}__{style}")
-    return nodes.CatalogLoad.fingerprint_inputs(**inputs, run=nodes.ALL, index=0)
+    return nodes.CatalogLoad.fingerprint_inputs(**{**inputs, "run": nodes.ALL, "index": 0, **changes})
 
 
 def test_all_pairs_come_with_their_own_sizes(nodes, folders):
@@ -85,6 +93,21 @@ def test_what_is_saved_is_skipped_until_its_picture_or_source_changes(nodes, fol
     (output / "cat" / "cup__ink.png").unlink()
     Image.new("RGB", (3, 3)).save(root / "styles" / "oil.png")
     assert names(nodes) == ["cup__ink", "cup__oil", "pot__oil"]
+
+
+@pytest.mark.parametrize("pattern", ["{style}/{content}", "{style}\\{content}"])
+def test_a_result_that_is_deleted_in_a_folder_is_noticed(nodes, folders, pattern):
+    job = load(nodes, name=pattern)[2][0]
+    save(nodes, job)
+    before = fingerprint(nodes, name=pattern)
+    (job.folder / "ink" / "cup.png").unlink()
+    assert fingerprint(nodes, name=pattern) != before
+    assert "ink/cup" in names(nodes, name=pattern)
+
+
+def test_a_catalogue_goes_on_in_either_spelling_of_its_name(nodes, folders):
+    save(nodes, load(nodes, catalogue="caf\u00e9")[2][0])
+    assert len(names(nodes, catalogue="cafe\u0301")) == 3
 
 
 def test_when_everything_is_done_it_says_so_and_nothing_runs(nodes, folders):
@@ -155,6 +178,114 @@ def test_a_batch_is_saved_whole(nodes, folders):
     assert result.is_done(job.key, output / "cat")
 
 
+NAMES = ["a;b", "=1+2", "cafe\u0301", " spaces ", "x" * 230, "-cup", "100%", "{style}", "\u00a0cup"]
+
+
+@pytest.mark.parametrize("pattern", ["{content}__{style}", "", "{content} ", "{style};{content}", "\u00e9/{content}"])
+def test_whatever_its_name_is_a_pair_is_made_once(nodes, folders, pattern):
+    root, output = folders
+    for name in NAMES:
+        shutil.copy(root / "subjects" / "cup.png", root / "subjects" / f"{name}.png")
+    for job in load(nodes, name=pattern, styles="catalogue/styles/ink.png")[2]:
+        save(nodes, job)
+    assert "Everything is done" in load(nodes, name=pattern, styles="catalogue/styles/ink.png")[4]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="names are Unicode there")
+def test_a_damaged_picture_whose_name_is_no_utf_8_does_not_stop_its_catalogue(nodes, folders):
+    root, output = folders
+    (root / "subjects" / os.fsdecode(b"caf\xe9.png")).write_bytes(b"damaged")
+    shutil.copy(root / "subjects" / "cup.png", root / "subjects" / os.fsdecode(b"th\xe9.png"))
+    for _ in range(2):  # the second time with the sheet as the first has left it
+        *_, jobs, found, report = load(nodes, styles="catalogue/styles/ink.png\n\ud83d")
+        assert len(found) == 3 and report.encode()
+        assert "- catalogue/subjects/caf\\udce9.png: caf\\udce9.png is no picture of a known kind." in report
+        results = ResultsSheet(output / "cat" / "results.csv")
+        assert sorted(results.read()) == ["\\ud83d", "catalogue/subjects/caf\\udce9.png"]
+    for job in jobs:
+        save(nodes, job)
+    assert results.read()[jobs[-1].name].content == "th\\udce9.png"
+
+
+def test_a_run_of_a_large_catalogue_opens_its_own_pair_and_takes_half_a_second(nodes, folders, monkeypatch):
+    root, output = folders
+    for side in ("subjects", "styles"):
+        for number in range(300):
+            shutil.copy(root / "styles" / "ink.png", root / side / f"photo {number}.png")
+    opened = []
+    monkeypatch.setattr(pictures, "open_picture", lambda path: opened.append(path.name) or open_picture(path))
+    save(nodes, load(nodes, run=nodes.ONE, index=7)[2][0])
+    opened.clear()
+    started = time.process_time()
+    fingerprint(nodes)
+    (*_, jobs, _, report) = load(nodes, run=nodes.ONE, index=9_000)
+    assert time.process_time() - started < 0.5
+    assert opened == [jobs[0].content, jobs[0].style]
+    assert report.splitlines()[1] == "1 of 91204 pairs are done."
+
+
+def test_pictures_of_what_is_done_are_not_opened(nodes, folders, monkeypatch):
+    for job in load(nodes)[2]:
+        save(nodes, job)
+    monkeypatch.setattr(pictures, "open_picture", None)
+    assert "Everything is done" in load(nodes)[4]
+
+
+def test_all_pairs_together_hold_little_memory(nodes, folders):
+    root, _ = folders
+    for name in ("subjects/cup", "subjects/pot", "styles/ink", "styles/oil"):
+        Image.new("RGB", (4000, 3000), (255, 0, 51)).save(root / f"{name}.png")
+    before = psutil.Process().memory_info().rss
+    contents, styles, *_ = load(nodes)
+    assert psutil.Process().memory_info().rss - before < 100e6  # where four pictures in fp32 are 576 MB
+    assert contents[3].shape == (1, 3000, 4000, 3) and contents[3][0, -1, -1].tolist() == pytest.approx([1, 0, 0.2])
+    contents[3].mul_(0.5)
+    assert styles[3][0, 0, 0].tolist() == pytest.approx([1, 0, 0.2])
+
+
+def test_all_pairs_come_in_as_many_runs_as_the_disk_needs(nodes, folders, monkeypatch):
+    monkeypatch.setattr(nodes, "disk_usage", lambda folder: SimpleNamespace(free=2 * 40 * 20 * 12))
+    (*_, jobs, found, report) = load(nodes)
+    assert found == ["cup__ink"]
+    assert "3 pairs come in the next run" in report
+    save(nodes, jobs[0])
+    assert names(nodes) == ["cup__oil"]
+
+
+def test_waiting_for_the_sheet_of_results_is_cancelled(nodes, folders, comfy):
+    import comfy.model_management as management
+
+    _, output = folders
+    job = load(nodes)[2][0]
+    job.folder.mkdir(parents=True)
+    management.interrupt_current_processing()
+    with FileLock(output / "cat" / "results.csv.lock"), pytest.raises(management.InterruptProcessingException):
+        save(nodes, job)
+
+
+@pytest.mark.parametrize(
+    ("images", "words"),
+    [
+        (torch.zeros(0, 8, 8, 3), "images holds no picture"),
+        (torch.zeros(1, 0, 8, 3), "images holds no picture"),
+        (torch.zeros(8, 8, 3), r"images has shape \(8, 8, 3\)"),
+        (torch.zeros(1, 8, 8, 2), r"images has shape \(1, 8, 8, 2\)"),
+        (torch.full((1, 8, 8, 3), float("inf")), "not numbers"),
+    ],
+)
+def test_what_is_no_picture_is_refused_in_words(nodes, folders, images, words):
+    with pytest.raises(ValueError, match=words):
+        nodes.CatalogSave.execute(images=images, job=load(nodes)[2][0])
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1, 3), (1, 8, 8, 1), (1, 8, 8, 4)], ids=["one pixel", "grey", "alpha"])
+def test_pictures_of_every_kind_are_saved(nodes, folders, shape):
+    _, output = folders
+    nodes.CatalogSave.execute(images=torch.full(shape, 0.2), job=load(nodes)[2][0])
+    with Image.open(output / "cat" / "cup__ink.png") as saved:
+        assert saved.convert("RGB").getpixel((0, 0)) == (51, 51, 51)
+
+
 def test_settings_are_those_of_the_nearest_node_before(pack):
     graph = {
         "1": {"inputs": {"seed": 1, "steps": 1500, "rank": 4}},
@@ -198,6 +329,31 @@ def test_errors_of_the_disk_are_reported(nodes, folders, monkeypatch, fails, err
     with pytest.raises(ValueError, match=f"cup__ink could not be saved .*{words}"):
         save(nodes, job)
     assert not [path for path in job.folder.rglob("*") if path.suffix != ".lock"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="names are Unicode there")
+def test_no_name_ends_the_servers_queue(server):
+    """Of a file that is no UTF-8, and half a character in each text of the node."""
+    folder = server.base / "input" / "names"
+    folder.mkdir()
+    Image.new("RGB", (8, 8)).save(folder / os.fsdecode(b"th\xe9.png"))
+    (folder / os.fsdecode(b"caf\xe9.png")).write_bytes(b"damaged")
+    inputs = dict(contents="names\n\ud83d", styles="names\n\ud83d", catalogue="names", name="", run="one pair per run")
+    prompt = {
+        "load": {"class_type": "ConsisLoRACatalogLoad", "inputs": {**inputs, "index": 0}},
+        "show": {"class_type": "PreviewAny", "inputs": {"source": ["load", 4]}},
+    }
+    (report,) = server.run(prompt)["outputs"]["show"]["text"]
+    assert (
+        "- names/caf\\udce9.png: caf\\udce9.png is no picture" in report
+        and "- \\ud83d: '\\ud83d' is not a name" in report
+    )
+    for name in ("catalogue", "name"):
+        prompt["load"]["inputs"] |= {**inputs, name: "\ud83d", "index": 3}
+        with pytest.raises(WorkflowError, match=r"'\\ud83d\S*' is not a name inside the folder"):
+            server.run(prompt)
+    prompt["load"]["inputs"] |= {**inputs, "index": 3}
+    assert "Now: th___th_." in server.run(prompt)["outputs"]["show"]["text"][0]
 
 
 def test_the_shared_workflow_makes_the_catalogue_once(server):

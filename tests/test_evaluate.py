@@ -111,6 +111,21 @@ def test_leakage_is_bounded_from_above(nodes):
     assert reasons.splitlines()[1] == "2: leakage 0.50 is above 0.3"
 
 
+def test_what_is_not_a_number_never_passes_whatever_the_bounds(nodes):
+    pictures = torch.rand(4, 8, 8, 3)
+    pictures[1, 0, 0, 0] = float("nan")
+    scores = [{"edges": edges} for edges in (0.5, 0.5, float("nan"), float("inf"))]
+    for bounds in ({}, {"min_edges": 0.4}):
+        accepted, rejected, reasons = gate(nodes, pictures, scores, **bounds)
+        assert torch.equal(accepted, pictures[:1]) and len(rejected) == 3
+        assert reasons.splitlines() == [
+            "1: accepted",
+            "2: the picture holds values that are not numbers",
+            "3: edges is nan",
+            "4: edges is inf",
+        ]
+
+
 def test_bounds_that_nothing_was_scored_for_are_named(nodes, owls):
     with pytest.raises(ValueError, match="bound for content and leakage, but no such score. Connect clip_vision"):
         gate(nodes, *owls, min_content=0.5, max_leakage=0.2)

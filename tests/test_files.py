@@ -1,5 +1,6 @@
 """Files are whole or not there."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -75,3 +76,28 @@ def test_when_every_number_is_taken_it_says_so(tmp_path):
         path.touch()
     with pytest.raises(FileExistsError, match="every number is taken"):
         write_numbered(numbered(tmp_path), Path.touch)
+
+
+def test_a_file_that_a_virus_scanner_holds_is_tried_again(tmp_path, monkeypatch):
+    replace, refusals = os.replace, [PermissionError(13, "in use")] * 3
+
+    def held(*paths):
+        if refusals:
+            raise refusals.pop()
+        replace(*paths)
+
+    monkeypatch.setattr(os, "replace", held)
+    monkeypatch.setattr(files, "HELD", 5.0)  # as on Windows
+    with written_whole(tmp_path / "a.txt") as unfinished:
+        unfinished.write_text("new")
+    assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [("a.txt", "new")]
+
+
+def test_a_file_that_stays_refused_is_an_error(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "HELD", 0.3)
+    with pytest.raises(PermissionError):
+        files.patiently(refused)
+
+
+def refused():
+    raise PermissionError(13, "in use")

@@ -1,13 +1,21 @@
 """Pictures as they come from artists, phones and broken disks, and the folders they are in."""
 
+import io
+import os
+import shutil
 import struct
+import sys
+import unicodedata
 import zlib
+from pathlib import Path
 
 import pytest
-from PIL import Image
+from PIL import Image, ImageCms, PngImagePlugin
 
 from catalogue import pictures
 from catalogue.pictures import find_pictures, open_picture, pair_up, picture_key
+
+CASES = Path(__file__).parent / "data" / "cases"
 
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
 
@@ -26,6 +34,13 @@ def colours(path) -> set:
 def test_every_kind_of_file_opens(tmp_path, suffix):
     picture(colour=WHITE).save(tmp_path / f"a{suffix}")
     assert colours(tmp_path / f"a{suffix}") == {WHITE}
+
+
+@pytest.mark.parametrize("name", ["picture.jfif", "picture.avif", "picture_end_cut_off.jpg", "picture_cut_out.png"])
+def test_what_comfyui_loads_opens(name):
+    if name.endswith("avif") and ".avif" not in pictures.SUFFIXES:
+        pytest.skip("this Pillow reads no AVIF")
+    assert open_picture(CASES / name).mode == "RGB"
 
 
 @pytest.mark.parametrize("name", ["a.png", "a.tif"])
@@ -70,6 +85,93 @@ def test_a_photo_is_turned_upright(tmp_path):
     opened = open_picture(tmp_path / "a.png")
     assert opened.size == (20, 40)
     assert [opened.getpixel((10, y)) for y in (5, 35)] == [WHITE, RED]
+
+
+# Colour profiles
+
+
+def swapping_profile() -> bytes:
+    """Of a screen whose red is green."""
+    with Image.open(CASES / "picture_red_that_is_green.png") as shown:
+        return shown.info["icc_profile"]
+
+
+def grey_profile(gamma: int) -> bytes:
+    """The smallest that ICC.1 knows: a header, the white point, and the curve of grey."""
+    white = b"XYZ \0\0\0\0" + struct.pack(">iii", 63190, 65536, 54061)
+    curve = b"curv\0\0\0\0" + struct.pack(">IHH", 1, gamma * 256, 0)
+    tags = struct.pack(">I", 2) + b"wtpt" + struct.pack(">II", 156, 20) + b"kTRC" + struct.pack(">II", 176, 16)
+    header = struct.pack(">I4x", 192) + b"\x02\x10\0\0mntrGRAYXYZ " + bytes(12) + b"acsp" + bytes(28) + white[8:]
+    return header.ljust(128, b"\0") + tags + white + curve
+
+
+def test_colours_are_those_of_the_profile(tmp_path):
+    assert colours(CASES / "picture_red_that_is_green.png") == {GREEN}
+    palette = picture("P", colour=0)
+    palette.putpalette([255, 0, 0])
+    for number, tagged in enumerate([picture("RGBA", colour=(255, 0, 0, 255)), palette]):
+        tagged.save(tmp_path / f"{number}.png", icc_profile=swapping_profile())
+        assert colours(tmp_path / f"{number}.png") == {GREEN}
+    picture("LA", colour=(128, 255)).save(tmp_path / "grey.png", icc_profile=grey_profile(1))
+    assert colours(tmp_path / "grey.png") == {(188, 188, 188)}  # what half the light is in sRGB
+
+
+def test_without_a_profile_that_fits_colours_stay(tmp_path):
+    srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    noise = Image.merge("RGB", [Image.effect_noise((64, 64), 90) for _ in range(3)])
+    for profile in (None, srgb, b"damaged", grey_profile(1)):
+        noise.save(tmp_path / "a.png", icc_profile=profile)
+        assert open_picture(tmp_path / "a.png").tobytes() == noise.tobytes()
+    picture("L", colour=128).save(tmp_path / "grey.png", icc_profile=swapping_profile())
+    assert colours(tmp_path / "grey.png") == {(128, 128, 128)}
+
+
+# Damage
+
+
+@pytest.fixture(
+    params=[{}, {"progressive": True}, {"restart_marker_rows": 1}], ids=["plain", "progressive", "restarts"]
+)
+def jpeg(request) -> bytes:
+    data = io.BytesIO()
+    subject = Image.new("RGB", (400, 400), WHITE)
+    subject.paste(Image.merge("RGB", [Image.effect_noise((200, 200), 90) for _ in range(3)]), (100, 100))
+    subject.save(data, "JPEG", **request.param)
+    return data.getvalue()
+
+
+def opened(data: bytes, folder: Path) -> Image.Image:
+    (folder / "a.jpg").write_bytes(data)
+    return open_picture(folder / "a.jpg")
+
+
+@pytest.mark.parametrize("missing", [1, 2])
+def test_a_jpeg_that_lacks_only_its_end_is_whole(tmp_path, jpeg, missing):
+    assert opened(jpeg[:-missing], tmp_path).tobytes() == opened(jpeg, tmp_path).tobytes()
+
+
+@pytest.mark.parametrize("share", [0.2, 0.5, 0.9])
+def test_a_jpeg_of_which_a_part_is_missing_is_damaged(tmp_path, jpeg, share):
+    with pytest.raises(ValueError, match="a.jpg is damaged .a part of the picture is missing"):
+        opened(jpeg[: int(len(jpeg) * share)], tmp_path)
+    with pytest.raises(ValueError, match="picture_half.jpg is damaged"):
+        open_picture(CASES / "picture_half.jpg")
+
+
+def test_long_texts_in_a_png_do_not_matter(tmp_path):
+    texts = PngImagePlugin.PngInfo()
+    texts.add_text("workflow", "x" * 2_000_000, zip=True)
+    texts.add_itxt("parameters", "x" * 2_000_000, zip=True)
+    picture().save(tmp_path / "a.png", pnginfo=texts)
+    assert colours(tmp_path / "a.png") == {RED}
+
+
+def test_a_damaged_text_in_a_png_does_not_matter(tmp_path):
+    texts = PngImagePlugin.PngInfo()
+    texts.add_text("workflow", "some text")
+    picture().save(tmp_path / "a.png", pnginfo=texts)
+    (tmp_path / "a.png").write_bytes((tmp_path / "a.png").read_bytes().replace(b"some text", b"same text"))
+    assert colours(tmp_path / "a.png") == {RED}
 
 
 def empty(path):
@@ -150,7 +252,7 @@ def test_folders_and_files_are_found_in_order_and_once(root):
         "subjects/b.PNG",
         "other.png",
     ]
-    assert found.problems == {}
+    assert list(found.problems) == ["subjects/readme.txt"]
 
 
 def test_what_cannot_be_found_is_reported(root):
@@ -158,6 +260,7 @@ def test_what_cannot_be_found_is_reported(root):
     found = find_pictures(root, "subjects\nnone\nnowhere\n../x\n/etc")
     assert len(found.paths) == 2
     assert [text.split(",")[0][:30] for text in found.problems.values()] == [
+        "files of the kind .txt are not",
         "there are no pictures in " + str(root)[:5],
         "there is no such folder or fil",
         "'../x' is not a name inside th",
@@ -165,12 +268,51 @@ def test_what_cannot_be_found_is_reported(root):
     ]
 
 
+def test_every_file_that_cannot_be_used_is_listed_but_dot_files(root):
+    for name in ("photo.heic", "Thumbs.db", "no suffix", ".DS_Store"):
+        (root / "subjects" / name).write_bytes(b"x")
+    shutil.copy(CASES / "._picture.jpg", root / "subjects")
+    found = find_pictures(root, "subjects")
+    assert [path.name for path in found.paths] == ["A.jpg", "b.PNG"]
+    assert sorted(found.problems) == [
+        f"subjects/{name}" for name in ("Thumbs.db", "no suffix", "photo.heic", "readme.txt")
+    ]
+
+
+def test_pictures_come_in_the_order_in_which_people_count(root):
+    for name in ("10.png", "2.png", "b10.png", "B9.png"):
+        (root / "styles" / name).write_bytes(b"x")
+    names = [path.name for path in find_pictures(root, "styles").paths]
+    assert names == ["2.png", "10.png", "B9.png", "b10.png", "ink.png"]
+
+
+@pytest.mark.parametrize(("written", "asked"), [("NFD", "NFC"), ("NFC", "NFD")])
+def test_a_name_is_found_in_either_spelling_of_its_accents(root, written, asked):
+    folder = root / unicodedata.normalize(written, "caf\u00e9")
+    folder.mkdir()
+    shutil.copy(CASES / "picture.jfif", folder / unicodedata.normalize(written, "th\u00e9.jfif"))
+    for name in ("caf\u00e9", "caf\u00e9/th\u00e9.jfif"):
+        assert len(find_pictures(root, unicodedata.normalize(asked, name)).paths) == 1
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="names are Unicode there")
+def test_a_name_that_is_no_utf_8_is_escaped_wherever_it_is_said(root):
+    name = os.fsdecode(b"caf\xe9")
+    for suffix in (".png", ".txt"):
+        (root / "subjects" / f"{name}{suffix}").write_bytes(b"x")
+    found = find_pictures(root, "subjects\n\ud83d")
+    assert sorted(found.problems) == ["\\ud83d", "subjects/caf\\udce9.txt", "subjects/readme.txt"]
+    with pytest.raises(ValueError, match=r"caf\\udce9.png is no picture") as caught:
+        open_picture(found.paths[-1])
+    "".join([*found.problems.values(), str(caught.value)]).encode()
+
+
 def test_a_link_that_leads_out_is_skipped(root):
     (root.parent / "secret.png").write_bytes(b"x")
     (root / "subjects" / "z.png").symlink_to(root.parent / "secret.png")
     found = find_pictures(root, "subjects")
     assert [path.name for path in found.paths] == ["A.jpg", "b.PNG"]
-    assert "it is a link that leads out of the folder input" in found.problems["z.png"]
+    assert "it is a link that leads out of the folder input" in found.problems["subjects/z.png"]
 
 
 def test_every_content_is_paired_with_every_style(root):
@@ -185,6 +327,36 @@ def test_names_are_portable_and_no_two_the_same(root):
     assert len({name.casefold() for name in names}) == 4
     assert names[0].startswith("a__s_") and names[2:] == ["a{style}__s", "CON___s"]
     assert pair_up(contents[:1], [root / "s.png"], "same")[0].name == "same"
+
+
+def test_long_names_are_shortened_with_a_mark_and_stay_apart(root):
+    contents = [root / f"{'x' * 240}{end}.png" for end in "ab"] + [root / "cup.png"]
+    names = [pair.name for pair in pair_up(contents, [root / f"{'s' * 240}.png"], "{content}__{style}/{content}")]
+    assert len(set(names)) == 3 and all("~" in name and len(part) < 190 for name in names for part in name.split("/"))
+    assert names == [
+        pair.name for pair in pair_up(contents, [root / f"{'s' * 240}.png"], "{content}__{style}/{content}")
+    ]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "name"),
+    [
+        ("", "cup__ink"),
+        ("  ", "cup__ink"),
+        ("{content} ", "cup"),
+        (" new / {content}\t", "new/cup"),
+        ("{style};{content}", "ink_cup"),
+        ("100 %/{content}%(style)s", "100 %/cup%(style)s"),
+        ("e\u0301", "\u00e9"),
+    ],
+)
+def test_a_pattern_gives_names_that_sheet_and_disk_give_back(root, pattern, name):
+    assert pair_up([root / "cup.png"], [root / "ink.png"], pattern)[0].name == name
+
+
+def test_of_many_equal_names_none_is_given_twice(root):
+    files = [root / f"{number}.png" for number in range(100)]
+    assert len(set(pair_up(files, files, "same").names)) == 10_000
 
 
 def test_another_picture_has_another_key(root):

@@ -2,9 +2,13 @@
 
 import csv
 import json
+import os
 import re
+import shutil
 import subprocess
 import sys
+import tempfile
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -51,20 +55,35 @@ def comfyuis(base: Path) -> list[psutil.Process]:
     return found
 
 
+needs_ray = pytest.mark.skipif(
+    find_spec("ray") is None, reason='Ray has no package for this machine, or pip install ".[cluster]"'
+)
+
+
 @pytest.mark.slow
-@pytest.mark.skipif(find_spec("ray") is None, reason='Ray has no package for this machine, or pip install ".[cluster]"')
+@needs_ray
 def test_with_one_of_two_workers_killed_every_job_is_in_the_sheet_once(command, tmp_path):
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    output = b""
-    while not re.search(rb"[ab] \d, [ab] \d\]", output):  # both are at work
-        output += process.stdout.read1()
-        assert process.poll() is None, output.decode()
+    process, output = at_work(command)
     one, other = comfyuis(tmp_path / "base")
     one.parent().kill()
     output += process.communicate()[0]
     assert process.returncode == 0, output.decode()
     assert b"was lost (its process ended); the job goes on elsewhere." in output
-    folder = tmp_path / "jobs_results"
+    check_every_job_is_there_once(tmp_path / "jobs_results")
+    assert comfyuis(tmp_path / "base") == []
+
+
+def at_work(command: list[str], **options) -> tuple[subprocess.Popen, bytes]:
+    """The batch once both workers are at work, and its output so far."""
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **options)
+    output = b""
+    while not re.search(rb"[ab] \d, [ab] \d\]", output):
+        output += process.stdout.read1()
+        assert process.poll() is None, output.decode()
+    return process, output
+
+
+def check_every_job_is_there_once(folder: Path) -> None:
     with (folder / RESULTS).open(encoding="utf-8-sig", newline="") as file:
         rows = [row["name"] for row in csv.DictReader(file)]
     assert sorted(rows) == sorted(NAMES)
@@ -72,4 +91,63 @@ def test_with_one_of_two_workers_killed_every_job_is_in_the_sheet_once(command, 
     assert all(result.is_done(result.key, folder) for result in results.values())
     assert sorted(path.name for path in folder.glob("*.png")) == sorted(f"{name}.png" for name in NAMES)
     assert len({open_picture(path).tobytes() for path in folder.glob("*.png")}) == len(NAMES)
-    assert comfyuis(tmp_path / "base") == []
+
+
+HOSTS = {"consislora_one": "10.77.0.1", "consislora_two": "10.77.0.2"}  # network namespaces and their addresses
+PORT = 6379
+# Otherwise Ray takes half a minute to see that a machine is cut off.
+IMPATIENT = {"RAY_health_check_period_ms": "1000", "RAY_health_check_timeout_ms": "1000"}
+
+
+def run_ip(*arguments: str) -> str:
+    return subprocess.run(["ip", *arguments], check=True, capture_output=True, text=True).stdout
+
+
+@pytest.fixture
+def cluster(monkeypatch):
+    """Two machines of a Ray cluster, as two network namespaces with a cable between; on the first the batch is run."""
+    for name, value in IMPATIENT.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("RAY_ADDRESS", f"10.77.0.1:{PORT}")
+    for host in HOSTS:
+        run_ip("netns", "add", host)
+    (one, first), (two, second) = HOSTS.items()
+    run_ip("link", "add", "cable", "netns", one, "type", "veth", "peer", "name", "cable", "netns", two)
+    for host, address in HOSTS.items():
+        run_ip("-n", host, "address", "add", f"{address}/24", "dev", "cable")
+        for device in ("lo", "cable"):
+            run_ip("-n", host, "link", "set", device, "up")
+    ray = [str(Path(sys.executable).with_name("ray")), "start", "--num-cpus=1", "--block"]
+    # Sockets have short paths.
+    with tempfile.TemporaryDirectory(prefix="r", dir="/tmp", ignore_cleanup_errors=True) as folder:
+        head = ["--head", f"--port={PORT}", "--include-dashboard=false", f"--temp-dir={folder}"]
+        commands = {one: [*ray, f"--node-ip-address={first}", *head]}
+        commands[two] = [*ray, f"--node-ip-address={second}", f"--address={first}:{PORT}"]
+        machines = [
+            subprocess.Popen(["ip", "netns", "exec", host, *command], stdout=subprocess.DEVNULL)
+            for host, command in commands.items()
+        ]
+        yield one
+        for host in HOSTS:
+            for process in map(psutil.Process, map(int, run_ip("netns", "pids", host).split())):
+                with suppress(psutil.NoSuchProcess):
+                    process.kill()
+            run_ip("netns", "delete", host)
+        for machine in machines:
+            machine.wait()
+
+
+def may_divide_the_network() -> bool:
+    return sys.platform == "linux" and os.geteuid() == 0 and shutil.which("ip") is not None
+
+
+@pytest.mark.slow
+@needs_ray
+@pytest.mark.skipif(not may_divide_the_network(), reason="network namespaces are for root on Linux")
+def test_with_one_of_two_machines_cut_off_every_job_is_in_the_sheet_once(command, cluster, tmp_path):
+    process, output = at_work(["ip", "netns", "exec", cluster, *command])
+    run_ip("-n", cluster, "link", "set", "cable", "down")
+    output += process.communicate()[0]
+    assert process.returncode == 0, output.decode()
+    assert b"was lost" in output and b"; the job goes on elsewhere." in output
+    check_every_job_is_there_once(tmp_path / "jobs_results")

@@ -1,10 +1,13 @@
 """Sheets as they come from artists and spreadsheets."""
 
+import csv
 import json
 import os
 import threading
 
 import pytest
+from filelock import FileLock
+from test_pictures import CASES
 
 from catalogue import sheets
 from catalogue.sheets import Job, Result, ResultsSheet, read_jobs
@@ -38,6 +41,36 @@ SAME = [
 )
 def test_csv_of_every_kind_is_read(tmp_path, text):
     assert read_jobs(sheet(tmp_path, text)) == SAME
+
+
+@pytest.mark.parametrize("written", ["7", "7.0", "7,0", " 7.00 ", "0.7e1", "7E+00", "+7"])
+def test_whole_numbers_are_read_as_spreadsheets_write_them(tmp_path, written):
+    (job,) = read_jobs(sheet(tmp_path, f"content;style;seed\na;b;{written}"))
+    assert job.seed == 7 and type(job.seed) is int
+
+
+@pytest.mark.parametrize(("written", "seed"), [(7.0, 7), (1e3, 1000), ("1E+03", 1000), ("1.8E+19", 18 * 10**18)])
+def test_whole_numbers_are_exact(tmp_path, written, seed):
+    (job,) = read_jobs(sheet(tmp_path, json.dumps([{"content": "a", "style": "b", "seed": written}]), "jobs.json"))
+    assert job.seed == seed
+
+
+@pytest.mark.parametrize(
+    "written", ["7.5", "1,000", "12,345,678", "nan", "inf", "1e99", "1e999999999", True, [0, [7], 0]]
+)
+def test_what_is_no_whole_number_or_could_be_two_is_refused(tmp_path, written):
+    with pytest.raises(ValueError, match="row 1, column seed: .* is not a whole number, such as 42"):
+        read_jobs(sheet(tmp_path, json.dumps([{"content": "a", "style": "b", "seed": written}]), "jobs.json"))
+
+
+def test_a_sheet_that_a_spreadsheet_saved_is_read():
+    assert [job.seed for job in read_jobs(CASES / "jobs_spreadsheet.csv")] == [7, None]
+
+
+@pytest.mark.parametrize(("name", "taken"), [("a;b", "a_b"), ("e\u0301", "\u00e9"), ("a /b", "a/b"), ("=a", "=a")])
+def test_names_are_made_to_be_found_again(tmp_path, name, taken):
+    (job,) = read_jobs(sheet(tmp_path, json.dumps([{"content": "a", "style": "b", "name": name}]), "jobs.json"))
+    assert job.name == taken
 
 
 def test_json_is_read(tmp_path):
@@ -140,6 +173,34 @@ def test_results_come_back_as_they_were_in_their_order(results):
     assert list(results.read().values()) == [Result("pot", "k2"), CUP]
 
 
+@pytest.mark.parametrize("text", ["=1+2", "@a", "-a", "+a", "'=a", "''=a", "'a"])
+def test_no_text_is_a_formula_in_a_spreadsheet_and_every_text_comes_back(results, text):
+    results.record([Result(text, content=text, reason=text, cfg=-1.5)])
+    results.record([Result("other")])
+    assert results.read()[text] == Result(text, content=text, reason=text, cfg=-1.5)
+    assert results.entries().keys() == {text, "other"}
+    if results.path.suffix == ".csv":
+        (row, _) = csv.DictReader(results.path.read_text("utf-8-sig").splitlines())
+        assert not any(row[column].startswith(("=", "@", "-", "+")) for column in ("name", "content", "reason"))
+        assert row["cfg"] == "-1.5"
+
+
+def test_a_name_that_a_mac_has_decomposed_is_the_same(results):
+    results.record([Result("the\u0301", "k1")])
+    results.record([Result("th\u00e9", "k2")])
+    assert results.entries() == {"th\u00e9": ("k2", "", "")}
+
+
+def test_waiting_for_the_sheet_can_be_given_up(results):
+    def give_up():
+        raise KeyboardInterrupt
+
+    results.record([CUP])
+    with FileLock(f"{results.path}.lock"), pytest.raises(KeyboardInterrupt):
+        results.record([POT], waiting=give_up)
+    assert list(results.read()) == ["cup"]
+
+
 def test_a_clock_that_jumps_changes_no_order(results):
     for year in (2026, 1970, 2099):
         results.record([Result(f"in {year}", finished=f"{year}-01-01T00:00:00+00:00")])
@@ -161,6 +222,8 @@ def test_a_sheet_that_was_damaged_by_hand_is_reported_and_left_alone(tmp_path):
         ValueError, match="results.csv has 2 problems:\n- row 2, column name(.|\n)*- row 3, column seed: 'x'"
     ):
         results.read()
+    with pytest.raises(ValueError, match="row 2, column name"):
+        results.entries()
 
 
 def test_one_is_done_when_key_and_pictures_are_those_of_the_job(tmp_path):

@@ -1,0 +1,64 @@
+"""Damaged picture files of which nothing is missing that one would see; ComfyUI's Load Image opens these too."""
+
+import io
+
+from PIL import Image, ImageChops
+
+BAND = 512  # pixels
+MISSING = 0.01  # share of its pixels that a JPEG without its last bytes may lack
+JPEG_START, JPEG_END, JPEG_RESTART = b"\xff\xd8", b"\xff\xd9", b"\xff\xdd"
+PNG_START = b"\x89PNG\r\n\x1a\n"
+PNG_TEXTS = (b"tEXt", b"zTXt", b"iTXt")
+
+
+def repaired(data: bytes) -> bytes | None:
+    """The bytes of a damaged picture file made readable; None for other kinds of files or damage.
+
+    Raises ValueError where a part of the picture is missing.
+    """
+    if data.startswith(JPEG_START):
+        return _completed_jpeg(data)
+    if data.startswith(PNG_START):
+        return _without_texts(data)
+    return None
+
+
+def _completed_jpeg(data: bytes) -> bytes:
+    """A JPEG with its end.
+
+    The pixels that it lacks are those that other bytes in place of the missing ones change. After a restart marker
+    decoders go on with the next pixels, so where there are such markers, none may be missing.
+    """
+    data = data.removesuffix(JPEG_END[:1])
+    completed = data + JPEG_END
+    one, other = map(_decoded_jpeg, (completed, data + bytes([0x55]) * 2**20 + JPEG_END))
+    if _changed_pixels(one, other) > (0 if JPEG_RESTART in data else MISSING * one.width * one.height):
+        raise ValueError("a part of the picture is missing")
+    return completed
+
+
+def _decoded_jpeg(data: bytes) -> Image.Image:
+    with Image.open(io.BytesIO(data), formats=["JPEG"]) as picture:
+        picture.load()
+    return picture
+
+
+def _changed_pixels(one: Image.Image, other: Image.Image) -> int:
+    """How many pixels differ. Counted in bands, because large pictures take much memory."""
+    count = 0
+    for top in range(0, one.height, BAND):
+        band = (0, top, one.width, min(top + BAND, one.height))
+        change = ImageChops.difference(*(picture.crop(band).convert("RGB") for picture in (one, other)))
+        count += sum(change.convert("L").histogram()[1:])
+    return count
+
+
+def _without_texts(data: bytes) -> bytes:
+    """A PNG without its text chunks, of which Pillow refuses long ones."""
+    kept, start = [PNG_START], len(PNG_START)
+    while start < len(data):
+        end = start + 12 + int.from_bytes(data[start : start + 4], "big")
+        if data[start + 4 : start + 8] not in PNG_TEXTS:
+            kept.append(data[start:end])
+        start = end
+    return b"".join(kept)
