@@ -51,7 +51,8 @@ def main(arguments: list[str] | None = None) -> int | str:
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     """The options of the command line."""
-    parser = argparse.ArgumentParser(prog="python batch", description=__doc__)
+    epilog = f"{HEADER} in the environment is sent as a header, such as 'Authorization: Bearer ...'."
+    parser = argparse.ArgumentParser(prog="python batch", description=__doc__, epilog=epilog)
     parser.add_argument(
         "sheet", type=Path, help="CSV or JSON, one picture a line: content, style, and what else differs"
     )

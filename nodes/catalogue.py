@@ -102,11 +102,8 @@ class CatalogLoad(io.ComfyNode):
         if not pairs:
             problems = [f"{name}: {problem}" for name, problem in plan.problems.items()]
             raise ValueError(error_text("The catalogue", problems or ["contents or styles is empty. Name a folder."]))
-        chosen, cache = [pairs[index % len(pairs)]], PictureCache(drawing.to_image, plan.name_of, dict(plan.problems))
-        if run == ALL:  # whose pictures need not all be in memory
-            chosen, folder = pairs, temp_folder()
-            cache.decode, cache.limit = partial(drawing.to_mapped_image, folder=folder), disk_usage(folder).free // 2
-        jobs = plan.pending(chosen, entries, cache)
+        cache = picture_cache(plan, run)
+        jobs = plan.pending(pairs if run == ALL else [pairs[index % len(pairs)]], entries, cache)
         plan.record_bad_files(entries, cache, stop_if_cancelled)
         names = [job.name for job in jobs]
         report = plan.report(plan.count_done(pairs, entries), len(pairs), names, cache)
@@ -196,6 +193,15 @@ class CatalogSave(io.ComfyNode):
 def make_plan(contents: str, styles: str, catalogue: str, name: str) -> Plan:
     """The plan in ComfyUI's own folders. Raises ValueError for names that lead out of them."""
     return plan_catalogue(input_folder(), as_spelled(inside(output_folder(), catalogue)), contents, styles, name)
+
+
+def picture_cache(plan: Plan, run: str) -> PictureCache:
+    """For the pictures of one pair in memory, or for those of all pairs in temporary files, for half of the disk."""
+    if run == ONE:
+        return PictureCache(drawing.to_image, plan.name_of, dict(plan.problems))
+    folder = temp_folder()
+    decode = partial(drawing.to_mapped_image, folder=folder)
+    return PictureCache(decode, plan.name_of, dict(plan.problems), limit=disk_usage(folder).free // 2)
 
 
 def check_pictures(images: Tensor, name: str) -> None:
