@@ -52,7 +52,7 @@ class SaveSigned(io.ComfyNode):
     @classmethod
     def execute(cls, images, filename_prefix, algorithm) -> io.NodeOutput:
         texts = workflow_texts(cls.hidden)
-        record = (cls.hidden and cls.hidden.extra_pnginfo or {}).get(provenance.CHUNK, {})
+        record = provenance.recorded(cls.hidden)
         saved = []
         for image in images:
             path = new_picture_path(filename_prefix, image.shape[1], image.shape[0])
