@@ -19,6 +19,7 @@ from ..host.paths import input_folder, output_folder
 from ..host.progress import show_text
 from ..host.prompt_graph import numbers_behind, workflow_texts
 from .sockets import CATEGORY, CatalogJob, ConsisLora, aliases
+from .widget_values import checked
 
 ONE, ALL = "one pair per run", "all pairs in one run"
 FACTS = ("stage", "image_hash", "steps", "rank", "seed")  # of a LoRA's metadata, for the sheet
@@ -97,6 +98,7 @@ class CatalogLoad(io.ComfyNode):
         return hashlib.sha256(state.encode(errors="backslashreplace")).hexdigest()
 
     @classmethod
+    @checked
     def execute(cls, contents, styles, catalogue, name, run, index) -> io.NodeOutput:
         plan = make_plan(contents, styles, catalogue, name)
         if not plan.pairs:
@@ -152,6 +154,7 @@ class CatalogSave(io.ComfyNode):
         )
 
     @classmethod
+    @checked
     def execute(
         cls, images: Tensor, job: CatalogueJob, content: ImageLora | None = None, style: ImageLora | None = None,
         report: str = "", accepted: bool | None = None, reasons: str = "",
