@@ -92,19 +92,28 @@ class DualGuider(comfy.samplers.CFGGuider):
     def predict_noise(self, x, timestep, model_options={}, seed=None):  # noqa: B006 - ComfyUI's signature
         if not self.rows or not self._is_in_window(timestep[0]):
             return super().predict_noise(x, timestep, model_options, seed)
-        step = int((model_options["transformer_options"]["sample_sigmas"] > timestep[0]).sum())
-        # Some samplers predict twice at one noise level, for two latents, and some go back.
-        reuse = self.settings.reuse_steps
-        if reuse == 1 or self.computed_at is None or step - self.computed_at not in range(reuse):
-            self.computed_at = step
+        if self._is_due(timestep[0], model_options):
             theirs = model_options.get("sampler_calc_cond_batch_function")
             model_options = {**model_options, "sampler_calc_cond_batch_function": partial(self._predict, theirs)}
         return super().predict_noise(x, timestep, model_options, seed) + self.guidance
 
     def _is_in_window(self, sigma: Tensor) -> bool:
         window = self.settings.start_percent, self.settings.end_percent
+        if window == (0.0, 1.0):  # the CPU then need not wait until the GPU has computed sigma
+            return True
         start, end = (self.inner_model.model_sampling.percent_to_sigma(fraction) for fraction in window)
         return end <= sigma <= start
+
+    def _is_due(self, sigma: Tensor, model_options: dict) -> bool:
+        """Whether guidance is computed at this noise level, instead of reused."""
+        if self.settings.reuse_steps == 1:
+            return True
+        step = int((model_options["transformer_options"]["sample_sigmas"] > sigma).sum())
+        # Some samplers predict twice at one noise level, for two latents, and some go back.
+        if self.computed_at is not None and step - self.computed_at in range(self.settings.reuse_steps):
+            return False
+        self.computed_at = step
+        return True
 
     def _predict(self, theirs: Callable | None, args: dict) -> list[Tensor]:
         """Predicts cond and uncond, as ComfyUI asks for, and the guidance rows in the same batch.
