@@ -15,6 +15,7 @@ from ..catalogue.plan import CatalogueJob, Plan, plan_catalogue
 from ..catalogue.sheets import RESULTS, SETTINGS, Result, ResultsSheet, as_record, error_text
 from ..consislora_core.lora_file import ImageLora
 from ..host import drawing
+from ..host.model_inputs import check_pictures
 from ..host.paths import input_folder, output_folder
 from ..host.progress import show_text
 from ..host.prompt_graph import numbers_behind, workflow_texts
@@ -159,11 +160,7 @@ class CatalogSave(io.ComfyNode):
         cls, images: Tensor, job: CatalogueJob, content: ImageLora | None = None, style: ImageLora | None = None,
         report: str = "", accepted: bool | None = None, reasons: str = "",
     ) -> io.NodeOutput:  # fmt: skip
-        if not images.isfinite().all():
-            raise ValueError(
-                "The picture holds values that are not numbers (NaN or infinity): model or VAE failed. "
-                "Run the VAE in fp32 if it is SDXL's own, or lower the guidance."
-            )
+        check_pictures(images, "images")
         names = [job.name, *(f"{job.name}_{number}" for number in range(2, len(images) + 1))]
         paths = [inside(job.folder, f"{name}.png") for name in names]
         result = Result(

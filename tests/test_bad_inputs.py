@@ -93,8 +93,8 @@ FITS = {
     ("ConsisLoRASave", "consislora", "another architecture"),
     ("ConsisLoRACatalogSave", "content", "another architecture"),
     ("ConsisLoRACatalogSave", "style", "another architecture"),
-    # Decided by their own tests: such pictures are put aside.
-    *(("ConsisLoRAGate", "images", kind) for kind in ("NaN", "infinite")),
+    # Accept or Reject looks at scores, and puts pictures aside.
+    *(("ConsisLoRAGate", "images", kind) for kind in BAD_SOCKETS["IMAGE"] if kind != "empty batch"),
 }
 
 
