@@ -11,6 +11,8 @@ from playwright.sync_api import BrowserContext, Page, sync_playwright
 
 QUIET = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"]
 QUIET += ["--disable-background-networking", "--disable-component-update"]
+# A page whose files come from elsewhere may not open a websocket to this machine.
+QUIET += ["--disable-features=LocalNetworkAccessChecks"]
 # The frontend searches ComfyUI's registry for unpublished nodes; a server without API nodes forbids it that. And newer
 # frontends ask for a list of jobs, which ComfyUI 0.3.75 does not keep.
 ELSEWHERE = ("Failed to load resource", "Content Security Policy", "JobsApiError")
