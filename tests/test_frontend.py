@@ -141,7 +141,6 @@ PROMOTE = """([id, name]) => {
     const [inner] = node.subgraph.nodes
     const slot = node.subgraph.addInput(name, "FLOAT")
     slot.connect(inner.inputs.find(({ widget }) => widget?.name === name), inner)
-    app.canvas.setGraph(node.subgraph)
     return [node.id, inner.id]
 }"""
 
@@ -150,6 +149,7 @@ def test_in_a_subgraph_the_pad_turns_the_promoted_widget_outside(each_frontend, 
     frontend = each_frontend
     node = opened(frontend, "dual_guidance_demo", {}, "ConsisLoRASampler")
     host, inner = frontend.evaluate(PROMOTE, [node, "style_guidance"])
+    frontend.locator(FIELD).wait_for(state="hidden")  # drawn once from outside, as nobody looks in sooner
     frontend.evaluate(SET_OUTSIDE, [host, "style_guidance", 2.5])
     frontend.evaluate(LOOK_AT_INNER, [host, inner])
     frontend.locator(".consislora-pad .up").get_by_text("2.50").wait_for()
@@ -164,7 +164,9 @@ SET_OUTSIDE = """([host, name, value]) => {
     app.graph.getNodeById(host).widgets.find((widget) => widget.name === name).value = value
 }"""
 LOOK_AT_INNER = """([host, inner]) => {
-    const node = app.graph.getNodeById(host).subgraph.getNodeById(inner)
+    const { subgraph } = app.graph.getNodeById(host)
+    const node = subgraph.getNodeById(inner)
+    app.canvas.setGraph(subgraph)
     app.canvas.ds.scale = 0.8
     app.canvas.ds.offset = [1000 - node.pos[0], 250 - node.pos[1]]
     app.canvas.setDirty(true, true)
