@@ -1,7 +1,7 @@
 """Puts LoRA parts into a UNet, says which learn, mixes them per batch row, and takes them out again."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from functools import partial
 from itertools import groupby
 from typing import NamedTuple
@@ -202,6 +202,18 @@ class Mixer:
             for path, layer in part.items():
                 self.layers.setdefault(names[Target(source.role, path)], {})[source] = layer
         self.placed: dict[tuple, tuple[Tensor, Tensor]] = {}
+        self.attached: dict[nn.Module, _Hooks] = {}
+
+    def attach(self, unet: nn.Module) -> None:
+        """Puts the hooks into a UNet that `mixed` then needs not put in for each pass, until `detach`."""
+        if unet not in self.attached:
+            self.attached[unet] = _Hooks(self, unet)
+
+    def detach(self, unet: nn.Module) -> None:
+        """Takes the hooks out of a UNet, and frees the copies of the weights on other devices."""
+        if hooks := self.attached.pop(unet, None):
+            hooks.remove()
+        self.placed.clear()
 
     @contextmanager
     def mixed(self, unet: nn.Module, rows: Mapping[str, Sequence[Mapping[Source, float]]]) -> Iterator[None]:
@@ -210,27 +222,28 @@ class Mixer:
         rows: by role, for each batch row in its block, the strength of every part that acts. The batch may be any
         multiple of the rows, with each row's copies side by side.
         """
-        acting = {source: spans([row.get(source, 0.0) for row in rows[source.role]]) for source in self.sources}
-        with ExitStack() as stack:
-            for name, layers in self.layers.items():
-                branches = [(source, span) for source in layers for span in acting[source]]
-                if branches:
-                    hook = partial(self._add, name, branches, len(rows[branches[0][0].role]))
-                    stack.callback(unet.get_submodule(name).register_forward_hook(hook).remove)
+        attached = self.attached.get(unet)
+        hooks = attached or _Hooks(self, unet)
+        before = hooks.rows, hooks.acting
+        hooks.rows = {role: len(its_rows) for role, its_rows in rows.items()}
+        hooks.acting = {part: spans([row.get(part, 0.0) for row in rows[part.role]]) for part in self.sources}
+        try:
             yield
+        finally:
+            hooks.rows, hooks.acting = before
+            if not attached:
+                hooks.remove()
 
-    def release(self) -> None:
-        """Frees the copies of the weights on other devices."""
-        self.placed.clear()
-
-    def _add(self, name: str, branches: list[tuple[Source, Span]], rows: int, module, inputs, output: Tensor) -> Tensor:
-        x, copies = inputs[0], len(inputs[0]) // rows
-        for source, span in branches:
-            down, up, scale = self._placed(name, source, x)
-            batch = slice(span.start * copies, span.stop * copies)
-            hidden = F.linear(x[batch], down)
-            output[batch].view(-1, len(up)).addmm_(hidden.flatten(0, -2), up.T, alpha=span.strength * scale)
-        return output
+    def add(self, name: str, hooks: "_Hooks", module: nn.Module, inputs: tuple, output: Tensor) -> None:
+        """Adds to a layer's output what the parts that act add, in place."""
+        x = inputs[0]
+        for source in self.layers[name]:
+            for span in hooks.acting.get(source, ()):
+                copies = len(x) // hooks.rows[source.role]
+                down, up, scale = self._placed(name, source, x)
+                batch = slice(span.start * copies, span.stop * copies)
+                hidden = F.linear(x[batch], down)
+                output[batch].view(-1, len(up)).addmm_(hidden.flatten(0, -2), up.T, alpha=span.strength * scale)
 
     def _placed(self, name: str, source: Source, x: Tensor) -> tuple[Tensor, Tensor, float]:
         """down, up and alpha / rank of a layer; the tensors are cached copies on x's device in its dtype."""
@@ -239,6 +252,23 @@ class Mixer:
             with torch.inference_mode(False):  # else autograd refuses them when a mixed model is trained
                 self.placed[key] = tuple(tensor.to(x.device, x.dtype, copy=True) for tensor in (layer.down, layer.up))
         return *self.placed[key], layer.alpha / layer.rank
+
+
+class _Hooks:
+    """A mixer's hooks on one UNet. They do nothing except in a pass.
+
+    rows: how many there are in each role's block. acting: the spans in which each part acts.
+    """
+
+    def __init__(self, mixer: Mixer, unet: nn.Module):
+        self.rows: dict[str, int] = {}
+        self.acting: dict[Source, list[Span]] = {}
+        layers = {name: unet.get_submodule(name) for name in mixer.layers}
+        self.handles = [layer.register_forward_hook(partial(mixer.add, name, self)) for name, layer in layers.items()]
+
+    def remove(self) -> None:
+        for handle in self.handles:
+            handle.remove()
 
 
 def check_fit(unet: nn.Module, parts: Mapping[str, Part]) -> None:

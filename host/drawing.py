@@ -11,6 +11,7 @@ from torch import Tensor
 
 INK, FAINT, PAPER, BAR = "#1d1d1f", "#d9d9de", "white", "#3f789e"
 CARD, GAP, LINE = 256, 16, 28  # pixels: a picture on a card, the space between, a line of text
+LINES = 4  # of text, as wide as an axis of a grid is
 
 
 def to_picture(image: Tensor) -> Image.Image:
@@ -62,15 +63,29 @@ def draw_card(pictures: Mapping[str, Image.Image], scores: Mapping[str, float]) 
     return page
 
 
+def grid_page_size(columns: int, rows: int, cell: int, picture: tuple[int, int]) -> tuple[int, int]:
+    """Width and height of the page that `draw_grid` draws, in pixels. picture: height and width of each picture."""
+    return _margin(cell) + columns * cell, rows * _cell_height(cell, picture) + _margin(cell)
+
+
+def _cell_height(cell: int, picture: tuple[int, int]) -> int:
+    height, width = picture
+    return max(1, round(cell * height / width))
+
+
+def _margin(cell: int) -> int:
+    """Of an axis: a line of values, one for its name, and the space around them."""
+    return LINES * max(14, cell // 14)
+
+
 def draw_grid(images: Tensor, quantity: str, content: Sequence[float], style: Sequence[float], cell: int) -> Tensor:
     """Pictures (b h w 3, row by row from the top left) as one (1 h w 3), with labelled axes: content right, style up.
 
     quantity: what the values on the axes are, such as "strength". cell: width of a picture, in pixels.
     """
-    height = max(1, round(cell * images.shape[1] / images.shape[2]))
-    size = max(14, cell // 14)
-    font, margin = ImageFont.load_default(size), 4 * size  # an axis has a line of values and one for its name
-    page = Image.new("RGB", (margin + len(content) * cell, len(style) * height + margin), PAPER)
+    height, margin = _cell_height(cell, images.shape[1:3]), _margin(cell)
+    font = ImageFont.load_default(margin // LINES)
+    page = Image.new("RGB", grid_page_size(len(content), len(style), cell, images.shape[1:3]), PAPER)
     for i, image in enumerate(images):
         row, column = divmod(i, len(content))
         picture = to_picture(image).resize((cell, height), Image.Resampling.LANCZOS)

@@ -2,12 +2,13 @@
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from functools import partial
 
+import torch
 from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import CallbacksMP, WrappersMP
-from einops import rearrange, repeat
+from einops import repeat
 from torch import Tensor, nn
 
 from ..consislora_core.adapters import Mixer
@@ -31,6 +32,7 @@ def with_mix(model: ModelPatcher, parts: dict[Source, Part], mix: Mix) -> ModelP
     """
     mixer = Mixer(model.model.diffusion_model, parts)
 
+    @torch.compiler.disable  # which does not notice hooks that come and go, and would leave LoRAs out
     def mixed_pass(executor, x, *args, **kwargs):
         with mixer.mixed(executor.class_obj, dict.fromkeys(ROLES, [mix])):
             return executor(x, *args, **kwargs)
@@ -46,15 +48,17 @@ def with_guided_pass(
     share_encoder: rows with equal inputs go through the encoder as one; the numbers are the same up to rounding.
     Raises ValueError for a part that does not fit the model.
     """
-    mixer = Mixer(model.model.diffusion_model, parts)
+    guided = GuidedPass(Mixer(model.model.diffusion_model, parts), mix, share_encoder)
     # A key of its own puts this wrapper inside all others: they must not see a shared batch.
-    return _with_wrapper(model, "consislora_guided", GuidedPass(mixer, mix, share_encoder), mixer)
+    return _with_wrapper(model, "consislora_guided", guided, guided)
 
 
-def _with_wrapper(model: ModelPatcher, key: str, wrapper: Callable, mixer: Mixer) -> ModelPatcher:
+def _with_wrapper(model: ModelPatcher, key: str, wrapper: Callable, attachable: "Mixer | GuidedPass") -> ModelPatcher:
+    """A clone with a wrapper, whose hooks are put in once a sampling, into the UNet of every GPU that takes part."""
     clone = model.clone()
     clone.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, key, wrapper)
-    clone.add_callback_with_key(CallbacksMP.ON_CLEANUP, key, lambda patcher: mixer.release())
+    for event, act in ((CallbacksMP.ON_PRE_RUN, attachable.attach), (CallbacksMP.ON_CLEANUP, attachable.detach)):
+        clone.add_callback_with_key(event, key, lambda patcher, act=act: act(patcher.model.diffusion_model))
     return clone
 
 
@@ -63,7 +67,21 @@ class GuidedPass:
 
     def __init__(self, mixer: Mixer, mix: Mix, share_encoder: bool):
         self.mixer, self.mix, self.share_encoder = mixer, mix, share_encoder
+        self.widenings: dict[nn.Module, Widening] = {}
 
+    def attach(self, unet: nn.Module) -> None:
+        """Puts the hooks into a UNet that passes then need not put in, until `detach`."""
+        self.mixer.attach(unet)
+        if unet not in self.widenings:
+            self.widenings[unet] = Widening(unet)
+
+    def detach(self, unet: nn.Module) -> None:
+        """Takes the hooks out again."""
+        self.mixer.detach(unet)
+        if widening := self.widenings.pop(unet, None):
+            widening.close()
+
+    @torch.compiler.disable  # which does not notice hooks that come and go, and would leave LoRAs out
     def __call__(self, executor, x, timesteps, context, y, control, transformer_options, **kwargs):
         unet, rows = executor.class_obj, transformer_options.get(ROWS)
         control = control and _resized(control, x, len(transformer_options["cond_or_uncond"]))
@@ -79,11 +97,12 @@ class GuidedPass:
         mixes = dict.fromkeys(ROLES, [row.mix for row in chunks])
         with ExitStack() as stack:
             if self._can_share(options):
-                shared = SharedRows(chunks, inputs)
+                widening = self.widenings.get(unet) or stack.enter_context(closing(Widening(unet)))
+                shared = widening.shared_rows(chunks, inputs, options["uuids"])
                 mixes = {role: [chunks[row].mix for row in shared.kept[role]] for role in ROLES}
                 inputs = [shared.narrow(tensor) for tensor in inputs]
                 control = control and {place: [shared.narrow(t) for t in ts] for place, ts in control.items()}
-                options = stack.enter_context(shared.widening(unet, options))
+                options = stack.enter_context(widening.of(shared, options))
             stack.enter_context(self.mixer.mixed(unet, mixes))
             return executor(*inputs, control, options, **kwargs)
 
@@ -144,46 +163,79 @@ class SharedRows:
             return tensor
         return _chosen_rows(tensor, len(self.kept[before]), places)
 
+
+class Widening:
+    """The hooks by which a UNet's batch becomes wider between the sections. They do nothing except in a shared pass.
+
+    known: the shared rows of every batch so far, by the prompts and ComfyUI's uuids of its rows: only the first such
+    batch is compared by its values, for which the CPU waits for a GPU.
+    """
+
+    def __init__(self, unet: nn.Module):
+        self.known: dict[tuple, SharedRows] = {}
+        self.shared: SharedRows | None = None
+        self.options: dict = {}  # transformer_options of the narrow pass
+        self.per_row: dict[str, dict[str, list]] = {}  # by section, what of them has an entry for each row
+        batch_hooks = {
+            STARTS["content"]: partial(self._widen_batch, "encoder", "content"),
+            STARTS["style"]: partial(self._widen_batch, "content", "style"),
+        }
+        self.handles = []
+        for number, block in enumerate(unet.output_blocks):
+            for place, layer in enumerate(block):
+                hook = partial(self._widen_condition, _section_at((number, place)))
+                self.handles.append(layer.register_forward_pre_hook(hook))
+                if hook := batch_hooks.get((number, place)):
+                    self.handles.append(layer.register_forward_pre_hook(hook))
+
+    def close(self) -> None:
+        for handle in self.handles:
+            handle.remove()
+
+    def shared_rows(self, rows: Sequence[Row], inputs: Sequence[Tensor], uuids: Sequence) -> SharedRows:
+        """Which rows of a batch are equal. inputs: the UNet's, of the whole batch."""
+        key = tuple((row.prompt, uuid) for row, uuid in zip(rows, uuids, strict=True))
+        if key not in self.known:
+            self.known[key] = SharedRows(rows, inputs)
+        return self.known[key]
+
     @contextmanager
-    def widening(self, unet: nn.Module, options: dict) -> Iterator[dict]:
-        """Yields the options for a pass of the narrow batch, which hooks widen between the sections."""
+    def of(self, shared: SharedRows, options: dict) -> Iterator[dict]:
+        """Yields the options for a pass of the narrow batch, which becomes wider on its way."""
         per_row = {
             section: {key: [options[key][row] for row in rows] for key in ("cond_or_uncond", "uuids")}
-            for section, rows in self.kept.items()
+            for section, rows in shared.kept.items()
         }
-        narrow = {**options, **per_row["encoder"]}
-
-        def widen_skip(h, skip, transformer_options):
-            _, block = transformer_options["block"]
-            return h, self.widen(skip, "encoder", _section_at((block, 0)))
-
-        def widen_batch(before, after, layer, inputs):
-            narrow.update(per_row[after])
-            return self.widen(inputs[0], before, after), *inputs[1:]
-
-        def widen_condition(section, layer, inputs):  # the time embedding or the text, where a layer takes one
-            return inputs[0], *(self.widen(condition, "encoder", section) for condition in inputs[1:2]), *inputs[2:]
-
-        patches = narrow.get("patches", {})
-        narrow["patches"] = {**patches, "output_block_patch": [widen_skip, *patches.get("output_block_patch", [])]}
-        batch_hooks = {
-            STARTS["content"]: partial(widen_batch, "encoder", "content"),
-            STARTS["style"]: partial(widen_batch, "content", "style"),
-        }
-        with ExitStack() as stack:
-            for number, block in enumerate(unet.output_blocks):
-                for place, layer in enumerate(block):
-                    hook = partial(widen_condition, _section_at((number, place)))
-                    stack.callback(layer.register_forward_pre_hook(hook).remove)
-                    if hook := batch_hooks.get((number, place)):
-                        stack.callback(layer.register_forward_pre_hook(hook).remove)
+        patches = options.get("patches", {})
+        skips = [self._widen_skip, *patches.get("output_block_patch", [])]
+        narrow = {**options, **per_row["encoder"], "patches": {**patches, "output_block_patch": skips}}
+        self.shared, self.options, self.per_row = shared, narrow, per_row
+        try:
             yield narrow
+        finally:
+            self.shared = None
+
+    def _widen_skip(self, h, skip, transformer_options):
+        _, block = transformer_options["block"]
+        return h, self.shared.widen(skip, "encoder", _section_at((block, 0)))
+
+    def _widen_batch(self, before, after, layer, inputs):
+        if self.shared is None:
+            return None
+        self.options.update(self.per_row[after])
+        return self.shared.widen(inputs[0], before, after), *inputs[1:]
+
+    def _widen_condition(self, section, layer, inputs):
+        """Widens the time embedding or the text, where a layer takes one."""
+        if self.shared is None:
+            return None
+        return inputs[0], *(self.shared.widen(one, "encoder", section) for one in inputs[1:2]), *inputs[2:]
 
 
 def _chosen_rows(tensor: Tensor, count: int, rows: list[int]) -> Tensor:
-    """Some of a tensor's `count` rows, each of which holds all latents."""
-    chosen = rearrange(tensor, "(row latent) ... -> row latent ...", row=count)[rows]
-    return rearrange(chosen, "row latent ... -> (row latent) ...")
+    """Some of a tensor's `count` rows, each of which holds all latents. Nothing in it waits for a GPU."""
+    chunks = tensor.chunk(count)
+    return torch.cat([chunks[row] for row in rows])
 
 
 def _of_role(mix: Mix, role: str) -> Mix:

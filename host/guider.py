@@ -8,12 +8,21 @@ import comfy.samplers
 from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
-from ..consislora_core.guidance import CONTENT, CONTENTS_STYLE, Mix, Row, guidance, guidance_rows, parts_of, wanted_mix
+from ..consislora_core.guidance import (
+    CONTENT,
+    CONTENTS_STYLE,
+    GUIDANCE,
+    Mix,
+    Row,
+    guidance,
+    guidance_rows,
+    parts_of,
+    wanted_mix,
+)
 from ..consislora_core.lora_file import ImageLora
 from .guided_unet import ROWS, with_guided_pass, with_mix
-from .training_model import check_roles
+from .model_inputs import Conditioning, check_lora, check_roles, check_text
 
-Conditioning = list  # ComfyUI's: pairs of a tensor and a dict
 OWN_STYLE = {CONTENT: 1.0, CONTENTS_STYLE: 1.0}  # the content image in its own style
 
 
@@ -45,6 +54,12 @@ class GuidanceSettings:
         return {"content": self.content_guidance, "style": self.style_guidance}
 
     @property
+    def prompts(self) -> dict[str, Conditioning]:
+        """The conditionings of the guidance rows that have their own, by the row's prompt."""
+        own = {row.prompt: getattr(self, row.prompt) for rows in GUIDANCE.values() for row in rows}
+        return {prompt: conditioning for prompt, conditioning in own.items() if conditioning is not None}
+
+    @property
     def mix(self) -> Mix:
         """The strengths of the parts in the two rows of classifier-free guidance."""
         return wanted_mix(self.content_strength, self.style_strength)
@@ -65,7 +80,7 @@ class DualGuider(comfy.samplers.CFGGuider):
 
     def set_prompts(self, positive: Conditioning, negative: Conditioning) -> None:
         """Sets all conditionings: a guidance row without a prompt of its own reads the negative one."""
-        own = {row.prompt: getattr(self.settings, row.prompt) or negative for row in self.rows}
+        own = {row.prompt: self.settings.prompts.get(row.prompt, negative) for row in self.rows}
         self.inner_set_conds({"positive": positive, "negative": negative, **own})
 
     def sample(self, *args, **kwargs):
@@ -77,19 +92,28 @@ class DualGuider(comfy.samplers.CFGGuider):
     def predict_noise(self, x, timestep, model_options={}, seed=None):  # noqa: B006 - ComfyUI's signature
         if not self.rows or not self._is_in_window(timestep[0]):
             return super().predict_noise(x, timestep, model_options, seed)
-        step = int((model_options["transformer_options"]["sample_sigmas"] > timestep[0]).sum())
-        # Some samplers predict twice at one noise level, for two latents, and some go back.
-        reuse = self.settings.reuse_steps
-        if reuse == 1 or self.computed_at is None or step - self.computed_at not in range(reuse):
-            self.computed_at = step
+        if self._is_due(timestep[0], model_options):
             theirs = model_options.get("sampler_calc_cond_batch_function")
             model_options = {**model_options, "sampler_calc_cond_batch_function": partial(self._predict, theirs)}
         return super().predict_noise(x, timestep, model_options, seed) + self.guidance
 
     def _is_in_window(self, sigma: Tensor) -> bool:
         window = self.settings.start_percent, self.settings.end_percent
+        if window == (0.0, 1.0):  # the CPU then need not wait until the GPU has computed sigma
+            return True
         start, end = (self.inner_model.model_sampling.percent_to_sigma(fraction) for fraction in window)
         return end <= sigma <= start
+
+    def _is_due(self, sigma: Tensor, model_options: dict) -> bool:
+        """Whether guidance is computed at this noise level, instead of reused."""
+        if self.settings.reuse_steps == 1:
+            return True
+        step = int((model_options["transformer_options"]["sample_sigmas"] > sigma).sum())
+        # Some samplers predict twice at one noise level, for two latents, and some go back.
+        if self.computed_at is not None and step - self.computed_at in range(self.settings.reuse_steps):
+            return False
+        self.computed_at = step
+        return True
 
     def _predict(self, theirs: Callable | None, args: dict) -> list[Tensor]:
         """Predicts cond and uncond, as ComfyUI asks for, and the guidance rows in the same batch.
@@ -118,12 +142,17 @@ def build_dual_guider(
 ) -> DualGuider:
     """A `DualGuider` for the LoRAs of a content image and a style image, of which one may be missing.
 
-    Raises ValueError if both are missing, if one lacks the part that is wanted of it or does not fit the model, and for
-    a model without SDXL's content and style blocks.
+    Raises ValueError if both are missing, if one lacks the part that is wanted of it or does not fit the model, for
+    text of another base model, and for a model without SDXL's content and style blocks.
     """
     check_roles(model)
+    for name, conditioning in {"positive": positive, "negative": negative, **settings.prompts}.items():
+        check_text(model, conditioning, name)
     if content is None and style is None:
         raise ValueError("Neither content nor style is connected. Connect Load ConsisLoRA, or a training node, to one.")
+    for name, lora in (("content", content), ("style", style)):
+        if lora is not None:
+            check_lora(model, lora, name)
     guided = with_guided_pass(model, parts_of(content, style), settings.mix, share_encoder)
     guider = DualGuider(guided, settings)
     guider.set_prompts(positive, negative)

@@ -66,7 +66,7 @@ def lora_names() -> list[str]:
 
 def lora_path(name: str) -> Path:
     """The file of a name in models/loras. Raises ValueError if there is none, or if the name leads outside."""
-    found = folder_paths.get_full_path("loras", name)  # which keeps names inside
+    found = folder_paths.get_full_path("loras", str(name))  # which keeps names inside
     if found is None:
         raise ValueError(
             f"There is no LoRA file {name!r} in models/loras. Choose one from the list, or press R to refresh it."

@@ -37,5 +37,6 @@ def workflow_texts(hidden: Any) -> dict[str, str]:
     """The text chunks that ComfyUI's Save Image writes into a PNG, from which the frontend opens the workflow again."""
     if args.disable_metadata or not hidden:
         return {}
-    texts = {"prompt": hidden.prompt, **(hidden.extra_pnginfo or {})}
+    extra = hidden.extra_pnginfo if isinstance(hidden.extra_pnginfo, dict) else {}
+    texts = {"prompt": hidden.prompt, **extra}
     return {name: json.dumps(value) for name, value in texts.items() if value is not None}

@@ -56,6 +56,10 @@ def sample(
 
 
 def invert(guider: comfy.samplers.CFGGuider, latent: dict, sigmas: Tensor) -> dict:
-    """The noisy latent that Euler steps down `sigmas` turn into this one: DDIM inversion (arXiv 2010.02502)."""
+    """The noisy latent that Euler steps down `sigmas` turn into this one: DDIM inversion (arXiv 2010.02502).
+
+    In fp32: the first step divides by `NEARLY_CLEAN`, which makes fp16's rounding larger than the latent itself.
+    """
+    latent = {**latent, "samples": latent["samples"].float()}
     ascending = torch.cat([sigmas.new_tensor([NEARLY_CLEAN]), sigmas.flip(0)[1:]])
     return sample(guider, latent, 0, "euler", ascending, noised=True)

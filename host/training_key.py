@@ -16,7 +16,8 @@ from torch import Tensor
 from ..consislora_core.lora_file import Part
 from ..consislora_core.schedule import Stage
 from ..consislora_core.store import METHOD, Unhashable, fingerprint
-from .training_model import check_roles, training_dtype
+from .model_inputs import check_latent, check_picture_in, check_roles, check_text
+from .training_model import training_dtype
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,8 +46,15 @@ class TrainingRequest:
         precision: str,
         frozen: Mapping[str, Part] | None = None,
     ) -> "TrainingRequest":
-        """From the inputs of a node. Raises ValueError for a model without SDXL's content and style blocks."""
+        """From the inputs of a node. Raises ValueError, naming the input, for one that does not fit the model."""
         check_roles(model)
+        check_latent(model, latent, "latent")
+        check_picture_in(latent, "latent", "Training")
+        check_text(model, positive, "positive")
+        if len(positive) > 1:
+            raise ValueError(
+                f"positive holds {len(positive)} texts; training takes one. Connect a single CLIP Text Encode."
+            )
         dtype = training_dtype(model, precision)
         return cls(model, latent, positive, stage, dtype, frozen or {}, base_fingerprint(model))
 

@@ -10,9 +10,9 @@ import torch
 from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
-from ..consislora_core.roles import targets
 from ..consislora_core.trainer import Denoiser
 from .frozen_unet import frozen_unet
+from .model_inputs import check_roles
 
 MEMORY = ("auto", "fast", "lean")
 # A step's activations, in values per latent pixel and model channel, measured on UNets of 64 to 128 channels
@@ -71,11 +71,6 @@ def open_for_training(
         stack.enter_context(frozen_unet(base, dtype, model.load_device, lean and not _is_wrapped(options)))
         sigmas = base.model_sampling.sigmas.detach().to("cpu", torch.float32, copy=True)
         yield Denoiser(base.diffusion_model, denoise, sigmas, dtype, recordable)
-
-
-def check_roles(model: ModelPatcher) -> None:
-    """Raises ValueError for a model without the content and style blocks of SDXL."""
-    targets(dict(model.model.diffusion_model.named_modules()) if hasattr(model.model, "diffusion_model") else {})
 
 
 def _is_wrapped(options: dict) -> bool:
@@ -154,24 +149,8 @@ class _BatchedConditioning:
         return self.rows
 
 
-def check_latent(model: ModelPatcher, latent: dict) -> None:
-    """Raises ValueError for a latent whose shape or channels the model cannot take."""
-    samples = latent["samples"]
-    channels = model.model.latent_format.latent_channels
-    if samples.ndim != 4 or len(samples) == 0 or samples.shape[1] != channels:
-        raise ValueError(
-            f"latent has shape {tuple(samples.shape)}; "
-            f"this model takes (batch of at least 1, {channels} channels, height, width). "
-            "Connect VAE Encode, with the VAE of this checkpoint."
-        )
-
-
 def clean_latents(model: ModelPatcher, latent: dict) -> Tensor:
-    """z_0 (b c h w, fp32) in the model's latent space, on its device. Call inside `open_for_training`.
-
-    Raises ValueError as `check_latent` does.
-    """
-    check_latent(model, latent)
+    """z_0 (b c h w, fp32) in the model's latent space, on its device. Call inside `open_for_training`."""
     return model.model.process_latent_in(latent["samples"].clone().to(model.load_device, torch.float32))
 
 
@@ -179,23 +158,9 @@ def encoded_conditioning(model: ModelPatcher, positive: list, z_0: Tensor) -> di
     """The conditioning that `denoise` takes: cross-attention text (1 n d) and SDXL's pooled-and-size vector `y` (1 d).
 
     Size conditioning is the latent's own size unless the conditioning names one (CLIPTextEncodeSDXL). Call inside
-    `open_for_training`. Raises ValueError for several conditionings, or text of another base model's CLIP.
+    `open_for_training`.
     """
-    if len(positive) != 1:
-        raise ValueError(
-            f"positive holds {len(positive)} conditionings; training takes one. Connect a single CLIP Text Encode."
-        )
-    (text, extras), config = positive[0], model.model.model_config.unet_config
-    if text.shape[-1] != config["context_dim"]:
-        raise ValueError(
-            f"positive has text features of width {text.shape[-1]}, this model takes {config['context_dim']}: "
-            "it was encoded with the CLIP of another base model. Connect the CLIP of this checkpoint."
-        )
-    if extras.get("pooled_output") is None:
-        raise ValueError(
-            "positive has no pooled text vector, which SDXL needs. "
-            "Connect CLIP Text Encode with the CLIP of this checkpoint."
-        )
+    ((text, extras),) = positive
     height, width = (8 * side for side in z_0.shape[-2:])
     inputs = {
         "width": width,
@@ -209,10 +174,4 @@ def encoded_conditioning(model: ModelPatcher, positive: list, z_0: Tensor) -> di
     conds = model.model.extra_conds(
         **{key: value.clone() if torch.is_tensor(value) else value for key, value in inputs.items()}
     )
-    encoded = {name: cond.cond.to(z_0.device) for name, cond in conds.items()}
-    if encoded["y"].shape[-1] != config["adm_in_channels"]:
-        raise ValueError(
-            f"positive has a pooled vector of width {extras['pooled_output'].shape[-1]}, which does not fit this "
-            "model: it was encoded with the CLIP of another base model. Connect the CLIP of this checkpoint."
-        )
-    return encoded
+    return {name: cond.cond.to(z_0.device) for name, cond in conds.items()}

@@ -21,7 +21,7 @@ from .paths import training_store
 from .progress import Progress, stop_if_cancelled
 from .prompt_graph import text_behind
 from .training_key import TrainingRequest, tensor_fingerprint
-from .training_model import check_latent, clean_latents, encoded_conditioning, loss_scale, open_for_training
+from .training_model import clean_latents, encoded_conditioning, loss_scale, open_for_training
 
 Cancelled = comfy.model_management.InterruptProcessingException
 OutOfMemory = comfy.model_management.OOM_EXCEPTION  # at which ComfyUI unloads its models
@@ -54,7 +54,6 @@ def train_each(request: TrainingRequest, memory: str, at_once: int, hidden: Any 
 
     Raises as `train` does.
     """
-    check_latent(request.model, request.latent)
     requests = [replace(request, latent={"samples": image}) for image in request.latent["samples"].split(1)]
     names = [request.key or number for number, request in enumerate(requests)]
     wanted = dict(zip(names, requests, strict=True))  # equal images train once

@@ -19,10 +19,12 @@ from ..catalogue.sheets import RESULTS, SETTINGS, Result, ResultsSheet, as_recor
 from ..consislora_core.files import escape_text
 from ..consislora_core.lora_file import ImageLora
 from ..host import drawing
+from ..host.model_inputs import check_pictures
 from ..host.paths import input_folder, output_folder, temp_folder
 from ..host.progress import show_text, stop_if_cancelled
 from ..host.prompt_graph import numbers_behind, workflow_texts
 from .sockets import CATEGORY, CatalogJob, ConsisLora, aliases
+from .widget_values import checked
 
 ONE, ALL = "one pair per run", "all pairs in one run"
 FACTS = ("stage", "image_hash", "steps", "rank", "seed")  # of a LoRA's metadata, for the sheet
@@ -96,6 +98,7 @@ class CatalogLoad(io.ComfyNode):
         return hashlib.sha256(state.encode(errors="backslashreplace")).hexdigest()
 
     @classmethod
+    @checked
     def execute(cls, contents, styles, catalogue, name, run, index) -> io.NodeOutput:
         plan = make_plan(contents, styles, catalogue, name)
         pairs, entries = plan.pair_up(), plan.sheet.entries()
@@ -151,6 +154,7 @@ class CatalogSave(io.ComfyNode):
         )
 
     @classmethod
+    @checked
     def execute(
         cls, images: Tensor, job: CatalogueJob, content: ImageLora | None = None, style: ImageLora | None = None,
         report: str = "", accepted: bool | None = None, reasons: str = "",
@@ -202,23 +206,6 @@ def picture_cache(plan: Plan, run: str) -> PictureCache:
     folder = temp_folder()
     decode = partial(drawing.to_mapped_image, folder=folder)
     return PictureCache(decode, plan.name_of, dict(plan.problems), limit=disk_usage(folder).free // 2)
-
-
-def check_pictures(images: Tensor, name: str) -> None:
-    """Raises ValueError for what is no batch of pictures (b h w, 1, 3 or 4 channels), and for values not finite."""
-    if images.ndim != 4 or images.shape[-1] not in (1, 3, 4):
-        raise ValueError(
-            f"{name} has shape {tuple(images.shape)}; pictures are (batch, height, width, 1, 3 or 4 channels)."
-        )
-    if not images.numel():
-        raise ValueError(
-            f"{name} holds no picture: its shape is {tuple(images.shape)}. Connect a node that gives some."
-        )
-    if not images.isfinite().all():
-        raise ValueError(
-            f"{name} holds values that are not numbers (NaN or infinity): model or VAE failed. "
-            "Run the VAE in fp32 if it is SDXL's own, or lower the guidance."
-        )
 
 
 def describe_lora(lora: ImageLora | None) -> str:

@@ -12,7 +12,11 @@ from torch import Tensor
 
 from ..consislora_core.metrics import Scores, feature_scores, misses, structure_scores
 from ..host import drawing
+from ..host.model_inputs import check_pictures
 from .sockets import CATEGORY, PictureScores, aliases
+from .widget_values import checked
+
+LEAST_SIDE = 8  # pixels: outlines are compared at a fourth of the size, where less leaves no outline
 
 # Gate's bounds: by input, the score, and the value at which every picture passes.
 LEAST = {"min_content": ("content", -1.0), "min_style": ("style", -1.0)}
@@ -57,7 +61,10 @@ class Evaluate(io.ComfyNode):
         )
 
     @classmethod
+    @checked
     def execute(cls, images, content_image, style_image, clip_vision=None) -> io.NodeOutput:
+        for name, batch in {"images": images, "content_image": content_image, "style_image": style_image}.items():
+            check_pictures(batch, name, least_side=LEAST_SIDE)
         scores = score_pictures(images, content_image, style_image, clip_vision)
         sources = {"content": drawing.to_picture(content_image[0]), "style": drawing.to_picture(style_image[0])}
         cards = drawing.stack_pictures(
@@ -82,8 +89,8 @@ def score_pictures(images: Tensor, content_image: Tensor, style_image: Tensor, c
 
 
 def to_channels_first(images: Tensor) -> Tensor:
-    """Pictures (b h w 3 or 4) as b 3 h w in fp32, without alpha."""
-    return rearrange(images[..., :3], "b h w c -> b c h w").float()
+    """Pictures (b h w, 1, 3 or 4) as b 3 h w in fp32, grey ones in colour and without alpha."""
+    return rearrange(images[..., :3], "b h w c -> b c h w").expand(-1, 3, -1, -1).float()
 
 
 def report_text(scores: Scores) -> str:
@@ -124,6 +131,7 @@ class Gate(io.ComfyNode):
         )
 
     @classmethod
+    @checked
     def execute(cls, images, scores, **bounds) -> io.NodeOutput:
         reasons = missed_bounds(len(images), scores, bounds)
         for image, missed in zip(images, reasons, strict=True):

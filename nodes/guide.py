@@ -4,10 +4,12 @@ from comfy_api.latest import io
 
 from ..consislora_core.lora_file import ImageLora
 from ..host.guider import GuidanceSettings, build_dual_guider, build_reconstruction_guider
+from ..host.model_inputs import check_latent, check_picture_in
 from ..host.provenance import HIDDEN, note
 from ..host.sampling import invert, ksampler_sigmas, sample
 from .guidance_inputs import guidance_inputs, model_and_prompts, optional_inputs, sampling_inputs
 from .sockets import CATEGORY, aliases
+from .widget_values import checked
 
 
 class Guider(io.ComfyNode):
@@ -25,6 +27,7 @@ class Guider(io.ComfyNode):
         )
 
     @classmethod
+    @checked
     def execute(cls, model, positive, negative, content=None, style=None, **guidance) -> io.NodeOutput:
         settings = GuidanceSettings(**guidance)
         note(cls.hidden, {"content": content, "style": style}, guidance)
@@ -57,11 +60,13 @@ class Sampler(io.ComfyNode):
         )
 
     @classmethod
+    @checked
     def execute(
         cls, model, positive, negative, latent_image, seed, steps, sampler_name, scheduler, denoise,
         structure_lock=False, content: ImageLora | None = None, style: ImageLora | None = None, **guidance,
     ) -> io.NodeOutput:  # fmt: skip
         guider = build_dual_guider(model, positive, negative, content, style, GuidanceSettings(**guidance))
+        check_latent(model, latent_image, "latent_image")
         sigmas = ksampler_sigmas(model, steps, sampler_name, scheduler, denoise)
         if structure_lock:
             check_lockable(latent_image)
@@ -75,7 +80,4 @@ def check_lockable(latent: dict) -> None:
     """Raises ValueError for a latent whose structure cannot be locked."""
     if "noise_mask" in latent:
         raise ValueError("structure_lock does not work with a mask on latent_image. Turn it off, or remove the mask.")
-    if not latent["samples"].any():
-        raise ValueError(
-            "structure_lock needs a picture, and latent_image is empty. Connect the content image's latent."
-        )
+    check_picture_in(latent, "latent_image", "structure_lock")

@@ -12,11 +12,13 @@ from ..consislora_core.guidance import parts_of, wanted_mix
 from ..consislora_core.lora_file import ImageLora
 from ..consislora_core.lora_summary import summarise, summarise_left_out
 from ..host.guided_unet import with_mix
+from ..host.model_inputs import check_lora, check_roles
 from ..host.paths import lora_names, lora_path, save_lora
 from ..host.progress import show_text
 from ..host.provenance import HIDDEN, note
-from ..host.training_model import PRECISIONS, check_roles
+from ..host.training_model import PRECISIONS
 from .sockets import CATEGORY, ConsisLora, aliases
+from .widget_values import checked
 
 PERMISSION = ["not stated", "trained with permission", "trained without permission"]
 FORMATS = KOHYA, PEFT = "ComfyUI and kohya", "PEFT folder"
@@ -75,6 +77,7 @@ class Save(io.ComfyNode):
         )
 
     @classmethod
+    @checked
     def execute(
         cls, consislora, filename, precision, rights="", permission=PERMISSION[0], format=KOHYA
     ) -> io.NodeOutput:
@@ -155,10 +158,14 @@ class Apply(io.ComfyNode):
         )
 
     @classmethod
+    @checked
     def execute(
         cls, model, content_strength, style_strength, content: ImageLora | None = None, style: ImageLora | None = None
     ) -> io.NodeOutput:
         check_roles(model)
+        for name, lora in (("content", content), ("style", style)):
+            if lora is not None:
+                check_lora(model, lora, name)
         strengths = {"content_strength": content_strength, "style_strength": style_strength}
         note(cls.hidden, {"content": content, "style": style}, strengths)
         return io.NodeOutput(with_mix(model, parts_of(content, style), wanted_mix(content_strength, style_strength)))

@@ -12,9 +12,11 @@ from ..catalogue.pictures import text_chunks
 from ..consislora_core import __version__
 from ..consislora_core.files import escape_text, write_numbered, written_whole
 from ..host import drawing, provenance
+from ..host.model_inputs import check_pictures
 from ..host.paths import new_picture_paths, output_folder
 from ..host.prompt_graph import workflow_texts
 from .sockets import CATEGORY, aliases
+from .widget_values import checked
 
 # Named in the environment, because workflows are shared, and a key must not be.
 CERTIFICATE, KEY = "CONSISLORA_C2PA_CERTIFICATE", "CONSISLORA_C2PA_KEY"
@@ -51,9 +53,11 @@ class SaveSigned(io.ComfyNode):
         )
 
     @classmethod
+    @checked
     def execute(cls, images, filename_prefix, algorithm) -> io.NodeOutput:
+        check_pictures(images, "images")
         texts = workflow_texts(cls.hidden)
-        record = (cls.hidden and cls.hidden.extra_pnginfo or {}).get(provenance.CHUNK, {})
+        record = provenance.recorded(cls.hidden)
         saved = []
         for image in images:
             unsigned = BytesIO()

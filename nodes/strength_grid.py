@@ -1,19 +1,28 @@
 """Pictures at every pair of content and style values, on one page with labelled axes."""
 
+import logging
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import comfy.model_management
 import torch
 from comfy_api.latest import io
+from torch import Tensor
 
 from ..consislora_core.lora_file import ImageLora
 from ..host import drawing
 from ..host.guider import GuidanceSettings, build_dual_guider
+from ..host.model_inputs import check_latent, check_vae
+from ..host.progress import show_text
 from ..host.provenance import HIDDEN, note
 from ..host.sampling import ksampler_sigmas, sample
 from .guidance_inputs import guidance_inputs, model_and_prompts, optional_inputs, sampling_inputs
 from .sockets import CATEGORY, aliases
+from .widget_values import checked
+
+# Bytes of the computer's memory that a pixel takes: of a picture in fp32; of the page, which is drawn in 8 bits first.
+PICTURE_BYTES, PAGE_BYTES = 12, 20
 
 
 class Sweep(NamedTuple):
@@ -73,13 +82,19 @@ class StrengthGrid(io.ComfyNode):
         )
 
     @classmethod
+    @checked
     def execute(
         cls, model, positive, negative, vae, latent_image, seed, steps, sampler_name, scheduler, denoise, sweep,
         content_from, content_to, content_steps, style_from, style_to, style_steps, cell_size,
         content: ImageLora | None = None, style: ImageLora | None = None, **guidance,
     ) -> io.NodeOutput:  # fmt: skip
+        check_vae(model, vae)
+        check_latent(model, latent_image, "latent_image")
         if (count := len(latent_image["samples"])) != 1:
             raise ValueError(f"latent_image holds {count} latents; a grid is drawn from one. Set its batch_size to 1.")
+        text = check_memory(latent_image["samples"], vae, content_steps, style_steps, cell_size)
+        logging.info("ConsisLoRA grid: %s", text)
+        show_text(cls.hidden, text)
         settings = GuidanceSettings(**guidance)
         axes = spaced(content_from, content_to, content_steps), spaced(style_from, style_to, style_steps)
         swept = Sweep(sweep, *axes)
@@ -97,6 +112,22 @@ class StrengthGrid(io.ComfyNode):
         noted |= dict(style_from=style_from, style_to=style_to, style_steps=style_steps, sweep=sweep)
         note(cls.hidden, {"content": content, "style": style}, {**noted, **guidance})
         return io.NodeOutput(drawing.draw_grid(images, swept.quantity, *axes, cell_size), images)
+
+
+def check_memory(latent: Tensor, vae: Any, columns: int, rows: int, cell: int) -> str:
+    """What a grid takes, in words. latent: b c h w. Raises ValueError if the computer has less memory free."""
+    scale, count = vae.spacial_compression_decode(), columns * rows
+    height, width = (side * scale for side in latent.shape[-2:])
+    page_width, page_height = drawing.grid_page_size(columns, rows, cell, (height, width))
+    gigabytes = (count * height * width * PICTURE_BYTES + page_width * page_height * PAGE_BYTES) / 1e9
+    free = comfy.model_management.get_free_memory(torch.device("cpu")) / 1e9
+    text = f"{count} pictures of {width} x {height} pixels, on a page of {page_width} x {page_height}"
+    if gigabytes > free:
+        raise ValueError(
+            f"This grid is {text}, which takes {gigabytes:.1f} GB of memory, and {free:.1f} GB are free. "
+            "Lower cell_size, content_steps or style_steps, or make latent_image smaller."
+        )
+    return f"{text}: {gigabytes:.2f} GB of memory"
 
 
 def sweep_inputs(image: str) -> list[io.Input]:

@@ -9,6 +9,7 @@ from ..host.training_key import TrainingRequest
 from ..host.training_model import MEMORY, PRECISIONS
 from ..host.training_run import train, train_each
 from .sockets import CATEGORY, ConsisLora, LoraModel, LossMap, aliases
+from .widget_values import checked
 
 RANK = io.Int.Input(
     "rank",
@@ -104,6 +105,7 @@ class TrainImage(io.ComfyNode):
         )
 
     @classmethod
+    @checked
     def execute(
         cls, model, latent, positive, steps, transition_step, learning_rate, reconstruction_learning_rate, rank, seed,
         precision, memory=MEMORY[0], preset=PRESETS[0],
@@ -153,6 +155,7 @@ class TrainStyle(io.ComfyNode):
         )
 
     @classmethod
+    @checked
     def execute(
         cls, model, latent, positive, content_lora, steps, reconstruction_learning_rate, noise_offset, rank, seed,
         precision, memory=MEMORY[0], preset=PRESETS[0],
@@ -196,6 +199,7 @@ class TrainImages(io.ComfyNode):
         )
 
     @classmethod
+    @checked
     def execute(
         cls, model, latent, positive, steps, transition_step, learning_rate, reconstruction_learning_rate, rank, seed,
         precision, at_once, memory=MEMORY[0], preset=PRESETS[0],

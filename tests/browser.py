@@ -4,11 +4,15 @@ import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from urllib.parse import urlsplit
 
 from playwright.sync_api import BrowserContext, Page, sync_playwright
 
 QUIET = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"]
 QUIET += ["--disable-background-networking", "--disable-component-update"]
+# A page whose files come from elsewhere may not open a websocket to this machine.
+QUIET += ["--disable-features=LocalNetworkAccessChecks"]
 # The frontend searches ComfyUI's registry for unpublished nodes; a server without API nodes forbids it that. And newer
 # frontends ask for a list of jobs, which ComfyUI 0.3.75 does not keep.
 ELSEWHERE = ("Failed to load resource", "Content Security Policy", "JobsApiError")
@@ -32,16 +36,29 @@ def browser() -> Iterator[BrowserContext]:
         running.close()
 
 
-def opened(context: BrowserContext, server) -> Page:
-    """ComfyUI's frontend, up and empty; `page.complaints` gathers what it reports as errors."""
+def opened(context: BrowserContext, server, static: Path | None = None) -> Page:
+    """ComfyUI's frontend, up and empty; `page.complaints` gathers what it reports as errors.
+
+    static: the files of another frontend than the server's own, which then only answers its questions.
+    """
     server.post("/settings", {"Comfy.TutorialCompleted": True})  # or the template browser opens over the canvas
     page = context.new_page()
     page.complaints = []
     page.on("console", lambda said: said.type == "error" and complain(page, said.text))
     page.on("pageerror", lambda error: complain(page, str(error)))
+    if static:
+        page.route(
+            lambda url: file_at(static, url), lambda route: route.fulfill(path=file_at(static, route.request.url))
+        )
     page.goto(server.url)
     page.wait_for_function(UP)
     return page
+
+
+def file_at(static: Path, url: str) -> Path | None:
+    """The file of a frontend that a URL asks for."""
+    path = static / (urlsplit(url).path.lstrip("/") or "index.html")
+    return path if path.is_file() else None
 
 
 def complain(page: Page, text: str) -> None:

@@ -20,6 +20,9 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 sys.path.append(str(ROOT))
 
 
+NEWEST_FRONTEND = "comfyui-frontend-package==1.58.1"
+
+
 def pytest_addoption(parser):
     parser.addoption(
         "--front-end-root", metavar="DIR", help="test with this frontend of ComfyUI; `newest` fetches the newest"
@@ -39,12 +42,19 @@ def server(tmp_path_factory, pytestconfig):
 def front_end_root(chosen: str | None, work: Path) -> list[str]:
     """ComfyUI's option for another frontend than the one it comes with: in a folder, or the newest published."""
     if chosen == "newest":
+        chosen = str(fetch_frontend("comfyui-frontend-package", work))
+    return ["--front-end-root", chosen] if chosen else []
+
+
+def fetch_frontend(package: str, work: Path) -> Path:
+    """The files of a published frontend, which are kept in `work`. Raises CalledProcessError if pip gets none."""
+    static = work / "comfyui_frontend_package" / "static"
+    if not static.exists():
         pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(work)]
-        subprocess.run([*pip, "comfyui-frontend-package"], check=True)
+        subprocess.run([*pip, package], check=True)
         (wheel,) = work.glob("*.whl")
         zipfile.ZipFile(wheel).extractall(work)
-        chosen = str(work / "comfyui_frontend_package" / "static")
-    return ["--front-end-root", chosen] if chosen else []
+    return static
 
 
 @pytest.fixture(scope="session")
@@ -126,5 +136,22 @@ def frontend(chromium, server):
     from browser import opened
 
     page = opened(chromium, server)
+    yield page
+    page.close()
+
+
+@pytest.fixture(scope="module", params=["own", NEWEST_FRONTEND])
+def each_frontend(request, chromium, server, pytestconfig):
+    """The frontend that ComfyUI comes with, and the newest one that we know, in turn."""
+    from browser import opened
+
+    static = None
+    if request.param != "own":
+        work = pytestconfig.cache.mkdir(request.param.replace("==", "-"))
+        try:
+            static = fetch_frontend(request.param, work)
+        except subprocess.CalledProcessError as error:
+            (pytest.fail if os.environ.get("CI") else pytest.skip)(f"{request.param} could not be fetched: {error}")
+    page = opened(chromium, server, static)
     yield page
     page.close()

@@ -72,6 +72,23 @@ def test_pictures_of_another_shape_and_with_alpha_are_compared_at_the_middle(nod
     assert score["edges"] > 0.99
 
 
+def test_a_grey_picture_is_scored_as_the_same_in_three_channels(nodes):
+    grey, owl, crown = (image(name).mean(-1, keepdim=True) for name in ("taxi-flat", "owl-flat", "crown-flat"))
+    coloured = [picture.expand(-1, -1, -1, 3) for picture in (grey, owl, crown)]
+    scores, cards, _ = nodes.Evaluate.execute(grey, owl, crown).result
+    assert scores == nodes.Evaluate.execute(*coloured).result[0]
+    assert torch.equal(cards, nodes.Evaluate.execute(*coloured).result[1])
+
+
+@pytest.mark.parametrize(("height", "width"), [(8, 8), (8, 500), (700, 9)])
+def test_the_smallest_pictures_are_scored_and_smaller_ones_refused_by_name(nodes, height, width):
+    picture = torch.rand(1, height, width, 3, generator=torch.Generator().manual_seed(0))
+    (score,) = nodes.Evaluate.execute(picture, picture, picture).result[0]
+    assert list(score.values()) == pytest.approx([1, 1])
+    with pytest.raises(ValueError, match="images is 7 x 8 pixels; at least 8 x 8 are needed"):
+        nodes.Evaluate.execute(picture[:, :8, :7], picture, picture)
+
+
 @pytest.mark.parametrize("encoder", [CLIP, DINO], ids=["clip", "dinov2"], indirect=True)
 def test_a_network_adds_content_style_and_leakage(nodes, encoder):
     owl, crown = image("owl-flat"), image("crown-flat")

@@ -27,6 +27,7 @@ ENDS = {
     "train_content_demo": ["LossGraphNode"],
     "train_style_demo": ["LossGraphNode"],
 }
+MAIN = "train_and_stylise_demo"
 ALL_SHOW_PICTURES = """kinds => kinds.every(kind => app.graph.nodes.some(({ type }) => type === kind))
     && app.graph.nodes.filter(({ type }) => kinds.includes(type)).every(
         ({ imgs }) => imgs?.length && imgs.every(({ naturalWidth }) => naturalWidth))"""
@@ -37,11 +38,11 @@ PICTURES_SHOW = """count => {
 
 
 @pytest.fixture(params=["canvas", "vue"])
-def renderer(request, frontend):
+def renderer(request, each_frontend):
     """Both ways in which the frontend draws nodes."""
-    setting(frontend, "Comfy.VueNodes.Enabled", request.param == "vue")
+    setting(each_frontend, "Comfy.VueNodes.Enabled", request.param == "vue")
     yield request.param
-    setting(frontend, "Comfy.VueNodes.Enabled", False)
+    setting(each_frontend, "Comfy.VueNodes.Enabled", False)
 
 
 @pytest.fixture(scope="module")
@@ -67,8 +68,17 @@ def values(frontend, node: int, names: list[str]) -> list[float]:
     return [queued(frontend)[str(node)]["inputs"][name] for name in names]
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name.endswith("_demo")])
+@pytest.mark.parametrize("name", [name for name in NAMES if name.endswith("_demo") and name != MAIN])
 def test_a_dropped_workflow_is_queued_and_ends_with_pictures_on_its_nodes(name, frontend, trained, catalogue):
+    run_dropped(frontend, name)
+
+
+def test_each_frontend_does_the_main_job(each_frontend, trained):
+    run_dropped(each_frontend, MAIN)
+
+
+def run_dropped(frontend, name: str) -> None:
+    """Drops a workflow, queues it, and waits for pictures on the nodes on which it ends."""
     drop(frontend, name, saved_as_tests_do(graph(name)))
     turn(frontend, {**FEW, "content_steps": 2, "style_steps": 1})
     assert not frontend.evaluate(ALL_SHOW_PICTURES, ENDS[name])
@@ -76,15 +86,12 @@ def test_a_dropped_workflow_is_queued_and_ends_with_pictures_on_its_nodes(name, 
     frontend.wait_for_function(ALL_SHOW_PICTURES, arg=ENDS[name])
 
 
-def test_the_pad_turns_two_widgets_which_are_queued_and_saved(frontend, renderer, server):
+def test_the_pad_turns_two_widgets_which_are_queued_and_saved(each_frontend, renderer, server):
+    frontend = each_frontend
     node = opened(frontend, "dual_guidance_demo", {}, "ConsisLoRASampler")
-    field = frontend.locator(".consislora-pad .field")
-    field.hover()  # at its middle, once the canvas has come to rest
-    box = field.bounding_box()
-    frontend.mouse.down()
-    frontend.mouse.move(box["x"] + 0.75 * box["width"], box["y"] + 0.75 * box["height"], steps=3)
-    frontend.mouse.up()
+    drag(frontend, (0.5, 0.5), (0.75, 0.75))
     assert values(frontend, node, GUIDANCE) == [3.0, 1.0]
+    field = frontend.locator(FIELD)
     field.focus()
     for key in ("ArrowRight", "ArrowUp", "Shift+ArrowDown"):
         frontend.keyboard.press(key)
@@ -93,12 +100,77 @@ def test_the_pad_turns_two_widgets_which_are_queued_and_saved(frontend, renderer
     field.press("ArrowLeft")
     assert values(frontend, node, STRENGTH) == [0.95, 1.0]
 
-    saved = saved_from(frontend, server, f"pad_{renderer}")
+    saved = saved_from(frontend, server, f"pad_{renderer}_{id(frontend)}")
     frontend.reload()
     frontend.wait_for_function("window.app?.graph && window.app.vueAppReady")
     drop(frontend, "again", saved)
     assert values(frontend, node, GUIDANCE + STRENGTH) == [3.1, 0.1, 0.95, 1.0]
     frontend.locator(".consislora-pad .across").get_by_text("0.95").wait_for()  # shows them, and its own choice
+
+
+FIELD = ".consislora-pad .field"
+
+
+def drag(page, start: tuple[float, float], end: tuple[float, float]) -> None:
+    """Drags over the pad, between places given as shares of its width and its height, from the top left."""
+    page.locator(FIELD).hover()  # once the canvas has come to rest
+    box = page.locator(FIELD).bounding_box()
+    (x, y), (to_x, to_y) = ((box["x"] + x * box["width"], box["y"] + y * box["height"]) for x, y in (start, end))
+    page.mouse.move(x, y)
+    page.mouse.down()
+    page.mouse.move(to_x, to_y, steps=3)
+    page.mouse.up()
+
+
+def test_turning_one_axis_leaves_the_other_alone_also_outside_the_pad(each_frontend, renderer):
+    """The pad reaches from 0 to 4; the widgets, to which the values are set elsewhere, from 0 to 10."""
+    frontend = each_frontend
+    node = opened(frontend, "dual_guidance_demo", {}, "ConsisLoRASampler")
+    turn(frontend, {"content_guidance": 7.33, "style_guidance": 1.23})  # as an extension does, without any event
+    frontend.locator(".consislora-pad .across").get_by_text("7.33").wait_for()
+    frontend.locator(FIELD).press("ArrowUp")
+    assert values(frontend, node, GUIDANCE) == [7.33, 1.3]
+    drag(frontend, (0.99, 1 - 1.3 / 4), (0.99, 0.5))  # the knob, along the edge at which it stands for 7.33
+    assert values(frontend, node, GUIDANCE) == [7.33, 2.0]
+    frontend.locator(FIELD).press("ArrowRight")
+    assert values(frontend, node, GUIDANCE) == [7.4, 2.0]
+
+
+PROMOTE = """([id, name]) => {
+    const { node } = app.graph.convertToSubgraph(new Set([app.graph.getNodeById(id)]))
+    const [inner] = node.subgraph.nodes
+    const slot = node.subgraph.addInput(name, "FLOAT")
+    slot.connect(inner.inputs.find(({ widget }) => widget?.name === name), inner)
+    return [node.id, inner.id]
+}"""
+
+
+def test_in_a_subgraph_the_pad_turns_the_promoted_widget_outside(each_frontend, renderer):
+    frontend = each_frontend
+    node = opened(frontend, "dual_guidance_demo", {}, "ConsisLoRASampler")
+    host, inner = frontend.evaluate(PROMOTE, [node, "style_guidance"])
+    frontend.locator(FIELD).wait_for(state="hidden")  # drawn once from outside, as nobody looks in sooner
+    frontend.evaluate(SET_OUTSIDE, [host, "style_guidance", 2.5])
+    frontend.evaluate(LOOK_AT_INNER, [host, inner])
+    frontend.locator(".consislora-pad .up").get_by_text("2.50").wait_for()
+    frontend.locator(FIELD).press("ArrowRight")
+    assert values(frontend, f"{host}:{inner}", GUIDANCE) == [0.6, 2.5]
+    frontend.locator(FIELD).press("ArrowUp")
+    assert values(frontend, f"{host}:{inner}", GUIDANCE) == [0.6, 2.6]
+    frontend.evaluate("app.canvas.setGraph(app.graph)")
+
+
+SET_OUTSIDE = """([host, name, value]) => {
+    app.graph.getNodeById(host).widgets.find((widget) => widget.name === name).value = value
+}"""
+LOOK_AT_INNER = """([host, inner]) => {
+    const { subgraph } = app.graph.getNodeById(host)
+    const node = subgraph.getNodeById(inner)
+    app.canvas.setGraph(subgraph)
+    app.canvas.ds.scale = 0.8
+    app.canvas.ds.offset = [1000 - node.pos[0], 250 - node.pos[1]]
+    app.canvas.setDirty(true, true)
+}"""
 
 
 def saved_from(frontend, server, name: str) -> dict:

@@ -9,6 +9,7 @@ from images import loaded
 from reference import DATA, INDEX, comfy_model, relative_error
 from test_guidance import LOGGED, OFF, PROMPTS, conditioning, guider, logging_calls, noise, sampled
 from test_training_nodes import everything_about, loaded_model
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from consislora_core import lora_file
 from consislora_core.guidance import GUIDANCE, parts_of, wanted_mix
@@ -243,6 +244,57 @@ def test_a_patch_that_may_count_rows_turns_sharing_off_and_says_so_once(patch, g
         picture(guider(guide, patched, loras))
         assert caplog.text.count("each row goes through the whole UNet") == 2
     assert relative_error(picture(ours), picture(guider(guide, model, loras))) > 1e-3
+
+
+@pytest.mark.parametrize("kind", ["guided", "applied"])
+def test_torch_compile_changes_no_number_and_compiles_nothing_after_the_first_step(kind, guide, pack, loras):
+    from comfy_api.torch_helpers import set_torch_compile_wrapper
+    from torch._dynamo.utils import counters
+
+    def build(model):
+        return guider(guide, model, loras) if kind == "guided" else cfg_guider(applied(pack, model, loras))
+
+    model, graphs = comfy_model(), []
+    compiled = model.clone()
+    set_torch_compile_wrapper(compiled, backend="eager")
+    ours = sampled(build(compiled), callback=lambda *_: graphs.append(counters["stats"]["unique_graphs"]))
+    assert torch.equal(ours, sampled(build(model)))
+    assert set(graphs) == {graphs[0]}
+
+
+class Waits(TorchDispatchMode):
+    """Counts the operations for which a CPU waits until a GPU has computed a value."""
+
+    count = 0
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        self.count += operation._schema.name in ("aten::_local_scalar_dense", "aten::equal", "aten::nonzero")
+        return operation(*args, **(kwargs or {}))
+
+
+def test_guidance_adds_no_wait_for_a_gpu_to_a_step(guide, pack, loras):
+    def waits_a_step(ours):
+        counts = []
+        with Waits() as waits:
+            sampled(ours, callback=lambda *_: counts.append(waits.count))
+        return {after - before for before, after in zip(counts, counts[1:], strict=False)}
+
+    model = comfy_model()
+    assert waits_a_step(guider(guide, model, loras)) == waits_a_step(cfg_guider(applied(pack, model, loras)))
+
+
+@pytest.mark.parametrize("kind", ["guided", "applied"])
+def test_hooks_are_put_in_once_a_sampling_and_taken_out(kind, guide, pack, loras):
+    model, seen = comfy_model(), []
+    ours = guider(guide, model, loras) if kind == "guided" else cfg_guider(applied(pack, model, loras))
+    layers = dict(model.model.diffusion_model.named_modules())
+
+    def hooks(*_):
+        ids = ((name, *layer._forward_hooks, *layer._forward_pre_hooks) for name, layer in layers.items())
+        return tuple(entry for entry in ids if len(entry) > 1)
+
+    sampled(ours, callback=lambda *_: seen.append(hooks()))
+    assert seen[0] and set(seen) == {seen[0]} and not hooks()
 
 
 # Control
@@ -504,6 +556,14 @@ def test_a_locked_picture_begins_with_no_random_noise(guide, loras):
     locked = by_node(guide, model, loras, latent, structure_lock=True)
     assert torch.equal(locked, by_node(guide, model, loras, latent, structure_lock=True, seed=12))
     assert relative_error(locked, by_node(guide, model, loras, latent)) > 1e-2
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_a_picture_in_any_precision_is_locked_as_in_fp32(dtype, guide, loras):
+    model, latent = comfy_model(), {"samples": latent_of()["samples"].to(dtype)}
+    whole = {"samples": latent["samples"].float()}
+    locked, wanted = (by_node(guide, model, loras, one, structure_lock=True) for one in (latent, whole))
+    assert torch.equal(locked, wanted) and locked.isfinite().all()
 
 
 def test_a_lock_without_a_picture_or_beside_a_mask_is_refused_in_words(guide, loras):

@@ -2,6 +2,7 @@
 
 import json
 import re
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -69,6 +70,46 @@ def test_a_node_that_runs_notes_it_and_one_that_does_not_is_recalled(pack, lora)
     renamed["3"]["inputs"]["filename_prefix"] = "b"
     assert provenance.recall({"prompt": renamed})["extra_data"]["extra_pnginfo"] == {"consislora": record}
     assert provenance.recall({"prompt": stylising(2)})["extra_data"]["extra_pnginfo"] == {}
+
+
+def queued_again(provenance, prompt: dict, **extra) -> dict:
+    return provenance.recall({"prompt": prompt, "extra_data": extra})["extra_data"]
+
+
+def test_a_workflow_without_a_node_of_ours_is_queued_as_it_came(pack):
+    theirs = {"1": stylising(1)["3"]}
+    for posted in ({"prompt": theirs}, {"prompt": theirs, "extra_data": {"client_id": "a"}}, {"prompt": [theirs]}, {}):
+        assert pack.host.provenance.recall(json.loads(json.dumps(posted))) == posted
+
+
+def test_a_record_is_found_though_comfyui_has_made_floats_of_whole_numbers(pack):
+    provenance, sent, run = pack.host.provenance, stylising(9), stylising(9)
+    sent["2"]["inputs"]["cfg"], run["2"]["inputs"]["cfg"] = 5, 5.0
+    provenance.note(running(run, "2"), {}, {"cfg": 5.0})
+    assert queued_again(provenance, sent)["extra_pnginfo"] == {"consislora": {"2": {"cfg": 5.0}}}
+
+
+@pytest.mark.parametrize("theirs", [None, {}, [], "", 0, "text", [["workflow", 1]], {"consislora": "theirs"}], ids=str)
+def test_metadata_of_any_kind_is_taken(theirs, pack):
+    provenance, prompt = pack.host.provenance, stylising(8)
+    hidden = SimpleNamespace(prompt=prompt, unique_id="2", extra_pnginfo=theirs)
+    assert provenance.recorded(hidden) == {}
+    provenance.note(hidden, {}, {"seed": 8})
+    record = {"2": {"seed": 8}}
+    takes_entries = isinstance(theirs, dict) or not theirs
+    assert provenance.recorded(hidden) == (record if isinstance(theirs, dict) else {})
+    assert "prompt" in pack.host.prompt_graph.workflow_texts(hidden)
+    again = queued_again(provenance, prompt, extra_pnginfo=theirs)["extra_pnginfo"]
+    assert again == ({"consislora": record} if takes_entries else theirs)
+
+
+def test_queueing_walks_a_long_chain_once(pack):
+    """Two thousand nodes in a row, which took minutes when each node walked all before it. A circle ends as well."""
+    chain = {str(i): {"class_type": "ConsisLoRAApply", "inputs": {"model": [str(i - 1), 0]}} for i in range(2000)}
+    chain["0"]["inputs"]["model"] = ["1999", 0]
+    began = time.monotonic()
+    queued_again(pack.host.provenance, chain)
+    assert time.monotonic() - began < 2
 
 
 def test_what_is_remembered_has_a_limit(pack, lora, monkeypatch):

@@ -1,7 +1,12 @@
 """The grid: which value lies where, and that each of its pictures is what the sampler alone makes."""
 
+import logging
+
 import pytest
 import torch
+from reference import comfy_model
+from test_bad_inputs import Vae, latent
+from test_guidance import conditioning
 
 
 @pytest.fixture
@@ -28,3 +33,33 @@ def test_pictures_lie_in_their_cells_between_the_axes(pack):
     assert (height - 80, width - 240) == (56, 56)  # two rows of 40, three columns of 80, and the axes
     centres = page[20:80:40, width - 240 + 40 :: 80].flatten(0, 1)
     torch.testing.assert_close(centres, colours, atol=0.01, rtol=0)
+
+
+def test_a_page_is_as_large_as_it_was_said_to_be(pack):
+    drawing, images = pack.host.drawing, torch.rand(6, 20, 40, 3)
+    page = drawing.draw_grid(images, "guidance", [0, 1, 2], [0, 1], cell=300)
+    assert tuple(page.shape[2:0:-1]) == drawing.grid_page_size(3, 2, 300, (20, 40))
+
+
+def test_what_a_grid_takes_is_said_before_it_begins(pack, loras, monkeypatch, caplog):
+    """Cells of 2048 pixels, 400 of them, take 34 GB, and failed after an hour of sampling."""
+    import comfy.model_management
+
+    inputs = {
+        **dict(positive=conditioning("main"), negative=conditioning("uncond"), vae=Vae(), seed=0, steps=1, **loras),
+        **dict(latent_image=latent(1, 4, 128, 128), sampler_name="euler", scheduler="normal", denoise=1.0),
+        **dict(sweep="guidance", content_from=0.0, content_to=1.0, style_from=0.0, style_to=1.0),
+    }
+
+    def draw(steps, cell):
+        return pack.nodes.strength_grid.StrengthGrid.execute(
+            comfy_model(), **inputs, content_steps=steps, style_steps=steps, cell_size=cell
+        )
+
+    monkeypatch.setattr(comfy.model_management, "get_free_memory", lambda *_: 8e9)
+    words = "400 pictures of 1024 x 1024 pixels, on a page of 41544 x 41544, which takes 39.6 GB of memory, and 8.0 GB"
+    with pytest.raises(ValueError, match=words):
+        draw(20, 2048)
+    with caplog.at_level(logging.INFO), pytest.raises(AttributeError, match="decode"):
+        draw(1, 64)
+    assert "ConsisLoRA grid: 1 pictures of 1024 x 1024 pixels, on a page of 120 x 120: 0.01 GB" in caplog.text

@@ -303,11 +303,13 @@ TEXT, POOLED = TENSORS["prompt_embeds"], {"pooled_output": TENSORS["pooled_promp
     [
         ({"latent": {"samples": torch.zeros(0, 4, 16, 16)}}, "latent has shape .0, 4, 16, 16..*Connect VAE Encode"),
         (
-            {"latent": {"samples": torch.zeros(1, 16, 16, 16)}},
+            {"latent": {"samples": torch.ones(1, 16, 16, 16)}},
             "latent has shape .1, 16, 16, 16.; this model takes .*4 channels",
         ),
         ({"latent": {"samples": torch.full((1, 4, 16, 16), torch.nan)}}, "latent holds values that are not numbers"),
-        ({"positive": []}, "positive holds 0 conditionings; training takes one"),
+        ({"latent": {"samples": torch.zeros(1, 4, 16, 16)}}, "Training needs a picture, and latent is empty"),
+        ({"positive": []}, "positive holds no text"),
+        ({"positive": 2 * [[TEXT, POOLED]]}, "positive holds 2 texts; training takes one"),
         (
             {"positive": [[torch.zeros(1, 77, 768), POOLED]]},
             "text features of width 768, this model takes 64.*CLIP of another base model",

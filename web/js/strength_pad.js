@@ -1,9 +1,10 @@
 // A pad on the guidance nodes: content across, style up. The values are those of the plain widgets, which stay
-// what is saved and queued; the pad only shows and turns them.
+// what is saved and queued; the pad only shows and turns them. It turns one axis without touching the other.
 
 import { app } from "../../../scripts/app.js";
 
 const NODES = ["ConsisLoRAGuider", "ConsisLoRASampler"];
+const IMAGES = ["content", "style"]; // by axis
 const PAIRS = {
   guidance: { most: 4, step: 0.1 }, // as far as the paper shows
   strength: { most: 2, step: 0.05 },
@@ -11,6 +12,9 @@ const PAIRS = {
 const CHOICE = "consislora_pad"; // in the node's properties: the pair that the pad turns
 const HEIGHT = 190;
 const MARGIN = 10; // that the classic canvas leaves around an element
+const GRIP = 8; // pixels around the knob: a drag that begins there turns an axis only once it leaves them
+const WATCH = 200; // milliseconds: values also change elsewhere, and no event tells of it
+const SUBGRAPH_INPUT = -10; // where links in a subgraph begin that come from outside, to the frontend
 const ARROWS = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowDown: [0, -1], ArrowUp: [0, 1] };
 
 const STYLE = `
@@ -50,43 +54,55 @@ function addPad(node) {
   field.setAttribute("role", "application");
   root.append(choice, field);
 
-  const widget = (image, pair) => node.widgets.find(({ name }) => name === `${image}_${pair}`);
   const pair = () => (PAIRS[node.properties[CHOICE]] ? node.properties[CHOICE] : "guidance");
-  const pairOfWidgets = () => ["content", "style"].map((image) => widget(image, pair()));
+  const widgets = () => IMAGES.map((image) => queuedWidget(node, `${image}_${pair()}`));
+  const box = () => field.getBoundingClientRect();
+  const share = (value) => Math.min(Math.max(value / PAIRS[pair()].most, 0), 1);
+  let shown;
 
   function show() {
-    const { most } = PAIRS[pair()];
-    const [content, style] = pairOfWidgets();
-    const share = (value) => 100 * Math.min(Math.max(value / most, 0), 1);
-    knob.style.left = `${share(content.value)}%`;
-    knob.style.bottom = `${share(style.value)}%`;
+    const [content, style] = widgets().map(({ value }) => value);
+    if (shown === `${pair()} ${content} ${style}`) return;
+    shown = `${pair()} ${content} ${style}`;
+    const [nameOfContent, nameOfStyle] = IMAGES.map((image) => words(ownWidget(node, `${image}_${pair()}`)));
+    knob.style.left = `${100 * share(content)}%`;
+    knob.style.bottom = `${100 * share(style)}%`;
     choice.value = pair();
-    across.textContent = `${words(content)} ${content.value.toFixed(2)} →`;
-    up.textContent = `↑ ${words(style)} ${style.value.toFixed(2)}`;
+    across.textContent = `${nameOfContent} ${content.toFixed(2)} →`;
+    up.textContent = `↑ ${nameOfStyle} ${style.toFixed(2)}`;
     field.setAttribute("aria-label", `${across.textContent} ${up.textContent}`);
   }
 
-  function turn(values) {
-    const { most, step } = PAIRS[pair()];
-    pairOfWidgets().forEach((one, i) => {
-      const value = Math.min(Math.max(values[i], 0), most);
-      one.value = Number((Math.round(value / step) * step).toFixed(2));
-      one.callback?.(one.value, app.canvas, node);
-    });
+  // axis: 0 across, 1 up.
+  function turn(axis, value) {
+    const { step } = PAIRS[pair()];
+    const one = widgets()[axis];
+    const { min, max } = ownWidget(node, `${IMAGES[axis]}_${pair()}`).options;
+    one.value = Math.min(Math.max(Number((Math.round(value / step) * step).toFixed(2)), min), max);
+    one.callback?.(one.value, app.canvas, node);
     show();
     node.graph?.setDirtyCanvas(true, true);
   }
 
+  const pointer = (event) => [event.clientX - box().left, box().bottom - event.clientY];
+  const knobAt = () => widgets().map(({ value }, axis) => share(value) * [box().width, box().height][axis]);
+  let held; // while dragging: by axis, where the knob was if it was gripped, else null
+
   function follow(event) {
-    const { most } = PAIRS[pair()];
-    const box = field.getBoundingClientRect();
-    turn([((event.clientX - box.left) / box.width) * most, ((box.bottom - event.clientY) / box.height) * most]);
+    pointer(event).forEach((place, axis) => {
+      if (held[axis] !== null && Math.abs(place - held[axis]) <= GRIP) return;
+      held[axis] = null;
+      const reached = Math.min(Math.max(place / [box().width, box().height][axis], 0), 1);
+      turn(axis, reached * PAIRS[pair()].most);
+    });
   }
 
   field.addEventListener("pointerdown", (event) => {
     if (event.button !== 0) return;
     event.stopPropagation(); // or the node would be dragged
     field.setPointerCapture(event.pointerId);
+    const at = pointer(event);
+    held = knobAt().map((place, axis) => (Math.abs(at[axis] - place) <= GRIP ? place : null));
     follow(event);
   });
   field.addEventListener("pointermove", (event) => {
@@ -98,7 +114,8 @@ function addPad(node) {
     event.preventDefault();
     event.stopPropagation(); // or the arrows would move the node
     const stride = PAIRS[pair()].step * (event.shiftKey ? 10 : 1);
-    turn(pairOfWidgets().map((one, i) => one.value + stride * ARROWS[event.key][i]));
+    const axis = ARROWS[event.key].findIndex((way) => way);
+    turn(axis, widgets()[axis].value + stride * ARROWS[event.key][axis]);
   });
   choice.addEventListener("change", () => {
     node.properties[CHOICE] = choice.value;
@@ -106,11 +123,11 @@ function addPad(node) {
   });
 
   for (const name of Object.keys(PAIRS)) {
-    const [content, style] = ["content", "style"].map((image) => words(widget(image, name)));
+    const [content, style] = IMAGES.map((image) => words(ownWidget(node, `${image}_${name}`)));
     choice.append(Object.assign(element("option", "", `${content} × ${style}`), { value: name }));
-    for (const image of ["content", "style"]) after(widget(image, name), "callback", show);
   }
-  after(node, "onConfigure", show); // a workflow was opened: the widgets have its values now
+  const watch = setInterval(show, WATCH);
+  after(node, "onRemoved", () => clearInterval(watch));
   const pad = node.addDOMWidget("strength_pad", "consislora_pad", root, {
     serialize: false,
     getMinHeight: () => HEIGHT,
@@ -118,6 +135,25 @@ function addPad(node) {
   });
   pad.serialize = false; // neither in the workflow nor in what is queued
   show();
+}
+
+function ownWidget(node, name) {
+  return node.widgets.find((one) => one.name === name);
+}
+
+// The widget whose value is queued for an input: the node's own, or that of the subgraph around it which feeds it.
+function queuedWidget(node, name) {
+  const link = node.graph?.getLink?.(node.inputs?.find(({ widget }) => widget?.name === name)?.link);
+  const [host, ...others] = Number(link?.origin_id) === SUBGRAPH_INPUT ? hostsOf(node.graph) : [];
+  // Several hosts have a value each, and none is the one that is looked into.
+  const outer = host && !others.length && queuedWidget(host, host.inputs[link.origin_slot].name);
+  return outer || ownWidget(node, name);
+}
+
+// The nodes that stand for a subgraph.
+function hostsOf(subgraph) {
+  const graphs = [app.graph, ...app.graph.subgraphs.values()];
+  return graphs.flatMap(({ nodes }) => nodes).filter((node) => node.subgraph === subgraph);
 }
 
 // The widget's name in the language of the frontend.
