@@ -108,9 +108,7 @@ def test_training_starts_from_the_parts_that_it_gets(host):
     assert not any(layer.up.any() for layer in parts["content"].values())
 
 
-@pytest.mark.parametrize(
-    ("noises", "optimizer", "each"), [(1, ADAMW, 1), (2, ADAMW, 1), (1, MUON, 1), (1, ADAMW, 2)]
-)
+@pytest.mark.parametrize(("noises", "optimizer", "each"), [(1, ADAMW, 1), (2, ADAMW, 1), (1, MUON, 1), (1, ADAMW, 2)])
 def test_loras_that_train_together_are_those_that_each_image_or_images_would_get_alone(host, noises, optimizer, each):
     model, z_0, cond = host
     images = torch.cat([z_0, z_0.flip(-1), z_0.roll(3, -1), z_0.flip(-2)])
