@@ -11,7 +11,6 @@ from typing import NamedTuple
 
 from benchmarks.common import ROOT
 
-NOISES = 3  # in each step of the preset fast
 PRECISIONS = {"float32": "fp32", "bfloat16": "bf16"}
 SDXL_UNET = dict(
     image_size=32, in_channels=4, out_channels=4, model_channels=320, channel_mult=[1, 2, 4], num_res_blocks=[2, 2, 2],
@@ -129,9 +128,8 @@ def lean(*inputs):
     fast(*inputs, memory="lean")
 
 
-def several_noises(pack, model, latent, positive, steps, rank, precision):
-    """`steps` steps of the preset fast, with `NOISES` noises each."""
-    fast(pack, model, latent, positive, NOISES * steps, rank, precision, preset="fast")
+def muon(*inputs):
+    fast(*inputs, preset="quality")
 
 
 def train_lora_node(pack, model, latent, positive, steps, rank, precision):
@@ -147,7 +145,7 @@ def train_lora_node(pack, model, latent, positive, steps, rank, precision):
     TrainLoraNode.execute(latents=[latent, latent], **{name: [value] for name, value in inputs.items()})
 
 
-TRAINERS = {"fast": fast, "preset fast": several_noises, "lean": lean, "TrainLoraNode": train_lora_node}
+TRAINERS = {"fast": fast, "Muon": muon, "lean": lean, "TrainLoraNode": train_lora_node}
 
 
 def random_inputs(side: int, images: int = 1):

@@ -7,15 +7,18 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 
 from .adapters import fresh_part, inserted
 from .lora_file import Part
 from .losses import LOSSES, Draw, add_noise, draw
+from .muon import Muon
 from .recording import RecordedStep, Step
-from .schedule import Stage
+from .schedule import ADAMW, MUON, Stage
 
-MOMENTS = ("exp_avg", "exp_avg_sq")  # what AdamW keeps of each parameter, beside its count of steps
+COUNT = "step"  # what an optimizer keeps of a parameter is of the parameter's shape, but for this number
+KEPT = {ADAMW: (COUNT, "exp_avg", "exp_avg_sq"), MUON: ("momentum_buffer",)}
 
 
 class Denoiser(NamedTuple):
@@ -48,7 +51,7 @@ class StepEvent(NamedTuple):
 class RandomStep(NamedTuple):
     """The random numbers of one step, on the CPU."""
 
-    image: Tensor | None  # index of the latent, where there are several
+    image: int | None  # which latent of each LoRA, where there are several
     draw: Draw  # a row for each noise
     before: Tensor  # the generator's state before they were drawn
 
@@ -61,12 +64,13 @@ class Trainer:
                 ...
             parts = trainer.parts()
 
-    z_0: clean latents (b c h w) in the model's space, of one image or several of one subject; a step takes one.
+    z_0: clean latents (b c h w) in the model's space: of one image, of several of one subject, or of recolourings of
+    one; a step takes one by lot.
     cond: what `denoise` takes as its third argument.
     frozen: parts that act but do not learn, by role (stage 2: the content part of stage 1).
     loss_scale: above 1 for fp16 activations, whose small gradients would vanish; halved when they overflow.
-    apart: each latent gets a LoRA of its own, as if trained alone with the same seed; a step takes all latents, each a
-    span of the batch. frozen then holds one mapping for each.
+    loras: how many to train, each as if alone with the same seed. z_0 then holds the latents of one LoRA after those
+    of another, equally many; a step takes one of each, as spans of the batch. frozen holds one mapping for each LoRA.
     start: parts to learn from on, by role, in place of fresh ones.
 
     Raises ValueError for latents that are empty or not finite, and on entry for parts that do not fit the UNet.
@@ -80,16 +84,16 @@ class Trainer:
         stage: Stage,
         frozen: Mapping[str, Part] | Sequence[Mapping[str, Part]] | None = None,
         loss_scale: float = 1.0,
-        apart: bool = False,
+        loras: int = 1,
         start: Mapping[str, Part] | None = None,
     ):
         _check_latents(z_0)
-        self.model, self.z_0, self.cond, self.stage = model, z_0.float(), cond, stage
+        self.model, self.cond, self.stage, self.loras = model, cond, stage, loras
+        self.z_0 = rearrange(z_0.float(), "(lora image) c h w -> lora image c h w", lora=loras)
         self.generator = torch.Generator().manual_seed(stage.seed)
         fresh = {role: fresh_part(model.unet, role, stage.rank, self.generator) for role in stage.learns}
-        frozen = (frozen or [{}] * len(z_0)) if apart else [frozen or {}]
+        frozen = [frozen or {}] if loras == 1 else frozen or [{}] * loras
         self.start = [{**parts, **fresh, **(start or {})} for parts in frozen]  # until the UNet has them
-        self.loras = len(self.start)
         self.loss_scale = loss_scale
         self.step = 0
         self.drawn: RandomStep | None = None  # of the next step
@@ -101,19 +105,25 @@ class Trainer:
             self.inserted = stack.enter_context(
                 inserted(self.model.unet, self.start, self.stage.learns, self.z_0.device)
             )
-            recordable = self.model.recordable
-            self.optimizer = torch.optim.AdamW(
-                self.inserted.parameters,
-                lr=torch.zeros((), device=self.z_0.device) if recordable else 0.0,
-                betas=self.stage.betas,
-                eps=self.stage.eps,
-                weight_decay=self.stage.weight_decay,
-                fused=self.z_0.device.type in ("cpu", "cuda"),  # other devices may have none
-                capturable=recordable,
-            )
+            self.optimizer = self._optimizer()
             self._stack = stack.pop_all()
         del self.start  # the UNet has copies of its own now
         return self
+
+    def _optimizer(self) -> torch.optim.Optimizer:
+        stage, parameters, device = self.stage, self.inserted.parameters, self.z_0.device
+        learning_rate = torch.zeros((), device=device) if self.model.recordable else 0.0
+        if stage.optimizer == MUON:
+            return Muon(parameters, learning_rate, weight_decay=stage.weight_decay)
+        return torch.optim.AdamW(
+            parameters,
+            lr=learning_rate,
+            betas=stage.betas,
+            eps=stage.eps,
+            weight_decay=stage.weight_decay,
+            fused=device.type in ("cpu", "cuda"),  # other devices may have none
+            capturable=self.model.recordable,
+        )
 
     def __exit__(self, *error) -> None:
         self.kind = self.work = None  # breaks the reference cycle, or a recording's memory would stay
@@ -123,15 +133,16 @@ class Trainer:
         while self.step < self.stage.steps:
             image, random, _ = self.drawn or self._draw()
             self.drawn = None
-            z_0 = self.z_0 if image is None else self.z_0[image]
+            z_0 = self.z_0[:, 0 if image is None else image]
             # The LoRAs get the same noise, as each would alone.
-            noise, sigma = (part.to(z_0).repeat(len(z_0), 1, 1, 1) for part in random)
+            noise, sigma = (part.to(z_0).repeat(self.loras, 1, 1, 1) for part in random)
             yield self.train_step(z_0.repeat_interleave(self.stage.noises, 0), Draw(noise, sigma))
 
     def _draw(self) -> RandomStep:
         before = self.generator.get_state()
-        image = torch.randint(len(self.z_0), (1,), generator=self.generator) if len(self.z_0) > self.loras else None
-        like = torch.empty(self.stage.noises, *self.z_0.shape[1:])
+        images = self.z_0.shape[1]
+        image = int(torch.randint(images, (1,), generator=self.generator)) if images > 1 else None
+        like = torch.empty(self.stage.noises, *self.z_0.shape[2:])
         return RandomStep(image, draw(like, self.model.sigmas, self.stage.noise_offset, self.generator), before)
 
     def train_step(self, z_0: Tensor, random: Draw) -> StepEvent:
@@ -210,7 +221,7 @@ class Trainer:
         return z_0_hat.detach()[:: len(z_0_hat) // self.loras], numbers
 
     def parts(self, lora: int = 0) -> dict[str, Part]:
-        """The parts as trained so far, frozen ones included, by role, on the CPU in fp32; with `apart`, of one LoRA."""
+        """The parts of one LoRA as trained so far, frozen ones included, by role, on the CPU in fp32."""
         return self.inserted.parts(lora)
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -232,18 +243,18 @@ class Trainer:
         shapes = {"step": (), "loss_scale": (), "generator": tuple(self.random_state.shape)}
         for number, weight in enumerate(self.inserted.parameters):
             shapes[f"weights.{number}"] = tuple(weight.shape)
-            shapes |= {f"optimizer.{number}.{name}": tuple(weight.shape) for name in MOMENTS}
-            shapes[f"optimizer.{number}.step"] = ()
+            for name in KEPT[self.stage.optimizer]:
+                shapes[f"optimizer.{number}.{name}"] = () if name == COUNT else tuple(weight.shape)
         return shapes
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Continues from the `state_dict` of a Trainer of the same arguments that had made at least one step."""
-        moments = {}
+        moments, names = {}, KEPT[self.stage.optimizer]
         with torch.no_grad():
             for number, weight in enumerate(self.inserted.parameters):
                 weight.copy_(state[f"weights.{number}"])
                 # Clones, since the optimizer keeps the tensors and writes into them.
-                moments[number] = {name: state[f"optimizer.{number}.{name}"].clone() for name in ("step", *MOMENTS)}
+                moments[number] = {name: state[f"optimizer.{number}.{name}"].clone() for name in names}
         self.optimizer.load_state_dict({"state": moments, "param_groups": self.optimizer.state_dict()["param_groups"]})
         self.generator.set_state(state["generator"])
         self.random_state, self.drawn = self.generator.get_state(), None

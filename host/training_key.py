@@ -3,7 +3,7 @@
 import hashlib
 import logging
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property
 from types import FunctionType
 from typing import Any
@@ -69,7 +69,7 @@ class TrainingRequest:
                     "changes": _changes(self.model),
                     "latent": self.latent["samples"],
                     "positive": self.positive,
-                    "stage": asdict(self.stage),
+                    "stage": self.stage.facts(),
                     "frozen": self.frozen,
                     "dtype": str(self.dtype),
                 }

@@ -134,9 +134,9 @@ def _train_together(
     with open_for_training(model, shape, dtype, memory) as denoiser:
         z_0 = clean_latents(model, latent)
         cond = encoded_conditioning(model, requests[0].positive, z_0)
-        apart = len(requests) > 1
-        frozen = [request.frozen for request in requests] if apart else requests[0].frozen
-        with Trainer(denoiser, z_0, cond, stage, frozen, loss_scale(dtype), apart) as trainer:
+        loras = len(requests)
+        frozen = [request.frozen for request in requests] if loras > 1 else requests[0].frozen
+        with Trainer(denoiser, z_0, cond, stage, frozen, loss_scale(dtype), loras) as trainer:
             losses = _run(trainer, progress, resume, save)
             return [
                 Trained(ImageLora(trainer.parts(row), _metadata(request, hidden)), [step[row] for step in losses])

@@ -5,11 +5,13 @@ from .demo import LoadDemoModel
 from .evaluate import Evaluate, Gate
 from .guide import Guider, Sampler
 from .lora import Apply, Load, Save
+from .recolour import Recolour
 from .sign import SaveSigned
 from .strength_grid import StrengthGrid
 from .train import TrainImage, TrainImages, TrainStyle
 
 NODES = [
+    Recolour,
     TrainImage,
     TrainStyle,
     TrainImages,

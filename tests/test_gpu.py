@@ -1,6 +1,7 @@
 """A training step that a GPU records. Skipped where there is no NVIDIA GPU."""
 
 import logging
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from reference import diffusers_denoiser, diffusers_unet, flat, relative_error, 
 from test_trainer import SHORT
 
 from consislora_core.recording import RecordedStep
-from consislora_core.schedule import image_stage
+from consislora_core.schedule import OPTIMIZERS, image_stage
 from consislora_core.trainer import Denoiser, Trainer
 
 pytestmark = [
@@ -19,7 +20,7 @@ pytestmark = [
 STAGE = image_stage(**{**SHORT, "steps": 12, "eps": 1e-3})
 
 
-def trained(recordable: bool, observe=lambda x: None):
+def trained(recordable: bool, observe=lambda x: None, stage=STAGE):
     """The LoRA of a short training on the tiny UNet, and the last step's work; `observe` gets what is denoised."""
     tensors = run("stage1_content")
     sigmas = diffusers_denoiser(None).sigmas
@@ -34,16 +35,18 @@ def trained(recordable: bool, observe=lambda x: None):
         return x - s * unet(x / (s**2 + 1).sqrt(), timestep, text, added_cond_kwargs=added).sample
 
     host = Denoiser(unet, denoise, sigmas, recordable=recordable)
-    with Trainer(host, tensors["z_0"].cuda(), None, STAGE) as trainer:
+    with Trainer(host, tensors["z_0"].cuda(), None, stage) as trainer:
         for _ in trainer:
             pass
         return flat(trainer.parts()), trainer.work
 
 
-def test_recorded_steps_train_the_same_lora():
-    lora, work = trained(recordable=True)
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_recorded_steps_train_the_same_lora(optimizer):
+    stage = replace(STAGE, optimizer=optimizer)
+    lora, work = trained(recordable=True, stage=stage)
     assert isinstance(work, RecordedStep) and work.graphs is not None
-    assert relative_error(lora, trained(recordable=False)[0]) < 1e-4
+    assert relative_error(lora, trained(recordable=False, stage=stage)[0]) < 1e-4
 
 
 def test_steps_that_cannot_be_recorded_go_on_and_leave_the_gpu_fit_for_use(caplog):

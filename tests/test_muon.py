@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from demo_model.recipe.muon import Muon, orthogonalised
+from consislora_core.muon import Muon, orthogonalised
 
 
 def trained(optimizer_of, shapes, steps=20):

@@ -1,10 +1,22 @@
 """A stage says what each step does, and refuses settings it cannot mean."""
 
 import math
+from dataclasses import replace
 
 import pytest
 
-from consislora_core.schedule import NOISE, RECONSTRUCTION, Phase, Stage, image_stage, style_stage
+from consislora_core.schedule import (
+    ADAMW,
+    MUON,
+    MUON_RATE,
+    NOISE,
+    RECONSTRUCTION,
+    SHORTER,
+    Phase,
+    Stage,
+    image_stage,
+    style_stage,
+)
 
 
 def test_the_image_stage_is_the_papers():
@@ -30,20 +42,27 @@ def test_unless_another_is_chosen_the_schedule_stays_as_set(make):
     assert make(preset="paper") == make() and make().noises == 1
 
 
-def test_quality_takes_three_noises_and_lets_the_last_rate_fade_and_changes_nothing_else():
-    quality = image_stage(preset="quality")
-    *earlier, last = quality.phases
-    assert (*earlier, last._replace(fades=False)) == image_stage().phases and last.fades and quality.noises == 3
+@pytest.mark.parametrize(("make", "optimizer", "rate"), [(image_stage, MUON, MUON_RATE), (style_stage, ADAMW, 1)])
+def test_quality_has_the_last_rate_fade_and_stage_1_learn_by_muon_and_changes_nothing_else(make, optimizer, rate):
+    *earlier, last = make().phases
+    phases = (*earlier, last._replace(fades=True))
+    faster = tuple(phase._replace(learning_rate=rate * phase.learning_rate) for phase in phases)
+    assert make(preset="quality") == replace(make(), phases=faster, optimizer=optimizer)
 
 
-@pytest.mark.parametrize(("make", "n"), [(image_stage, 3), (style_stage, 5)])
-def test_fast_is_quality_with_one_step_for_several_at_as_many_times_the_rates(make, n):
+@pytest.mark.parametrize("make", [image_stage, style_stage])
+def test_fast_is_quality_with_one_step_for_several_at_as_many_times_the_rates(make):
     quality, fast = make(preset="quality"), make(preset="fast")
-    assert fast.noises == quality.noises
+    assert fast.optimizer == quality.optimizer
     for ours, theirs in zip(fast.phases, quality.phases, strict=True):
-        assert theirs.steps <= n * ours.steps < theirs.steps + n
-        assert ours.learning_rate == n * theirs.learning_rate
+        assert theirs.steps <= SHORTER * ours.steps < theirs.steps + SHORTER
+        assert ours.learning_rate == pytest.approx(SHORTER * theirs.learning_rate)
         assert (ours.loss, ours.fades) == (theirs.loss, theirs.fades)
+
+
+def test_a_stage_with_the_papers_optimizer_is_named_as_before_there_was_a_choice():
+    assert "optimizer" not in image_stage().facts()
+    assert image_stage(preset="quality").facts()["optimizer"] == MUON
 
 
 def test_a_rate_that_fades_falls_in_a_line_in_its_own_phase_alone():
@@ -75,6 +94,7 @@ def test_a_transition_at_either_end_leaves_one_loss(transition_step, loss):
         ({"eps": 0.0}, "eps is 0.0"),
         ({"weight_decay": 2.0}, "weight_decay is 2.0"),
         ({"max_grad_norm": 0.0}, "max_grad_norm is 0.0"),
+        ({"optimizer": "sgd"}, "optimizer is 'sgd'; it must be adamw or muon"),
     ],
 )
 def test_a_bad_field_is_named_with_its_value_and_what_is_allowed(settings, words):

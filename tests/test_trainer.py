@@ -9,7 +9,7 @@ from reference import diffusers_unet, flat, relative_error
 
 from consislora_core.adapters import fresh_part, inserted
 from consislora_core.losses import Draw, draw, noise_loss, reconstruction_loss
-from consislora_core.schedule import image_stage, style_stage
+from consislora_core.schedule import ADAMW, MUON, OPTIMIZERS, image_stage, style_stage
 from consislora_core.trainer import Trainer
 
 SHORT = dict(steps=6, transition_step=3, learning_rate=1e-2, reconstruction_learning_rate=1e-2, rank=2)
@@ -78,13 +78,15 @@ def test_the_same_seed_trains_the_same_lora_and_another_seed_another(host):
     assert not torch.equal(first, other)
 
 
-def test_six_steps_equal_three_steps_saved_loaded_and_three_more(host):
-    stage = image_stage(**SHORT)
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_six_steps_equal_three_steps_saved_loaded_and_three_more(host, optimizer):
+    stage = image_stage(**SHORT, optimizer=optimizer)
     losses, whole = train(host, stage)
     with Trainer(*host, stage) as trainer:
         events = iter(trainer)
         first_losses = [next(events).loss for _ in range(3)]
         state = trainer.state_dict()
+        assert {name: tuple(tensor.shape) for name, tensor in state.items()} == trainer.state_shapes()
     with Trainer(*host, stage) as resumed:
         resumed.load_state_dict(state)
         assert first_losses + [event.loss for event in resumed] == losses
@@ -106,20 +108,20 @@ def test_training_starts_from_the_parts_that_it_gets(host):
     assert not any(layer.up.any() for layer in parts["content"].values())
 
 
-@pytest.mark.parametrize("noises", [1, 2])
-def test_images_trained_separately_get_the_loras_that_each_would_get_alone(host, noises):
+@pytest.mark.parametrize(("noises", "optimizer", "each"), [(1, ADAMW, 1), (2, ADAMW, 1), (1, MUON, 1), (1, ADAMW, 2)])
+def test_loras_that_train_together_are_those_that_each_image_or_images_would_get_alone(host, noises, optimizer, each):
     model, z_0, cond = host
-    images = torch.cat([z_0, z_0.flip(-1), z_0.roll(3, -1)])
+    images = torch.cat([z_0, z_0.flip(-1), z_0.roll(3, -1), z_0.flip(-2)])
     content = None
     # At the paper's learning rates: AdamW's first steps blow up the rounding of gradients near 0.
-    settings = dict(rank=2, noises=noises)
+    settings = dict(rank=2, noises=noises, optimizer=optimizer)
     for stage in (image_stage(steps=6, transition_step=3, **settings), style_stage(steps=3, **settings)):
         alone = [
             train((model, image, cond), stage, frozen=content and {"content": content[row]})
-            for row, image in enumerate(images.split(1))
+            for row, image in enumerate(images.split(each))
         ]
         frozen = content and [{"content": part} for part in content]
-        with Trainer(model, images, cond, stage, frozen, apart=True) as trainer:
+        with Trainer(model, images, cond, stage, frozen, loras=len(alone)) as trainer:
             losses = zip(*(event.losses for event in trainer), strict=True)
             for row, (ours, (theirs, parts)) in enumerate(zip(losses, alone, strict=True)):
                 assert ours == pytest.approx(theirs, rel=1e-4)

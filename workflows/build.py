@@ -61,7 +61,8 @@ class Settings(NamedTuple):
     """What differs from one base model to the next.
 
     words: about it, for the notes. images: content and style. another: a second picture in the style image's style.
-    stage_1, stage_2: inputs of the training nodes. bounds: of Gate. encoder: for Evaluate, if there is one.
+    stage_1, stage_2: inputs of the training nodes. bounds: of Gate. encoder: for Evaluate, if there is one. recolours:
+    stage 1 learns from recolourings of the image.
     """
 
     name: str
@@ -75,6 +76,7 @@ class Settings(NamedTuple):
     sampling: dict
     bounds: dict[str, float]
     encoder: Node | None = None
+    recolours: bool = False
 
 
 class Use(NamedTuple):
@@ -96,7 +98,9 @@ class Use(NamedTuple):
 def train_and_stylise(settings: Settings, note: str) -> Workflow:
     """Two pictures in, two LoRAs and a stylised picture out: the whole method."""
     _, style_image = settings.images
-    style = Group("2. The style", BLUE, [picture("style", "Style image", style_image, settings.side)])
+    style = Group(
+        "2. The style", BLUE, [sized("style", "Style image", style_image, settings.side), latents("style", settings)]
+    )
     return whole_method(settings, note, style)
 
 
@@ -106,13 +110,15 @@ def multi_reference(settings: Settings, note: str) -> Workflow:
     one = sized("one", "Style image", style_image, settings.side)
     another = sized("another", "Another in this style", settings.another, settings.side)
     pictures = {"image1": From("one_sized", "IMAGE"), "image2": From("another_sized", "IMAGE")}
-    together = {"together": Node("ImageBatch", "Together", pictures), **latent("style", "together")}
-    return whole_method(settings, note, Group("2. The style, in two pictures", BLUE, [{**one, **together}, another]))
+    together = {"style_sized": Node("ImageBatch", "Together", pictures)}
+    columns = [{**one, **together}, another, latents("style", settings)]
+    return whole_method(settings, note, Group("2. The style, in two pictures", BLUE, columns))
 
 
 def whole_method(settings: Settings, note: str, style: Group) -> Workflow:
     content_image, _ = settings.images
-    content = Group("1. The subject", BLUE, [picture("content", "Content image", content_image, settings.side)])
+    columns = [sized("content", "Content image", content_image, settings.side), latents("content", settings)]
+    content = Group("1. The subject", BLUE, columns)
     return [
         [start_here(settings, note)],
         [content, style],
@@ -126,14 +132,16 @@ def whole_method(settings: Settings, note: str, style: Group) -> Workflow:
 
 def train_content(settings: Settings, note: str) -> Workflow:
     """The content image in, its LoRA out."""
-    image = Group("1. The subject", BLUE, [picture("content", "Content image", settings.images[0], settings.side)])
+    columns = [sized("content", "Content image", settings.images[0], settings.side), latents("content", settings)]
+    image = Group("1. The subject", BLUE, columns)
     learn = Group("2. Learn the subject", BROWN, learn_content(settings))
     return [[start_here(settings, note)], [image], [learn]]
 
 
 def train_style(settings: Settings, note: str) -> Workflow:
     """The style image in, its LoRA out."""
-    image = Group("1. The style", BLUE, [picture("style", "Style image", settings.images[1], settings.side)])
+    columns = [sized("style", "Style image", settings.images[1], settings.side), latents("style", settings)]
+    image = Group("1. The style", BLUE, columns)
     learn = Group("2. Learn the style, in two stages", BROWN, learn_style(settings))
     return [[start_here(settings, note)], [image], [learn]]
 
@@ -213,20 +221,24 @@ def guided(use: Use, settings: Settings) -> Workflow:
 def catalogue(settings: Settings, note: str) -> Workflow:
     """Folders in, folders out: the whole method for every pair of a content and a style picture."""
     loras = {"content": From("content_training", "consislora"), "style": From("stage_2_training", "consislora")}
-    empty = {"samples": From("content_latent", "LATENT"), "multiplier": 0.0}
+    size = {"width": From("size", "width"), "height": From("size", "height"), "batch_size": 1}
     saved = {"images": From("decoded", "IMAGE"), "job": From("pairs", "job"), **loras}
-    words = {**asked(BOTH, settings.side), "empty": Node("LatentMultiply", "Empty, in the subject's size", empty)}
+    words = {
+        **asked(BOTH, settings.side),
+        "size": Node("GetImageSize", "The subject's size", {"image": From("content_sized", "IMAGE")}),
+        "empty": Node("EmptyLatentImage", "Empty, in the subject's size", size),
+    }
     made = {
         "sampled": Node("ConsisLoRASampler", "Sample, guided", {"model": MODEL, **loras, **sampling(settings)}),
         "decoded": decoded(),
         "result": Node("ConsisLoRACatalogSave", "Into the catalogue", saved),
     }
-    pairs, latents = {"pairs": Node("ConsisLoRACatalogLoad", "Every subject, every style")}, {}
+    columns = [{"pairs": Node("ConsisLoRACatalogLoad", "Every subject, every style")}]
     for image in loras:
-        latents |= {f"{image}_sized": scaled(From("pairs", image), settings.side), **latent(image, f"{image}_sized")}
+        columns.append({f"{image}_sized": scaled(From("pairs", image), settings.side), **latents(image, settings)})
     return [
         [start_here(settings, note)],
-        [Group("1. The folders", BLUE, [pairs, latents])],
+        [Group("1. The folders", BLUE, columns)],
         [
             Group("2. Learn the subject", BROWN, learn_content(settings)[:1]),
             Group("3. Learn the style, in two stages", BROWN, learn_style(settings)[:2]),
@@ -240,10 +252,6 @@ def start_here(settings: Settings, note: str) -> Group:
     return Group("Start here", BLUE, [column])
 
 
-def picture(key: str, title: str, file: str, side: int) -> Column:
-    return {**sized(key, title, file, side), **latent(key, f"{key}_sized")}
-
-
 def sized(key: str, title: str, file: str, side: int) -> Column:
     image = Node("LoadImage", title, {"image": file})
     return {f"{key}_image": image, f"{key}_sized": scaled(From(f"{key}_image", "IMAGE"), side)}
@@ -254,8 +262,21 @@ def scaled(image: From, side: int) -> Node:
     return Node("ImageScaleToMaxDimension", "Scale", {"image": image, **size})
 
 
-def latent(key: str, pixels: str) -> Column:
-    return {f"{key}_latent": Node("VAEEncode", "To latent", {"pixels": From(pixels, "IMAGE"), "vae": VAE})}
+def latents(image: str, settings: Settings) -> Column:
+    """What trainings learn from. Beside recolourings of the style image stage 2 needs the image in its own colours."""
+    sized = From(f"{image}_sized", "IMAGE")
+    if not settings.recolours:
+        return {f"{image}_latent": encoded(sized)}
+    own = {"style_own_latent": encoded(sized, "To latent, own colours")} if image == "style" else {}
+    return {
+        f"{image}_recoloured": Node("ConsisLoRARecolour", "In many colours", {"image": sized}),
+        f"{image}_latent": encoded(From(f"{image}_recoloured", "images")),
+        **own,
+    }
+
+
+def encoded(pixels: From, title: str = "To latent") -> Node:
+    return Node("VAEEncode", title, {"pixels": pixels, "vae": VAE})
 
 
 def learn_content(settings: Settings) -> list[Column]:
@@ -271,7 +292,12 @@ def learn_content(settings: Settings) -> list[Column]:
 
 
 def learn_style(settings: Settings) -> list[Column]:
-    inputs = {"content_lora": From("style_training", "consislora"), **settings.stage_2}
+    own = "style_own_latent" if settings.recolours else "style_latent"
+    inputs = {
+        "content_lora": From("style_training", "consislora"),
+        "latent": From(own, "LATENT"),
+        **settings.stage_2,
+    }
     stage_1 = train(
         "ConsisLoRATrainImage", "Stage 1: all of the style image", "style", "style_prompt", **settings.stage_1
     )
@@ -385,6 +411,7 @@ DEMO = Settings(
     images=("crown-flat.png", "balloon-halftone.png"),
     another="cherry-blossom-halftone.png",
     side=256,
+    recolours=True,
     stage_1={
         "preset": "quality",
         "steps": 300,

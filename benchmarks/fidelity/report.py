@@ -11,6 +11,7 @@ chosen on, and the settings that were tried. On a GPU take `--scale 1`, the pape
 import argparse
 import json
 import math
+import shlex
 import sys
 from datetime import date
 from functools import cached_property
@@ -48,10 +49,10 @@ from benchmarks.fidelity.studio import CFG, SAMPLER, SCHEDULER, STEPS, Own, Stud
 from benchmarks.picture_scores import perceptual_distance, ssim
 from consislora_core.metrics import leakage, structure_scores
 from consislora_core.roles import ROLES
-from consislora_core.schedule import NOISE, RECONSTRUCTION, Phase, Stage
+from consislora_core.schedule import ADAMW, MUON, MUON_RATE, NOISE, RECONSTRUCTION, SHORTER, Phase, Stage
 from demo.server import PACK
 
-EARLY, LATE = 1e-3, 5e-4  # learning rates before and after the transition, the demo workflow's
+EARLY, LATE = 2e-3, 1e-3  # learning rates before and after the transition: ten times the paper's
 STYLE_PROMPT = "An image in the style of [v]"
 INTRODUCTION, SCORES_TEXT, DIFFERENCES_TEXT, CHOICE_TEXT, CURVE_TEXT, SEVERAL_TEXT, SHEET_TEXT = template("fidelity")
 
@@ -72,13 +73,16 @@ Phases = tuple[Phase, ...]  # steps are those in the paper's schedule
 class Recipe(NamedTuple):
     """How a LoRA is trained: stage 1 and, for a style image, stage 2; without it the style part is stage 1's.
 
-    everywhere: on all attention layers instead of two blocks. noises: in each step.
+    everywhere: on all attention layers instead of two blocks. noises: in each step. muon: in stage 1. recolourings: of
+    each image, for stage 1.
     """
 
     image: Phases
     style: Phases = ()
     everywhere: bool = False
     noises: int = 1
+    muon: bool = False
+    recolourings: int = 0
 
 
 # In phases of 500 steps where recipes begin with the same steps, so that they share them.
@@ -98,19 +102,23 @@ def fading(recipe: Recipe) -> Recipe:
     return recipe._replace(image=image, style=style)
 
 
-def shorter(recipe: Recipe, image: int, style: int) -> Recipe:
-    """Divides the steps of stage 1 by `image` and of stage 2 by `style`, and multiplies the learning rates by them."""
-
-    def divided(phases: Phases, n: int) -> Phases:
-        return tuple(
-            phase._replace(steps=math.ceil(phase.steps / n), learning_rate=n * phase.learning_rate) for phase in phases
-        )
-
-    return recipe._replace(image=divided(recipe.image, image), style=divided(recipe.style, style))
+def faster(phases: Phases, rate: float, fewer: int = 1) -> Phases:
+    """The learning rates times `rate`, the steps divided by `fewer`."""
+    return tuple(
+        phase._replace(steps=math.ceil(phase.steps / fewer), learning_rate=rate * phase.learning_rate)
+        for phase in phases
+    )
 
 
-QUALITY = fading(PAPER)._replace(noises=3)  # the presets of the training nodes
-FAST = shorter(QUALITY, 3, 5)
+def shorter(recipe: Recipe, n: int) -> Recipe:
+    return recipe._replace(image=faster(recipe.image, n, n), style=faster(recipe.style, n, n))
+
+
+# The presets of the training nodes, and what they learn from.
+FADING = fading(PAPER)
+MUON_ALONE = FADING._replace(image=faster(FADING.image, MUON_RATE), muon=True)
+QUALITY = MUON_ALONE._replace(recolourings=24)
+FAST = shorter(QUALITY, SHORTER)
 
 
 class Contender(NamedTuple):
@@ -126,7 +134,6 @@ class Contender(NamedTuple):
 
 
 HALF = guided(0.5, 0.5)
-PRESET = guided(0.25, 0.0) | {"style_strength": 1.4}  # the sampling settings of these presets
 CONTENDERS = {
     "a": Contender("plain LoRA", PLAIN),
     "b": Contender("B-LoRA", B_LORA),
@@ -137,8 +144,8 @@ CONTENDERS = {
     "g": Contender("c, guidance 1", PAPER, settings=guided(1.0, 1.0)),
     "h": Contender("img2img, style LoRA", PAPER, denoise=0.6),
     "i": Contender("c, guidance 0.5", PAPER, settings=HALF),
-    "quality": Contender("3 noises, rates fade; content guidance 0.25, style strength 1.4", QUALITY, settings=PRESET),
-    "fast": Contender("quality in a third of the steps, stage 2 in a fifth; rates x 3, x 5", FAST, settings=PRESET),
+    "quality": Contender("Muon, rates fade; recolourings", QUALITY),
+    "fast": Contender("quality in a quarter of the steps, at 4 times the rates", FAST),
 }
 DIFFERENCES = ("c-b", "b-a", "c-a", "c-d", "c-e", "c-f", "g-c", "h-c", "i-c", "quality-c", "fast-c", "quality-fast")
 TRADED = ("content", "style")
@@ -147,39 +154,16 @@ TRADED = ("content", "style")
 SEEN = ("cat-face", "rocket", "red-apple", "house", "guitar", "automobile", "key", "bell")
 SEEN_STYLES = (("twemoji", "pizza"), ("noto", "pizza"), ("emojione", "pizza"))
 
-# What was tried on the pairs for tuning, with these settings of Dual Guidance.
-WAYS = {
-    "": {},
-    "1": {"style_strength": 1.25},
-    "2": guided(0.25, 0.0) | {"style_strength": 1.25},
-    "3": PRESET,
-    "4": guided(0.5, 0.25),
-    "5": guided(0.5, 0.0) | {"style_strength": 1.25},
-    "6": guided(0.5, 0.25) | {"style_strength": 1.25},
-    "7": guided(0.5, 0.5) | {"style_strength": 1.25},
-    "8": guided(0.5, 0.25) | {"style_strength": 1.5},
-    "9": guided(1.0, 0.0) | {"style_strength": 1.5},
-    "10": guided(1.0, 0.5) | {"style_strength": 1.25},
-    "11": guided(1.0, 0.0) | {"style_strength": 1.5, "end_percent": 0.5},
-}
-
-
-def tried(name: str, recipe: Recipe, ways: str) -> dict[str, Contender]:
-    def label(settings: dict) -> str:
-        return ", ".join([name, *(f"{what.replace('_', ' ')} {value:g}" for what, value in settings.items() if value)])
-
-    return {f"{name}{way}": Contender(label(WAYS[way]), recipe, settings=WAYS[way]) for way in ("", *ways.split())}
-
-
+# What is tried on the pairs for tuning.
 TRIED = {
     "c": CONTENDERS["c"],
-    **tried("quality", QUALITY, "1 2 3 4 5 6 7 8"),
-    **tried("fast", FAST, "3 5 6 9 10 11"),
-    **{
-        f"fast3 ({n}, {m})": Contender(f"fast3, one step for {n}, for {m}", shorter(QUALITY, n, m), settings=PRESET)
-        for n, m in ((3, 3), (3, 4), (3, 6), (4, 4), (5, 5))
-    },
-    **tried("fading", fading(PAPER), "5 6"),
+    "fading": Contender("c, rates fade", FADING),
+    "muon": Contender("Muon, rates fade", MUON_ALONE),
+    "recoloured": Contender("rates fade; recolourings", FADING._replace(recolourings=24)),
+    "quality": CONTENDERS["quality"],
+    "quality 2": Contender("quality, guidance 0.5", QUALITY, settings=HALF),
+    "quality 3": Contender("quality, content guidance 0.5", QUALITY, settings=guided(0.5, 0.0)),
+    "fast": CONTENDERS["fast"],
 }
 
 
@@ -195,7 +179,8 @@ class Bench:
         def scaled(phases: Phases) -> Phases:
             return tuple(phase._replace(steps=round(self.scale * phase.steps)) for phase in phases)
 
-        image = Stage("image", ROLES, scaled(recipe.image), noises=recipe.noises)
+        optimizer = MUON if recipe.muon else ADAMW
+        image = Stage("image", ROLES, scaled(recipe.image), noises=recipe.noises, optimizer=optimizer)
         if not recipe.style:
             return image, None
         return image, Stage("style", ROLES[1:], scaled(recipe.style), noise_offset=0.03, noises=recipe.noises)
@@ -205,11 +190,12 @@ class Bench:
         studio, recipe = self.studio, contender.recipe
         stage_1, stage_2 = self.stages(recipe)
         train = studio.learned_everywhere if recipe.everywhere else studio.learned
-        contents = train(stage_1, "A [c]", self.contents).owns
+        recolourings = {"recolourings": recipe.recolourings} if recipe.recolourings else {}
+        contents = train(stage_1, "A [c]", self.contents, **recolourings).owns
         if contender.style_images > 1:
             groups = {style: group[: contender.style_images] for style, group in SAME_STYLE.items()}
             return contents | {style: self.style_of_all(recipe, group) for style, group in groups.items()}
-        styles = train(stage_1, "A [v]", self.styles)
+        styles = train(stage_1, "A [v]", self.styles, **recolourings)
         if stage_2:
             styles = studio.learned(stage_2, STYLE_PROMPT, self.styles, styles)
         return contents | styles.owns
@@ -423,7 +409,7 @@ def plot(curves: dict[str, list[tuple[float, float]]], file: Path) -> None:
     figure.savefig(file)
 
 
-def sheet_section(bench: Bench, contenders: dict[str, Contender], folder: Path) -> str:
+def sheet_section(bench: Bench, contenders: dict[str, Contender], file: Path) -> str:
     n = len(bench.styles)
     pairs = [pair for i, pair in enumerate(bench.pairs) if (i // n * 3 + i) % n == 0]
     contents, styles, truths = (
@@ -438,8 +424,9 @@ def sheet_section(bench: Bench, contenders: dict[str, Contender], folder: Path) 
         for j, picture in enumerate(pictures):
             pixels = (255 * rearrange(picture, "c h w -> h w c")).byte().numpy()
             page.paste(Image.fromarray(pixels), (136 * i + 4, 24 + 136 * j))
-    page.quantize(48).save(folder / "fidelity_sheet.png", optimize=True)
-    return SHEET_TEXT.format(key=", ".join(f"{name}: {contender.label}" for name, contender in contenders.items()))
+    page.quantize(48).save(file, optimize=True)
+    key = ", ".join(f"{name}: {contender.label}" for name, contender in contenders.items())
+    return SHEET_TEXT.format(key=key, file=file.name)
 
 
 def main() -> None:
@@ -449,32 +436,39 @@ def main() -> None:
     parser.add_argument("--tune", action="store_true", help="the pairs that settings were chosen on")
     parser.add_argument("--scale", type=float, default=0.4, help="training steps, as a part of the paper's")
     parser.add_argument("--seeds", type=int, default=2, help="pictures a pair")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="these contenders, beside c")
+    parser.add_argument("--images", type=int, metavar="N", help="pairs of the first N content and N style images")
     options = parser.parse_args()
     split, contenders = ("tune", TRIED) if options.tune else ("report", CONTENDERS)
-    results = options.work if options.few else RESULTS
-    pairs = first_six(PAIRS[split]) if options.few else PAIRS[split]
+    if options.only:
+        contenders = {name: contenders[name] for name in dict.fromkeys(["c", *options.only])}
+    is_whole = not (options.tune or options.only)
+    results = RESULTS if is_whole or options.tune and not options.few else options.work
+    pairs = first_pairs(PAIRS[split], *((2, 3) if options.few else (options.images, options.images)))
     scale, seeds = (0.1, 1) if options.few else (options.scale, options.seeds)
     bench = Bench(Studio(options.work), pairs, scale, seeds)
     measured = {name: bench.measured(contender) for name, contender in contenders.items()}
     against_c = [f"{name}-c" for name in contenders if name != "c"]
+    name = f"fidelity{'_tuning' * options.tune}"
     sections = [
-        introduction(bench, " --few" * options.few + " --tune" * options.tune),
+        introduction(bench, shlex.join(["", *sys.argv[1:]]).removeprefix("''")),
         scores_section(bench, measured, contenders),
-        differences_section(bench, measured, against_c if options.tune else DIFFERENCES),
+        differences_section(bench, measured, DIFFERENCES if is_whole else against_c),
     ]
-    if not options.tune:
-        sections += [CHOICE_TEXT, curve_section(bench, results), sheet_section(bench, contenders, results)]
+    if is_whole:
+        sections += [CHOICE_TEXT, curve_section(bench, results)]
         if not options.few:
-            sections.insert(-1, several_section(bench))
+            sections.append(several_section(bench))
+    sections.append(sheet_section(bench, contenders, results / f"{name}_sheet.png"))
     text = joined(sections)
-    (results / f"fidelity{'_tuning' * options.tune}.md").write_text(text, encoding="utf-8")
+    (results / f"{name}.md").write_text(text, encoding="utf-8")
     print(text)
 
 
-def first_six(pairs: list[Pair]) -> list[Pair]:
-    """Two content images in the styles of three sets."""
-    contents, styles = (list(dict.fromkeys(drawings)) for drawings in zip(*pairs, strict=True))
-    return [Pair(content, style) for content in contents[:2] for style in styles[:3]]
+def first_pairs(pairs: list[Pair], contents: int | None, styles: int | None) -> list[Pair]:
+    """The pairs of the first content images with the first style images."""
+    kept = [list(dict.fromkeys(drawings)) for drawings in zip(*pairs, strict=True)]
+    return [pair for pair in pairs if pair.content in kept[0][:contents] and pair.style in kept[1][:styles]]
 
 
 if __name__ == "__main__":

@@ -85,6 +85,12 @@ class Studio:
         return {"samples": self.vae.encode(rearrange(self.drawn(*drawings), "b c h w -> b h w c"))}
 
     @torch.inference_mode()
+    def recoloured_latents(self, drawing: Drawing, count: int) -> Tensor:
+        """As the nodes Recolour and VAE Encode give them."""
+        picture = rearrange(self.drawn(drawing), "b c h w -> b h w c")
+        return self.vae.encode(self.pack.nodes.recolour.Recolour.execute(picture, count, 0).result[0])
+
+    @torch.inference_mode()
     def decoded(self, latent: dict[str, Tensor]) -> Tensor:
         return rearrange(self.vae.decode(latent["samples"]), "b h w c -> b c h w").clamp(0, 1)
 
@@ -93,25 +99,37 @@ class Studio:
         return self.clip.encode_from_tokens_scheduled(self.clip.tokenize(text))
 
     def learned(
-        self, stage: Stage, prompt: str, drawings: list[Drawing], frozen: Learned | None = None, together: bool = False
+        self,
+        stage: Stage,
+        prompt: str,
+        drawings: list[Drawing],
+        frozen: Learned | None = None,
+        together: bool = False,
+        recolourings: int = 0,
     ) -> Learned:
         """An ImageLora for each drawing, all trained as one batch; together: one LoRA for all, a drawing a step.
 
-        frozen: a training on the same drawings, whose content parts are frozen. Stages that begin with the same phases
-        share them.
+        frozen: a training on the same drawings, whose content parts are frozen. recolourings: of each drawing, of which
+        a step takes one. Stages that begin with the same phases share them.
         """
         names = frozen and [own.name for own in frozen.owns.values()]
-        name = fingerprint([self.base, asdict(stage), prompt, drawings, names, *["together"] * together])
+        facts = [self.base, stage.facts(), prompt, drawings, names, *["together"] * together]
+        name = fingerprint(facts + [recolourings] * bool(recolourings))
         if kept := self._kept(name, drawings, from_state_dict):
             return kept
         *earlier, phase = stage.phases
         before = (
-            earlier and self.learned(replace(stage, phases=tuple(earlier)), prompt, drawings, frozen, together).state
+            earlier
+            and self.learned(
+                replace(stage, phases=tuple(earlier)), prompt, drawings, frozen, together, recolourings
+            ).state
         )
         held = frozen and [{"content": own.lora.part("content")} for own in frozen.owns.values()]
+        loras = 1 if together else len(drawings)
+        what = f"{stage.name} stage, {phase.loss} loss"
         with (
-            self._training(f"{stage.name} stage, {phase.loss} loss", prompt, drawings) as (denoiser, z_0, cond),
-            Trainer(denoiser, z_0, cond, stage, held and held[0] if together else held, apart=not together) as trainer,
+            self._training(what, prompt, drawings, recolourings) as (denoiser, z_0, cond),
+            Trainer(denoiser, z_0, cond, stage, held and held[0] if loras == 1 else held, loras=loras) as trainer,
         ):
             if before:
                 trainer.load_state_dict(before)
@@ -145,10 +163,13 @@ class Studio:
         return self._kept(name, drawings, _everywhere_of)
 
     @contextmanager
-    def _training(self, what: str, prompt: str, drawings: list[Drawing]) -> Iterator[tuple]:
+    def _training(self, what: str, prompt: str, drawings: list[Drawing], recolourings: int = 0) -> Iterator[tuple]:
         print(f"Training {len(drawings)} LoRAs, {what} ...", file=sys.stderr, flush=True)
         host, latents = self.pack.host.training_model, self.latents(*drawings)
-        with host.open_for_training(self.model, latents["samples"].shape, torch.float32) as denoiser:
+        if recolourings:
+            latents = {"samples": torch.cat([self.recoloured_latents(one, recolourings) for one in drawings])}
+        shape = (len(drawings), CHANNELS, SIDE, SIDE)
+        with host.open_for_training(self.model, shape, torch.float32) as denoiser:
             z_0 = host.clean_latents(self.model, latents)
             yield denoiser, z_0, host.encoded_conditioning(self.model, self.text(prompt), z_0)
 

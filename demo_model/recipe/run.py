@@ -7,12 +7,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from recipe.muon import Muon
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from torchvision.utils import make_grid, save_image
 
 from consislora_core.files import written_whole
+from consislora_core.muon import Muon
 
 LARGEST_FILE = 15 * 2**20  # bytes: a checkpoint is a few files that go anywhere
 WARM_UP, FALLS_FROM = 100, 0.5  # steps until the full rate; the share of a stage after which the rate falls to 0

@@ -29,7 +29,8 @@ class Muon(torch.optim.Optimizer):
 
     Leading axes count matrices that know nothing of one another, so LoRAs of several images in one tensor step as
     each alone would. Weights of one shape are orthogonalised in one product. Steps have the size of AdamW's at the
-    same rate: 0.2 in root mean square, before the rate.
+    same rate: 0.2 in root mean square, before the rate. A rate that is a tensor on the weights' device can be changed
+    in steps that are recorded as a CUDA graph.
     """
 
     def __init__(self, params, lr: float, momentum: float = 0.95, weight_decay: float = 0.0):
@@ -51,6 +52,6 @@ class Muon(torch.optim.Optimizer):
             momenta.append(self.state[weight].setdefault("momentum_buffer", torch.zeros_like(weight)))
         torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
         ahead = torch._foreach_lerp(gradients, momenta, group["momentum"])  # Nesterov's
-        steps = orthogonalised(torch.stack(ahead)).unbind()
+        steps = orthogonalised(torch.stack(ahead)) * (0.2 * max(shape[-2:]) ** 0.5 * group["lr"])
         torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
-        torch._foreach_add_(weights, steps, alpha=-0.2 * max(shape[-2:]) ** 0.5 * group["lr"])
+        torch._foreach_sub_(weights, steps.unbind())

@@ -1,0 +1,55 @@
+"""Recolourings of a picture, from which a LoRA learns structure alone."""
+
+import torch
+from comfy_api.latest import io
+
+from ..consislora_core.recolour import recolour
+from ..host.model_inputs import check_pictures
+from .sockets import CATEGORY, aliases
+from .widget_values import checked
+
+
+class Recolour(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="ConsisLoRARecolour",
+            display_name="Recolour",
+            category=CATEGORY,
+            **aliases("colour jitter", "color augmentation", "hue", "structure only"),
+            description="Gives a picture and the same picture in other colours, for Train ConsisLoRA (image): what it "
+            "learns from them is structure, so that the style image alone decides the colours.",
+            inputs=[
+                io.Image.Input("image", tooltip="A content image or a style image; of several, each is recoloured."),
+                io.Int.Input(
+                    "recolourings",
+                    default=24,
+                    min=1,
+                    max=256,
+                    tooltip="How many; training draws one of them, or the picture itself, in each step.",
+                ),
+                io.Int.Input(
+                    "seed",
+                    default=0,
+                    min=0,
+                    max=2**64 - 1,
+                    control_after_generate=False,
+                    tooltip="The same seed gives the same colours.",
+                ),
+            ],
+            outputs=[
+                io.Image.Output(
+                    display_name="images", tooltip="The picture, then its recolourings; VAE Encode takes them all."
+                )
+            ],
+        )
+
+    @classmethod
+    @checked
+    def execute(cls, image, recolourings, seed) -> io.NodeOutput:
+        check_pictures(image, "image")
+        generator = torch.Generator().manual_seed(seed)
+        pictures = [picture[..., :3].expand(-1, -1, 3).float().cpu() for picture in image]
+        return io.NodeOutput(
+            torch.cat([torch.cat([picture[None], recolour(picture, recolourings, generator)]) for picture in pictures])
+        )

@@ -1,0 +1,61 @@
+"""Recolourings keep a picture's structure and none of its colours."""
+
+import pytest
+import torch
+from images import loaded
+
+from consislora_core.recolour import recolour
+
+
+def drawn(name: str) -> torch.Tensor:
+    """h w 3"""
+    return loaded(name)[0].movedim(0, -1)
+
+
+def recoloured(picture: torch.Tensor, count: int = 64, seed: int = 0) -> torch.Tensor:
+    return recolour(picture, count, torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture(scope="module")
+def owl():
+    return drawn("owl-flat")
+
+
+def test_white_stays_white_and_every_other_pixel_changes(owl):
+    pictures, page = recoloured(owl), (owl > 0.99).all(-1)
+    assert (pictures[:, page] > 0.99).all()
+    body = owl.amin(-1) < 0.9
+    assert ((pictures - owl)[:, body].abs().amax(-1).mean(1) > 0.02).all()
+
+
+def test_what_was_of_one_colour_is_of_one_colour_still(owl):
+    for colour in (owl[64, 64], owl[40, 50]):
+        same = (owl == colour).all(-1)
+        assert recoloured(owl)[:, same].std(1).max() < 1e-6
+
+
+def test_the_colours_of_the_recolourings_say_nothing_of_the_pictures(owl):
+    ink = owl.amin(-1) < 0.9
+    means = recoloured(owl, 400)[:, ink].mean(1)
+    turned = recoloured(owl.flip(-1), 400, seed=1)[:, ink].mean(1)  # red for blue
+    assert (means.mean(0) - turned.mean(0)).abs().max() < 0.05 < means.std(0).min()
+
+
+def test_a_grey_picture_gets_colours_too():
+    grey = torch.linspace(0, 0.9, 64).view(8, 8, 1).expand(-1, -1, 3)
+    assert (recoloured(grey).amax(-1) - recoloured(grey).amin(-1)).mean() > 0.1
+
+
+def test_the_same_seed_gives_the_same_colours_and_another_seed_others(owl):
+    assert torch.equal(recoloured(owl, 3), recoloured(owl, 3))
+    assert not torch.equal(recoloured(owl, 3), recoloured(owl, 3, seed=1))
+
+
+def test_the_node_gives_each_picture_and_then_its_recolourings(pack, owl):
+    crown = drawn("crown-flat")
+    batch = torch.stack([owl, crown])
+    rgba = torch.cat([batch, torch.ones_like(batch[..., :1])], -1)
+    (images,) = pack.nodes.recolour.Recolour.execute(rgba, 2, 0).args
+    assert images.shape == (6, *owl.shape)
+    assert torch.equal(images[0], owl) and torch.equal(images[3], crown)
+    assert len({image.numpy().tobytes() for image in images}) == 6
