@@ -21,7 +21,8 @@ def test_comfyui_imports_the_pack(server):
 
 def test_a_workflow_runs_and_its_pictures_are_found(server):
     events = []
-    entry = server.run({"1": BLANK, "2": save("1")}, on_event=lambda kind, data: events.append(kind))
+    large = {**BLANK, "inputs": {**BLANK["inputs"], "width": 4096, "height": 4096}}  # not done before we listen
+    entry = server.run({"1": large, "2": save("1")}, on_event=lambda kind, data: events.append(kind))
     (picture,) = server.images(entry)
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert "execution_success" in events
