@@ -26,7 +26,7 @@ def quantised(model, kind="float8_e4m3fn", dtype=torch.float32):
     import comfy.quant_ops
 
     def convert(layer):
-        if not isinstance(layer, nn.Linear):
+        if not isinstance(layer, nn.Linear) or not layer.weight.any():  # which would have a scale of 0
             return None
         state = {"weight": layer.weight.to(dtype)}
         if layer.bias is not None:
@@ -46,6 +46,18 @@ def quantised(model, kind="float8_e4m3fn", dtype=torch.float32):
         return new
 
     return with_layers(model, convert)
+
+
+def stored_in_fp8(model):
+    """All weights in fp8, cast for every layer, as a loader's weight_dtype makes them."""
+    model = with_layers(model, lambda layer: None)
+    model.model.manual_cast_dtype = torch.float32
+    for layer in model.model.diffusion_model.modules():
+        if hasattr(layer, "comfy_cast_weights"):
+            layer.comfy_cast_weights = True
+            for name, p in layer.named_parameters(recurse=False):
+                layer._parameters[name] = nn.Parameter(p.to(torch.float8_e4m3fn), False)
+    return model
 
 
 class Blocks(torch.Tensor):
@@ -130,6 +142,7 @@ class OddModel:
     """A node that turns a MODEL into one of these kinds."""
 
     KINDS = {
+        "fp8": stored_in_fp8,
         "fp8 quantised": lambda model: quantised(model, "float8_e4m3fn"),
         "int8 quantised": lambda model: quantised(model, "int8_tensorwise"),
         "GGUF": gguf_like,

@@ -2,14 +2,19 @@
 
 import logging
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
+from in_process import COMFYUI, ROOT
 from odd_models import gguf_like, quantised
+from PIL import Image
 from reference import INDEX, comfy_model, flat, relative_error
-from test_training_nodes import inputs, key, picture, store, train_image  # noqa: F401
+from test_training_nodes import FEW_STEPS, inputs, key, picture, store, train_image  # noqa: F401
 
+from batch.comfy_client import WorkflowError
 from consislora_core.losses import add_noise, noise_from_x0, noise_loss, reconstruction_loss
+from demo.server import ComfyServer
 
 
 @pytest.fixture
@@ -236,6 +241,74 @@ def test_structure_lock_in_flow_matching_begins_with_what_the_sampler_turns_back
         assert relative_error(back["samples"], latent["samples"]) < 0.1
         with pytest.raises(ValueError, match="structure_lock cannot begin at denoise 1 with a model of flow matching"):
             sampling.invert(guider, latent, sampling.ksampler_sigmas(model, 10, "euler", "simple", 1.0))
+
+
+# Through a real server
+
+
+@pytest.fixture(scope="module")
+def odd_server(tmp_path_factory):
+    """A ComfyServer whose node OddModel makes such models of the demo model."""
+    base = tmp_path_factory.mktemp("odd")
+    (base / "custom_nodes").mkdir()
+    shutil.copy(Path(__file__).parent / "odd_models.py", base / "custom_nodes")
+    with ComfyServer(base, COMFYUI) as server:
+        server.upload(ROOT / "demo" / "images" / "crown-flat.png")
+        yield server
+
+
+def jobs(kind: str) -> tuple[dict, dict, dict]:
+    """Workflows: a model of this kind draws, is trained, and draws the same once more."""
+    odd = ("OddModel", dict(model=["demo", 0], kind=kind))
+    flow = ("ModelSamplingSD3", dict(model=["demo", 0], shift=3.0))
+    shared = {
+        "demo": ("ConsisLoRADemoModel", {}),
+        "base": flow if kind == "flow matching" else odd,
+        "text": ("CLIPTextEncode", dict(text="A crown", clip=["demo", 1])),
+        "image": ("LoadImage", dict(image="crown-flat.png")),
+        "latent": ("VAEEncode", dict(pixels=["image", 0], vae=["demo", 2])),
+    }
+    train = {
+        "train": ("ConsisLoRATrainImage", dict(
+            model=["base", 0], latent=["latent", 0], positive=["text", 0], **FEW_STEPS, precision="auto")),
+        "save": ("ConsisLoRASave", dict(consislora=["train", 0], filename="odd", precision="fp16")),
+    }  # fmt: skip
+
+    def draw(end):  # any number above 1: ComfyUI would not run the same job again
+        return {
+            "draw": ("KSamplerAdvanced", dict(
+                model=["base", 0], add_noise="enable", noise_seed=1, steps=1, cfg=1.0, sampler_name="euler",
+                scheduler="normal", positive=["text", 0], negative=["text", 0], latent_image=["latent", 0],
+                start_at_step=0, end_at_step=end, return_with_leftover_noise="disable")),
+            "decode": ("VAEDecode", dict(samples=["draw", 0], vae=["demo", 2])),
+            "picture": ("SaveImage", dict(images=["decode", 0], filename_prefix="odd")),
+        }  # fmt: skip
+
+    return tuple(
+        {name: {"class_type": kind, "inputs": inputs} for name, (kind, inputs) in {**shared, **own}.items()}
+        for own in (draw(1000), train, draw(999))
+    )
+
+
+@pytest.mark.parametrize("kind", ["fp8 quantised", "int8 quantised", "GGUF", "flow matching", "fp8"])
+def test_a_server_trains_such_a_model_and_leaves_it_as_it_was(odd_server, comfy, kind):
+    import comfy.quant_ops
+
+    if kind == "int8 quantised" and "int8_tensorwise" not in comfy.quant_ops.QUANT_ALGOS:
+        pytest.skip("this ComfyUI does not know int8")
+    before, train, after = jobs(kind)
+    pictures = [odd_server.images(odd_server.run(before))]
+    odd_server.run(train)
+    pictures.append(odd_server.images(odd_server.run(after)))
+    first, second = (Image.open(picture).tobytes() for (picture,) in pictures)
+    assert first == second
+
+
+def test_a_server_that_has_refused_such_a_model_does_the_next_job(odd_server):
+    before, train, after = jobs("GGUF without a gradient")
+    with pytest.raises(WorkflowError, match="gives no gradient"):
+        odd_server.run(train)
+    assert odd_server.images(odd_server.run(after))
 
 
 # Smaller relatives of SDXL, at a tiny size; test_full_size.py has them whole
