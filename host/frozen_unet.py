@@ -49,12 +49,17 @@ def _frozen_parameters(unet: nn.Module, channels_last: bool) -> Iterator[None]:
     channels_last: copies the weights of wide convolutions on a GPU to channels_last, which cuDNN would otherwise do in
     every step.
     """
-    originals = [
+    parameters = [
         (module, name, parameter)
         for module in unet.modules()
         for name, parameter in module._parameters.items()
-        if parameter is not None and not _has_dispatch(parameter)
+        if parameter is not None
     ]
+    # ComfyUI's QuantizedTensor has no storage of its own, autograd takes it as it is, and in 0.3.75 a cast notes the
+    # dtype in it.
+    wrappers = [parameter for *_, parameter in parameters if hasattr(parameter, "__tensor_flatten__")]
+    noted = [{key: dict(value) for key, value in vars(p).items() if isinstance(value, dict)} for p in wrappers]
+    originals = [entry for entry in parameters if not hasattr(entry[-1], "__tensor_flatten__")]
     try:
         for module, name, parameter in originals:
             shared = torch.empty(0, dtype=parameter.dtype, device=parameter.device)
@@ -71,11 +76,8 @@ def _frozen_parameters(unet: nn.Module, channels_last: bool) -> Iterator[None]:
     finally:
         for module, name, parameter in originals:
             module._parameters[name] = parameter
-
-
-def _has_dispatch(parameter: nn.Parameter) -> bool:
-    """Whether its class computes by itself, as ComfyUI's QuantizedTensor: it has no storage, and autograd takes it."""
-    return type(parameter).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__
+        for parameter, before in zip(wrappers, noted, strict=True):
+            vars(parameter).update(before)
 
 
 def _is_quantised(parameter: nn.Parameter) -> bool:
