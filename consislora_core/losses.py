@@ -1,7 +1,8 @@
 """Noises a latent and scores the prediction: as noise, or as x0 prediction.
 
 Notation of the paper in the variance-exploding form: x = z_0 + sigma n, where the paper's z_t is x / sqrt(1 + sigma^2).
-A denoiser gives z_0_hat; the noise it implies is n_hat = (x - z_0_hat) / sigma.
+A denoiser gives z_0_hat; the noise it implies is n_hat = (x - z_0_hat) / sigma. Flow matching (arXiv 2210.02747) has
+(1 - sigma) z_0 for z_0 in both.
 """
 
 from typing import NamedTuple
@@ -34,26 +35,31 @@ def draw(z_0: Tensor, sigmas: Tensor, noise_offset: float, generator: torch.Gene
     return Draw(noise.to(z_0), sigmas[level.to(sigmas.device)].to(z_0).view(-1, 1, 1, 1))
 
 
-def add_noise(z_0: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
+def add_noise(z_0: Tensor, noise: Tensor, sigma: Tensor, flow: bool = False) -> Tensor:
     """x = z_0 + sigma n. z_0, noise: b c h w; sigma: b 1 1 1."""
-    return z_0 + sigma * noise
+    return _signal(z_0, sigma, flow) + sigma * noise
 
 
-def noise_from_x0(x: Tensor, z_0_hat: Tensor, sigma: Tensor) -> Tensor:
+def noise_from_x0(x: Tensor, z_0_hat: Tensor, sigma: Tensor, flow: bool = False) -> Tensor:
     """n_hat = (x - z_0_hat) / sigma. x, z_0_hat: b c h w; sigma: b 1 1 1."""
-    return (x - z_0_hat) / sigma
+    return (x - _signal(z_0_hat, sigma, flow)) / sigma
 
 
-def noise_loss(z_0: Tensor, z_0_hat: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
+def _signal(z_0: Tensor, sigma: Tensor, flow: bool) -> Tensor:
+    return (1 - sigma) * z_0 if flow else z_0
+
+
+def noise_loss(z_0: Tensor, z_0_hat: Tensor, noise: Tensor, sigma: Tensor, flow: bool = False) -> Tensor:
     """Noise-prediction loss (arXiv 2503.10614, eq. 1): mean (n_hat - n)^2."""
-    n_hat = noise_from_x0(add_noise(z_0, noise, sigma), z_0_hat, sigma)
+    n_hat = noise_from_x0(add_noise(z_0, noise, sigma, flow), z_0_hat, sigma, flow)
     return (n_hat - noise).square().mean()
 
 
-def reconstruction_loss(z_0: Tensor, z_0_hat: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
+def reconstruction_loss(z_0: Tensor, z_0_hat: Tensor, noise: Tensor, sigma: Tensor, flow: bool = False) -> Tensor:
     """x0-reconstruction loss of ConsisLoRA (arXiv 2503.10614, section 4.1): mean (z_0_hat - z_0)^2, no weighting.
 
-    It is sigma^2 times the noise loss, so it learns from high noise, where global structure is decided.
+    It is sigma^2 times the noise loss (in flow matching (sigma / (1 - sigma))^2 times), so it learns from high noise,
+    where global structure is decided.
     """
     return (z_0_hat - z_0).square().mean()
 

@@ -3,6 +3,7 @@
 import gc
 import logging
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import NamedTuple
 
 import torch
@@ -58,28 +59,42 @@ class RecordedStep:
         return result
 
     def _record(self, inputs: Sequence[Tensor]) -> None:
-        compute, update = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
         # Other threads may go on using the device.
         settings = {"stream": self.stream, "capture_error_mode": "thread_local"}
-        before = torch.cuda.current_stream()
+        before, own_errors = torch.cuda.current_stream(), []
+
+        def noting(work: Callable, *inputs: Tensor):
+            try:
+                return work(*inputs)
+            except RuntimeError:  # torch's, at what cannot be recorded
+                raise
+            except BaseException as error:  # the step's own, such as ComfyUI's cancel
+                own_errors.append(error)
+                raise
+
         try:
+            compute, update = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
             self.inputs = [tensor.clone() for tensor in inputs]
             with torch.cuda.graph(compute, **settings):
-                self.outputs = self.step.compute(*self.inputs)
+                self.outputs = noting(self.step.compute, *self.inputs)
             with torch.cuda.graph(update, pool=compute.pool(), **settings):
-                self.step.update()
+                noting(self.step.update)
             self.graphs = compute, update
-        except RuntimeError as error:
-            reason = str(error).partition("\n")[0]
-            logging.info("ConsisLoRA: steps cannot be recorded here, which makes training slower: %s", reason)
+        except BaseException as error:
             torch.cuda.set_stream(before)
             self.recordable, self.inputs, self.outputs = False, None, None
-            del compute, update
+            compute = update = None
             _end_recording()
+            if own_errors:
+                raise own_errors[0] from None
+            if not isinstance(error, Exception):
+                raise
+            reason = str(error).partition("\n")[0] or type(error).__name__
+            logging.info("ConsisLoRA: steps cannot be recorded here, which makes training slower: %s", reason)
 
 
 def _end_recording() -> None:
     """Records nothing: after a failed recording, torch's random numbers stay in recording mode until one succeeds."""
     gc.collect()
-    with torch.cuda.graph(torch.cuda.CUDAGraph(), capture_error_mode="thread_local"):
+    with suppress(Exception), torch.cuda.graph(torch.cuda.CUDAGraph(), capture_error_mode="thread_local"):
         torch.zeros(1, device="cuda")

@@ -29,6 +29,7 @@ class Denoiser(NamedTuple):
     sigmas: Tensor  # the noise levels it was trained on, ascending, on the CPU
     dtype: torch.dtype = torch.float32  # that it computes in
     recordable: bool = False  # on a CUDA device, and `denoise` launches the same kernels in every step
+    flow: bool = False  # trained by flow matching: x = (1 - sigma) z_0 + sigma n
 
 
 class StepEvent(NamedTuple):
@@ -206,12 +207,12 @@ class Trainer:
         self, loss_name: str, loss_scale: float, z_0: Tensor, noise: Tensor, sigma: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Computes gradients; returns z_0_hat, and as one tensor the LoRAs' losses, gradient norm and mean sigma."""
-        x = add_noise(z_0, noise, sigma)
+        x = add_noise(z_0, noise, sigma, self.model.flow)
         self.optimizer.zero_grad()
         with self.inserted.cast(self.model.dtype):
             z_0_hat = self.model.denoise(x, sigma.flatten(), self.cond)
             spans = zip(*(tensor.chunk(self.loras) for tensor in (z_0, z_0_hat, noise, sigma)), strict=True)
-            losses = torch.stack([LOSSES[loss_name](*span) for span in spans])
+            losses = torch.stack([LOSSES[loss_name](*span, self.model.flow) for span in spans])
             (losses.sum() * loss_scale).backward()
         grads = [parameter.grad for parameter in self.inserted.parameters]
         if loss_scale != 1:

@@ -9,6 +9,8 @@ import torch
 from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
+from .training_model import is_flow
+
 NEARLY_CLEAN = 1e-4  # the sigma that inversion starts from: at 0 the Euler step's direction is undefined
 
 
@@ -59,7 +61,13 @@ def invert(guider: comfy.samplers.CFGGuider, latent: dict, sigmas: Tensor) -> di
     """The noisy latent that Euler steps down `sigmas` turn into this one: DDIM inversion (arXiv 2010.02502).
 
     In fp32: the first step divides by `NEARLY_CLEAN`, which makes fp16's rounding larger than the latent itself.
+    Raises ValueError for a model of flow matching at sigma 1, where the latent that ComfyUI hands on has no noise left.
     """
+    if is_flow(guider.model_patcher) and sigmas[0] >= 1:
+        raise ValueError(
+            "structure_lock cannot begin at denoise 1 with a model of flow matching (as from ModelSamplingSD3). "
+            "Set denoise to 0.95 or lower, or turn structure_lock off."
+        )
     latent = {**latent, "samples": latent["samples"].float()}
     ascending = torch.cat([sigmas.new_tensor([NEARLY_CLEAN]), sigmas.flip(0)[1:]])
     return sample(guider, latent, 0, "euler", ascending, noised=True)

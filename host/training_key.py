@@ -17,7 +17,7 @@ from ..consislora_core.lora_file import Part
 from ..consislora_core.schedule import Stage
 from ..consislora_core.store import METHOD, Unhashable, fingerprint
 from .model_inputs import check_latent, check_picture_in, check_roles, check_text
-from .training_model import training_dtype
+from .training_model import is_flow, options_that_act, training_dtype
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,6 +48,7 @@ class TrainingRequest:
     ) -> "TrainingRequest":
         """From the inputs of a node. Raises ValueError, naming the input, for one that does not fit the model."""
         check_roles(model)
+        is_flow(model)  # refuses a model that the method cannot train
         check_latent(model, latent, "latent")
         check_picture_in(latent, "latent", "Training")
         check_text(model, positive, "positive")
@@ -61,9 +62,11 @@ class TrainingRequest:
     @cached_property
     def key(self) -> str | None:
         """The name of the training in the store; None for a model or text that code of other nodes changes."""
+        flow = {"flow": True} if is_flow(self.model) else {}
         try:
             return fingerprint(
                 {
+                    **flow,
                     "code": METHOD,
                     "base": self.base_hash,
                     "changes": _changes(self.model),
@@ -81,8 +84,17 @@ class TrainingRequest:
 
 def base_fingerprint(model: ModelPatcher) -> str:
     """16 hex digits that name a base model: SHA-256 of samples of every weight, as stored and without patches."""
-    weights = {key: _sample(entries[0][0]) for key, entries in model.get_key_patches("diffusion_model.").items()}
+    with model.use_ejected():
+        names = [f"diffusion_model.{name}" for name, _ in model.model.diffusion_model.named_parameters()]
+        weights = {name: _sample(_stored_weight(model, name)) for name in names}
     return fingerprint([str(model.model.model_config.unet_config), weights])[:16]
+
+
+def _stored_weight(model: ModelPatcher, name: str) -> Tensor:
+    """A weight without the patches laid into it. ComfyUI's own `get_key_patches` fails for models it has quantised."""
+    if name in model.hook_backup:
+        return model.hook_backup[name][0]
+    return model.backup[name].weight if name in model.backup else model.model.get_parameter(name)
 
 
 def tensor_fingerprint(tensor: Tensor) -> str:
@@ -90,12 +102,15 @@ def tensor_fingerprint(tensor: Tensor) -> str:
     return hashlib.sha256(tensor.detach().to("cpu", torch.float32).contiguous().numpy().tobytes()).hexdigest()[:16]
 
 
-def _sample(tensor: Tensor) -> Tensor:
+def _sample(tensor: Tensor) -> Tensor | list:
     """All of a small tensor; 16 spans of 64 values of a large one, for what changes a model changes whole layers.
 
-    Spans, because a weight may still be on the disk, where single values would read as many pages.
+    Spans, because a weight may still be on the disk, where single values would read as many pages. Of a quantised
+    weight, the same of each tensor in it or of its bytes.
     """
-    flat = tensor.detach().reshape(-1)
+    if hasattr(tensor, "__tensor_flatten__"):
+        return [_sample(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0]]
+    flat = tensor.detach().as_subclass(Tensor).reshape(-1)
     return flat if len(flat) <= 1024 else flat[: len(flat) // 16 * 16].view(16, -1)[:, :64].cpu()
 
 
@@ -110,7 +125,7 @@ def _changes(model: ModelPatcher) -> list:
         dict(sampling.named_buffers()),
         {key: _plain(patches) for key, patches in model.patches.items() if key.startswith("diffusion_model.")},
         {key: value for key, value in model.object_patches.items() if key != "model_sampling"},
-        [model.wrappers, model.callbacks, model.injections, model.model_options.get("transformer_options", {})],
+        [model.wrappers, model.callbacks, model.injections, options_that_act(model)],
     ]
 
 

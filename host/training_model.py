@@ -1,23 +1,28 @@
 """MODEL to `Denoiser`: weights in place, gradients on, memory choice, conditioning; afterwards as it was."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
 
 import comfy.model_management
 import comfy.patcher_extension
 import torch
+from comfy.ldm.modules.attention import attention_pytorch
 from comfy.model_patcher import ModelPatcher
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from ..consislora_core.trainer import Denoiser
-from .frozen_unet import frozen_unet
+from .accelerations import has_fused_attention, has_measured_kernels
+from .frozen_unet import frozen_unet, has_quantised_weights
 from .model_inputs import check_roles
 
 MEMORY = ("auto", "fast", "lean")
 # A step's activations, in values per latent pixel and model channel, measured on UNets of 64 to 128 channels
 # (benchmarks/memory.py counts 236 for fast) and rounded up to leave room for temporary tensors. They grow linearly with
-# both, since attention does not store its scores.
+# both, since `_pinned_attention` does not store its scores.
 ACTIVATIONS = {"fast": 340, "lean": 100}
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -51,15 +56,21 @@ def open_for_training(
     refuses.
 
     latent_shape: (b, c, h, w) of one step's whole batch. memory: one of `MEMORY`; the numbers are the same with each.
-    Raises ValueError for a model without SDXL's content and style blocks.
+    Raises ValueError for a model without SDXL's content and style blocks, one that adds noise in a way that the method
+    does not know, and one of quantised weights that give no gradient.
     """
     base = model.model
     check_roles(model)
+    flow = is_flow(model)
     lean = _load_model(model, latent_shape, dtype, memory)
-    options = comfy.patcher_extension.merge_nested_dicts(
-        model.model_options.get("transformer_options", {}), {"wrappers": model.wrappers, "cond_or_uncond": [0]}
-    )
+    own = {
+        "wrappers": model.wrappers,
+        "cond_or_uncond": [0],
+        "optimized_attention_override": _pinned_attention(model.load_device),
+    }
+    options = comfy.patcher_extension.merge_nested_dicts(options_that_act(model), own)
     batched, recordable = _BatchedConditioning(dtype), _can_be_recorded(model)
+    _log_sampling(model)
 
     def denoise(x: Tensor, sigma: Tensor, cond: dict[str, Tensor]) -> Tensor:
         return base.apply_model(x, sigma, transformer_options={**options, "sigmas": sigma}, **batched.of(cond, len(x)))
@@ -70,7 +81,58 @@ def open_for_training(
         stack.enter_context(_in_training_flag())
         stack.enter_context(frozen_unet(base, dtype, model.load_device, lean and not _is_wrapped(options)))
         sigmas = base.model_sampling.sigmas.detach().to("cpu", torch.float32, copy=True)
-        yield Denoiser(base.diffusion_model, denoise, sigmas, dtype, recordable)
+        yield Denoiser(base.diffusion_model, denoise, sigmas, dtype, recordable, flow)
+
+
+def _pinned_attention(device: torch.device) -> Callable:
+    """torch's attention, as ComfyUI's `optimized_attention_override`: the user's may have no backward pass."""
+    attention = attention_pytorch
+    if not has_fused_attention(device):
+        attention = partial(checkpoint, attention_pytorch, use_reentrant=False, preserve_rng_state=False)
+    return lambda users, *args, **kwargs: attention(*args, **kwargs)
+
+
+def options_that_act(model: ModelPatcher) -> dict[str, Any]:
+    """The transformer options of other nodes that act on training: all but the choice of an attention kernel."""
+    options = model.model_options.get("transformer_options", {})
+    return {name: value for name, value in options.items() if name != "optimized_attention_override"}
+
+
+def is_flow(model: ModelPatcher) -> bool:
+    """Whether the model is sampled by flow matching, x = (1 - sigma) z_0 + sigma n, and not with x = z_0 + sigma n.
+
+    Raises ValueError for a model sampled in a third way.
+    """
+    sampling = model.get_model_object("model_sampling")
+    one, zero = torch.ones(3, 1, 1, 1), torch.zeros(3, 1, 1, 1)
+    sigma = torch.tensor([0.25, 0.5, 0.75])
+    noise, signal = (sampling.noise_scaling(sigma, *parts).flatten() for parts in ((one, zero), (zero, one)))
+    if torch.equal(noise, sigma) and (torch.equal(signal, 1 - sigma) or (signal == 1).all()):
+        return bool((signal != 1).any())
+    raise ValueError(
+        f"model is sampled in a way that ConsisLoRA does not know ({_kind_of_sampling(sampling)}), so it cannot train "
+        "on it. Remove the node that sets it (such as ModelSamplingDiscrete) from before this node."
+    )
+
+
+def _kind_of_sampling(sampling: Any) -> str:
+    return ", ".join(kind.__name__ for kind in type(sampling).__bases__)
+
+
+def _log_sampling(model: ModelPatcher) -> None:
+    """Says what training assumes where another node has changed how the model is sampled, as for distilled models."""
+    if "model_sampling" not in model.object_patches:
+        return
+    sampling = model.get_model_object("model_sampling")
+    logging.info(
+        "ConsisLoRA: another node has set this model's sampling (%s). Training assumes that the model predicts so, "
+        "at %d noise levels from sigma %.3g to %.3g. To train as the checkpoint itself was trained, connect the model "
+        "from before that node.",
+        _kind_of_sampling(sampling),
+        len(sampling.sigmas),
+        sampling.sigmas[0],
+        sampling.sigmas[-1],
+    )
 
 
 def _is_wrapped(options: dict) -> bool:
@@ -83,15 +145,25 @@ def _is_wrapped(options: dict) -> bool:
 
 
 def _can_be_recorded(model: ModelPatcher) -> bool:
-    """Whether every step runs the same kernels: the whole model is on an NVIDIA GPU and no other node changes it."""
+    """Whether every step runs the same kernels, on a GPU where recording is measured; else logs why it is not."""
     unet = model.model.diffusion_model
-    return (
-        torch.version.cuda is not None
-        and all(parameter.is_cuda for parameter in unet.parameters())
-        and not any("forward" in vars(module) for module in unet.modules())
-        and not model.wrappers
-        and not model.model_options.get("transformer_options")
-    )
+    if model.load_device.type == "cpu":
+        return False
+    if not has_measured_kernels(model.load_device):
+        why = "measured on NVIDIA only (on AMD, ComfyUI's option --fast turns them on)"
+    elif not all(parameter.is_cuda for parameter in unet.parameters()):
+        why = (
+            "ComfyUI moves weights to the card in each step (dynamic VRAM, or too little memory; where the model fits "
+            "the card, its option --disable-dynamic-vram lets them stay)"
+        )
+    elif any(has_quantised_weights(module) for module in unet.modules()):
+        why = "this model's weights are quantised"
+    elif any("forward" in vars(module) for module in unet.modules()) or model.wrappers or options_that_act(model):
+        why = "other nodes act on this model"
+    else:
+        return True
+    logging.info("ConsisLoRA: trains without recorded steps, which is slower: %s.", why)
+    return False
 
 
 def _load_model(model: ModelPatcher, latent_shape: tuple[int, ...], dtype: torch.dtype, memory: str) -> bool:
@@ -109,7 +181,9 @@ def _load_model(model: ModelPatcher, latent_shape: tuple[int, ...], dtype: torch
     comfy.model_management.load_models_gpu([model], memory_required=needed.get(memory, needed["lean"]))
     if memory != "auto":
         return memory == "lean"
-    free = comfy.model_management.get_free_memory(model.load_device)
+    # With dynamic VRAM the weights are loaded when they are used.
+    to_load = max(0, model.model_size() - model.loaded_size())
+    free = comfy.model_management.get_free_memory(model.load_device) - to_load
     lean = needed["fast"] > free
     logging.info(
         "ConsisLoRA: memory auto trains %s; beside the model fast would take about %.1f GB, lean %.1f GB, and "

@@ -1,6 +1,7 @@
 """A training with store, checkpoints, progress and cancel."""
 
 import logging
+import re
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -25,6 +26,8 @@ from .training_model import clean_latents, encoded_conditioning, loss_scale, ope
 
 Cancelled = comfy.model_management.InterruptProcessingException
 OutOfMemory = comfy.model_management.OOM_EXCEPTION  # at which ComfyUI unloads its models
+# How allocators say it that have no exception of their own: MPS, DirectML, torch's on a CPU, and NVIDIA's libraries.
+NO_MEMORY = re.compile(r"out of memory|not enough (gpu video )?memory|can't allocate memory|_ALLOC_FAILED", re.I)
 
 CHECKPOINT_EVERY = 50  # steps, and less often where saving would take more than this share of the time
 CHECKPOINT_SHARE = 1 / 100
@@ -114,10 +117,17 @@ def _train(
     """
     try:
         return _train_together(requests, hidden, progress, memory, resume, save)
-    except OutOfMemory:
-        pass
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
     # Out here no traceback holds the tensors of the training any more.
     raise OutOfMemory(_out_of_memory_text(requests))
+
+
+def is_out_of_memory(error: RuntimeError | MemoryError) -> bool:
+    """Whether an error is of too little memory, by ComfyUI's own test where it has one, or by its words."""
+    is_oom = getattr(comfy.model_management, "is_oom", lambda error: isinstance(error, OutOfMemory))
+    return isinstance(error, MemoryError) or is_oom(error) or bool(NO_MEMORY.search(str(error)))
 
 
 def _train_together(

@@ -12,14 +12,13 @@ COMFYUI = Path(os.environ.get("COMFYUI_PATH", ROOT / ".comfyui"))
 
 
 def load_comfy(base: Path, cpu: bool = True) -> ModuleType:
-    """Imports ComfyUI, with `base` as its base directory."""
+    """Imports ComfyUI, with `base` as its base directory and the attention that it chooses itself."""
     sys.path.insert(0, str(COMFYUI))
     from comfy.cli_args import args
 
     # ComfyUI reads these on import.
     args.cpu = cpu
     args.base_directory = str(base)
-    args.use_pytorch_cross_attention = True
     import comfy.sd
 
     return comfy

@@ -1,4 +1,4 @@
-"""SDXL at its full size, with random weights: `python tests -m slow`. Needs 16 GB of memory and 10 GB of disk."""
+"""SDXL and its relatives at full size and random weights: `python tests -m slow`. Needs 16 GB of memory, 10 of disk."""
 
 import json
 import math
@@ -17,13 +17,36 @@ VAE = dict(double_z=True, z_channels=4, resolution=256, in_channels=3, out_ch=3,
            num_res_blocks=2, attn_resolutions=[], dropout=0.0)  # fmt: skip
 
 
-def checkpoint_shapes() -> dict[str, list[int]]:
+# SDXL's smaller relatives: their public configurations, as far as they differ from SDXL's.
+RELATIVES = {
+    "SDXL": {},
+    "SSD-1B": dict(
+        transformer_depth=[0, 0, 2, 2, 4, 4], transformer_depth_output=[0, 0, 0, 1, 1, 2, 10, 4, 4],
+        transformer_depth_middle=-1,
+    ),
+    "Segmind Vega": dict(
+        transformer_depth=[0, 0, 1, 1, 2, 2], transformer_depth_output=[0, 0, 0, 1, 1, 1, 2, 2, 2],
+        transformer_depth_middle=-1,
+    ),
+    "KOALA-700M": dict(
+        num_res_blocks=[1, 1, 1], transformer_depth=[0, 2, 5], transformer_depth_output=[0, 0, 2, 2, 5, 5],
+        transformer_depth_middle=-2,
+    ),
+    "KOALA-1B": dict(
+        num_res_blocks=[1, 1, 1], transformer_depth=[0, 2, 6], transformer_depth_output=[0, 0, 2, 2, 6, 6],
+        transformer_depth_middle=6,
+    ),
+}  # fmt: skip
+LAYER = 1_409_024  # values of a LoRA of rank 64 on one transformer layer of these
+
+
+def checkpoint_shapes(relative: str = "SDXL") -> dict[str, list[int]]:
     """Every tensor of an SDXL checkpoint file, by name, as ComfyUI's own Save Checkpoint would write it."""
     import comfy.ldm.models.autoencoder
     import comfy.sdxl_clip
     import comfy.supported_models
 
-    config = comfy.supported_models.SDXL(dict(SDXL_UNET))
+    config = comfy.supported_models.SDXL({**SDXL_UNET, **RELATIVES[relative]})
     config.set_inference_dtype(torch.float16, None)
     with torch.device("meta"):
         model = config.get_model({}, device="meta")
@@ -49,15 +72,20 @@ def write_random(path, shapes: dict[str, list[int]]) -> None:
             file.write((numpy.resize(noise, shape) if len(shape) > 1 else untrained).tobytes())
 
 
+@pytest.fixture(params=RELATIVES)
+def relative(request):
+    return request.param
+
+
 @pytest.fixture
-def checkpoint(comfy, server):
-    path = server.base / "models" / "checkpoints" / "random_sdxl.safetensors"
-    write_random(path, checkpoint_shapes())
+def checkpoint(comfy, server, relative):
+    path = server.base / "models" / "checkpoints" / f"random_{relative}.safetensors"
+    write_random(path, checkpoint_shapes(relative))
     yield path.name
     path.unlink()
 
 
-def test_a_full_size_checkpoint_trains_and_samples(server, checkpoint):
+def test_a_full_size_checkpoint_trains_and_samples(server, relative, checkpoint):
     nodes = {
         "base": ("CheckpointLoaderSimple", dict(ckpt_name=checkpoint)),
         "photo": ("EmptyImage", dict(width=512, height=512, batch_size=1, color=0x3366CC)),
@@ -66,7 +94,7 @@ def test_a_full_size_checkpoint_trains_and_samples(server, checkpoint):
         "train": ("ConsisLoRATrainImage", dict(
             model=["base", 0], latent=["latent", 0], positive=["prompt", 0], steps=2, transition_step=1,
             learning_rate=2e-4, reconstruction_learning_rate=1e-4, rank=64, seed=0, precision="auto")),
-        "save": ("ConsisLoRASave", dict(consislora=["train", 0], filename="full_size", precision="fp16")),
+        "save": ("ConsisLoRASave", dict(consislora=["train", 0], filename=f"full_size_{relative}", precision="fp16")),
         "apply": ("ConsisLoRAApply", dict(
             model=["base", 0], content=["train", 0], style=["train", 0], content_strength=1.0, style_strength=1.0)),
         "canvas": ("EmptyLatentImage", dict(width=512, height=512, batch_size=1)),
@@ -82,7 +110,10 @@ def test_a_full_size_checkpoint_trains_and_samples(server, checkpoint):
     with Image.open(picture) as image:
         assert image.size == (512, 512)
         assert numpy.ptp(numpy.asarray(image)) > 0  # NaN would come out as plain black
-    lora = lora_file.read(server.base / "models" / "loras" / "full_size_00001.safetensors")
+    lora = lora_file.read(server.base / "models" / "loras" / f"full_size_{relative}_00001.safetensors")
     layers = [layer for part in lora.parts.values() for layer in part.values()]
-    assert sum(layer.down.numel() + layer.up.numel() for layer in layers) == 28_180_480
+    depth = sum(
+        {**SDXL_UNET, **RELATIVES[relative]}["transformer_depth_output"][-2:]
+    )  # ComfyUI takes them from the end
+    assert sum(layer.down.numel() + layer.up.numel() for layer in layers) == LAYER * depth
     assert all(layer.up.isfinite().all() and layer.up.any() for layer in layers)

@@ -147,7 +147,7 @@ def test_every_precision_trains_nearly_alike(nodes, comfy, precision):
 def test_a_torch_without_onednn_trains_alike(nodes, pack, store, monkeypatch):
     expected = train_image(nodes, comfy_model(), precision="fp32")[1]["loss"]
     shutil.rmtree(store.folder)
-    monkeypatch.setattr(pack.host.frozen_unet, "_has_onednn_linear", lambda *_: False)
+    monkeypatch.setattr(pack.host.frozen_unet, "_uses_onednn", lambda *_: False)
     assert train_image(nodes, comfy_model(), precision="fp32")[1]["loss"] == pytest.approx(expected, rel=1e-5)
 
 
@@ -194,6 +194,68 @@ def test_auto_trains_lean_where_memory_is_short_and_says_so(nodes, comfy, store,
     monkeypatch.setattr(comfy.model_management, "get_free_memory", little)
     assert bits(train_image(nodes, comfy_model())[0]) == bits(lora)
     assert "memory auto trains lean" in caplog.text
+
+
+def without_backward(users, q, *args, **kwargs):
+    """As the kernels of SageAttention and flash-attention."""
+    with torch.no_grad():
+        return users(q, *args, **kwargs)
+
+
+@pytest.mark.parametrize("way", ["flag", "node"])
+def test_training_has_an_attention_with_a_backward_pass_whatever_the_user_chose(nodes, comfy, store, monkeypatch, way):
+    import comfy.ldm.modules.attention as attention
+
+    usual, called = train_image(nodes, comfy_model())[0], []
+    shutil.rmtree(store.folder)
+    model, own = comfy_model(), attention.optimized_attention
+
+    def chosen(*args, **kwargs):
+        called.append(1)
+        return without_backward(own, *args, **kwargs)
+
+    if way == "flag":
+        for name in ("optimized_attention", "optimized_attention_masked"):
+            monkeypatch.setattr(attention, name, attention.wrap_attn(chosen))
+    else:
+        model.model_options["transformer_options"]["optimized_attention_override"] = without_backward
+    assert bits(train_image(nodes, model)[0]) == bits(usual)
+    assert not called
+    picture(model)
+    assert called or way == "node"
+
+
+def test_the_choice_of_an_attention_kernel_trains_nothing_again(nodes, comfy):
+    model = comfy_model()
+    model.model_options["transformer_options"]["optimized_attention_override"] = lambda users, *a, **k: users(*a, **k)
+    assert key(nodes, model) == key(nodes, comfy_model())
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_no_scores_of_attention_are_kept_for_backward(nodes, pack, comfy, monkeypatch, fused):
+    import comfy.ldm.modules.attention as attention
+
+    if not fused:  # as torch's attention is on MPS and on older AMD cards
+
+        def storing(q, k, v, heads, **_):
+            q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))
+            scores = (q @ k.mT / q.shape[-1] ** 0.5).softmax(-1)
+            return (scores @ v).transpose(1, 2).flatten(2)
+
+        monkeypatch.setattr(attention, "attention_pytorch", storing)
+        monkeypatch.setattr(pack.host.training_model, "attention_pytorch", storing)
+        monkeypatch.setattr(pack.host.training_model, "has_fused_attention", lambda device: False)
+    largest = []
+
+    def note(tensor):
+        largest.append(tensor.numel())
+        return tensor
+
+    latent = {"samples": torch.randn(1, 4, 32, 32, generator=torch.Generator().manual_seed(0))}
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        train_image(nodes, comfy_model(), latent=latent)
+    heads, pixels = 2, 16 * 16
+    assert max(largest) < heads * pixels**2
 
 
 @pytest.mark.parametrize("shape", [(16, 24), (20, 12), (17, 16)])
@@ -609,8 +671,20 @@ def test_a_loss_that_is_not_finite_keeps_the_last_good_checkpoint(nodes, pack, c
     assert bits(lora) == bits(whole)
 
 
+OUT_OF_MEMORY = {
+    "CUDA": torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+    "CUDA, reported later": torch.AcceleratorError("CUDA error: out of memory"),
+    "cuBLAS": RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    "MPS": RuntimeError("MPS backend out of memory (MPS allocated: 17.9 GB, other allocations: 1.5 MB)"),
+    "DirectML": RuntimeError("Could not allocate tensor with 1 bytes. There is not enough GPU video memory available!"),
+    "CPU": RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes. Error code 12"),
+    "Python": MemoryError(),
+}
+
+
+@pytest.mark.parametrize("kind", OUT_OF_MEMORY)
 def test_out_of_memory_is_reported_with_advice_and_frees_all_and_the_next_training_works(
-    nodes, pack, comfy, steps, store, monkeypatch
+    nodes, pack, comfy, steps, store, monkeypatch, kind
 ):
     monkeypatch.setattr(pack.host.training_run, "CHECKPOINT_EVERY", 2)
     whole, *_ = train_image(nodes, comfy_model(), steps=6)
@@ -623,7 +697,7 @@ def test_out_of_memory_is_reported_with_advice_and_frees_all_and_the_next_traini
         answer = apply_model(*args, **kwargs)
         if steps == [1, 2, 3]:
             held.append(weakref.ref(answer))
-            raise comfy.model_management.OOM_EXCEPTION("CUDA out of memory. Tried to allocate 2.00 GiB")
+            raise type(OUT_OF_MEMORY[kind])(*OUT_OF_MEMORY[kind].args)  # a new one: it holds the frames it passes
         return answer
 
     with monkeypatch.context() as broken:

@@ -1,0 +1,382 @@
+"""Checkpoints of other kinds than plain weights with noise of variance-exploding form: trained, or refused in words."""
+
+import logging
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from in_process import COMFYUI, ROOT
+from odd_models import gguf_like, quantised
+from PIL import Image
+from reference import INDEX, comfy_model, flat, relative_error
+from test_training_nodes import FEW_STEPS, inputs, key, picture, store, train_image  # noqa: F401
+
+from batch.comfy_client import WorkflowError
+from consislora_core.losses import add_noise, noise_from_x0, noise_loss, reconstruction_loss
+from demo.server import ComfyServer
+
+
+@pytest.fixture
+def nodes(pack):
+    return pack.nodes.train
+
+
+def weights(model) -> list:
+    """Every weight of the UNet: the object, and what is stored in it."""
+    found = []
+    for p in model.model.diffusion_model.parameters():
+        parts = [getattr(p, name) for name in p.__tensor_flatten__()[0]] if hasattr(p, "__tensor_flatten__") else [p]
+        stored = [part.detach().as_subclass(torch.Tensor).contiguous().reshape(-1) for part in parts]
+        found.append((id(p), [part.view(torch.uint8).numpy().tobytes() for part in stored]))
+    return found
+
+
+ODD = {
+    "fp8": lambda model: quantised(model, "float8_e4m3fn"),
+    "int8": lambda model: quantised(model, "int8_tensorwise"),
+    "GGUF": gguf_like,
+}
+
+
+@pytest.mark.parametrize("memory", ["fast", "lean"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("kind", ODD)
+def test_quantised_weights_train_nearly_the_lora_of_plain_ones_and_stay(nodes, comfy, kind, precision, memory):
+    import comfy.model_management
+    import comfy.quant_ops
+
+    if kind == "int8" and "int8_tensorwise" not in comfy.quant_ops.QUANT_ALGOS:
+        pytest.skip("this ComfyUI does not know int8")
+    plain = train_image(nodes, comfy_model())[0]
+    model = ODD[kind](comfy_model())
+    with torch.inference_mode():
+        comfy.model_management.load_models_gpu([model])
+    before, drawn = weights(model), picture(model)
+    lora = train_image(nodes, model, precision=precision, memory=memory)[0]
+    assert 0 < relative_error(flat(lora.parts), flat(plain.parts)) < 0.02
+    assert weights(model) == before
+    assert torch.equal(picture(model), drawn)
+
+
+@pytest.mark.parametrize("kind", ODD)
+def test_the_weights_of_quantised_layers_are_not_kept_for_backward(nodes, comfy, kind):
+    import comfy.quant_ops
+
+    if kind == "int8" and "int8_tensorwise" not in comfy.quant_ops.QUANT_ALGOS:
+        pytest.skip("this ComfyUI does not know int8")
+    kept = {}
+    for name, model in {"plain": comfy_model(), kind: ODD[kind](comfy_model())}.items():
+        sizes = []
+
+        def note(tensor, sizes=sizes):
+            sizes.append(tensor.numel())
+            return tensor
+
+        first = model.model.diffusion_model.time_embed[0]
+        first.register_forward_pre_hook(lambda *_, sizes=sizes: sizes.clear())  # not what the check before it keeps
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            train_image(nodes, model, steps=1, transition_step=1)
+        kept[name] = sum(sizes)
+    of_weights = sum(p.numel() for p in comfy_model().model.diffusion_model.output_blocks.parameters())
+    assert kept[kind] - kept["plain"] < of_weights / 2
+
+
+def test_layers_without_a_gradient_are_refused_in_one_sentence_and_stay(nodes, comfy):
+    model = gguf_like(comfy_model(), differentiable=False)
+    before = weights(model)
+    with pytest.raises(ValueError, match=r"time_embed\.0 .Blocks weights. gives no gradient.*in fp16, bf16 or fp8"):
+        train_image(nodes, model)
+    assert weights(model) == before
+
+
+def test_quantised_models_that_differ_have_keys_of_their_own(nodes, comfy):
+    keys = [
+        key(nodes, change(comfy_model(prediction))) for change in (ODD["fp8"], gguf_like) for prediction in ("eps", "v")
+    ]
+    assert None not in keys
+    assert len(set(keys)) == 4
+    assert key(nodes, gguf_like(comfy_model())) == keys[2]
+
+
+def test_layers_for_fast_fp8_train_as_layers_that_cast(nodes, comfy, store):  # noqa: F811
+    import comfy.ops
+
+    def fp8(linear):
+        model = comfy_model(dtype=torch.float8_e4m3fn, manual_cast=torch.float32)
+        for layer in model.model.diffusion_model.modules():
+            if isinstance(layer, torch.nn.Linear):
+                layer.__class__ = linear
+                layer.scale_weight = layer.scale_input = None
+        return model
+
+    losses = []
+    for linear in (comfy.ops.manual_cast.Linear, comfy.ops.fp8_ops.Linear):
+        losses.append(train_image(nodes, fp8(linear))[1])
+        shutil.rmtree(store.folder)
+    assert losses[0] == losses[1]
+
+
+def test_weights_that_the_next_layer_overwrites_train_the_same(nodes, pack, comfy, store, monkeypatch):  # noqa: F811
+    """As with dynamic VRAM: a layer's weights are in a buffer, and gone when the next layer has run."""
+    import comfy.ops
+
+    expected, cast, buffers = train_image(nodes, comfy_model())[0], comfy.ops.cast_bias_weight, {}
+
+    def cast_into_buffer(layer, *args, **kwargs):
+        weight, bias, *stream = cast(layer, *args, **kwargs)
+        for buffer in buffers.values():
+            buffer.fill_(torch.nan)
+        for tensor in (weight, bias):
+            if tensor is not None:
+                buffers.setdefault((tensor is bias, tensor.shape), torch.empty_like(tensor)).copy_(tensor)
+        found = (None if t is None else buffers[t is bias, t.shape] for t in (weight, bias))
+        return *found, *stream
+
+    shutil.rmtree(store.folder)
+    model = comfy_model()
+    for layer in model.model.diffusion_model.modules():
+        if hasattr(layer, "comfy_cast_weights"):
+            layer.comfy_cast_weights = True
+    monkeypatch.setattr(pack.host.frozen_unet, "_is_elsewhere", lambda *_: True)
+    monkeypatch.setattr(comfy.ops, "cast_bias_weight", cast_into_buffer)
+    lora = train_image(nodes, model)[0]
+    assert relative_error(flat(lora.parts), flat(expected.parts)) < 1e-4
+
+
+def test_what_comfyui_notes_on_weights_is_there_in_training(nodes, comfy):
+    """Newer ComfyUI reads in which dtype to load a weight from the weight itself."""
+    model, seen = comfy_model(), []
+    layer = model.model.diffusion_model.output_blocks[0][0].in_layers[2]
+    layer.weight._model_dtype = torch.float16
+    handle = layer.register_forward_pre_hook(lambda *_: seen.append(vars(layer.weight).get("_model_dtype")))
+    train_image(nodes, model)
+    handle.remove()
+    assert set(seen) == {torch.float16}
+
+
+# Noise of other forms
+
+
+def with_sampling(node, *settings):
+    import comfy_extras.nodes_model_advanced as advanced
+
+    return getattr(advanced, node)().patch(comfy_model(), *settings)[0]
+
+
+def test_in_flow_matching_the_losses_are_of_its_own_noise():
+    z_0, noise, z_0_hat = torch.randn(3, 1, 4, 8, 8, dtype=torch.float64)
+    sigma = torch.tensor(0.25, dtype=torch.float64).view(1, 1, 1, 1)
+    x = add_noise(z_0, noise, sigma, flow=True)
+    torch.testing.assert_close(x, 0.75 * z_0 + 0.25 * noise)
+    torch.testing.assert_close(noise_from_x0(x, z_0, sigma, flow=True), noise)
+    scores = [loss(z_0, z_0_hat, noise, sigma, True) for loss in (noise_loss, reconstruction_loss)]
+    torch.testing.assert_close(scores[1], (0.25 / 0.75) ** 2 * scores[0])
+
+
+@pytest.mark.parametrize("node", ["ModelSamplingSD3", "ModelSamplingFlux", "ModelSamplingAuraFlow"])
+def test_a_model_of_flow_matching_is_trained_on_what_its_sampler_would_give_it(nodes, comfy, monkeypatch, node):
+    model = with_sampling(node, *([1.15, 0.5, 1024, 1024] if node == "ModelSamplingFlux" else [3.0]))
+    given, apply_model = [], model.model.apply_model
+    monkeypatch.setattr(
+        model.model, "apply_model", lambda x, sigma, **k: given.append((x, sigma)) or apply_model(x, sigma, **k)
+    )
+    losses = train_image(nodes, model)[1]["loss"]
+    z_0 = model.model.process_latent_in(inputs()["latent"]["samples"])
+    sampling = model.get_model_object("model_sampling")
+    for x, sigma in given:
+        noise = (x - (1 - sigma.view(-1, 1, 1, 1)) * z_0) / sigma.view(-1, 1, 1, 1)
+        torch.testing.assert_close(sampling.noise_scaling(sigma, noise, z_0.clone()), x)
+        assert noise.std() == pytest.approx(1, abs=0.1)
+    assert all(torch.tensor(losses).isfinite())
+
+
+def test_a_model_of_flow_matching_is_not_taken_for_the_same_trained_as_noise(nodes, pack, comfy, monkeypatch):
+    """The store may hold LoRAs from before flow matching was known."""
+    model = with_sampling("ModelSamplingSD3", 3.0)
+    now = key(nodes, model)
+    monkeypatch.setattr(pack.host.training_key, "is_flow", lambda model: False)
+    assert key(nodes, model) != now
+
+
+def test_a_model_sampled_in_an_unknown_way_is_refused(nodes, comfy):
+    import comfy.model_sampling
+
+    if not hasattr(comfy.model_sampling, "IMG_TO_IMG_FLOW"):
+        pytest.skip("this ComfyUI does not have one")
+    with pytest.raises(ValueError, match="sampled in a way that ConsisLoRA does not know .*IMG_TO_IMG_FLOW"):
+        train_image(nodes, with_sampling("ModelSamplingDiscrete", "img_to_img_flow", False))
+
+
+@pytest.mark.parametrize(
+    ("node", "settings", "words"),
+    [
+        ("ModelSamplingDiscrete", ("lcm", False), "ModelSamplingDiscreteDistilled, LCM"),
+        ("ModelSamplingDiscrete", ("x0", False), "ModelSamplingDiscrete, X0"),
+        ("ModelSamplingContinuousEDM", ("eps", 120.0, 0.002), "ModelSamplingContinuousEDM, EPS"),
+    ],
+    ids=["LCM", "one-step", "EDM"],
+)
+def test_a_distilled_model_trains_and_the_log_says_what_is_assumed(nodes, comfy, caplog, node, settings, words):
+    caplog.set_level(logging.INFO)
+    assert all(torch.tensor(train_image(nodes, with_sampling(node, *settings))[1]["loss"]).isfinite())
+    assert f"another node has set this model's sampling ({words}). Training assumes that" in caplog.text
+    caplog.clear()
+    train_image(nodes, comfy_model())
+    assert "sampling" not in caplog.text
+
+
+def test_structure_lock_in_flow_matching_begins_with_what_the_sampler_turns_back(pack, comfy):
+    import comfy.samplers
+
+    model = with_sampling("ModelSamplingSD3", 1.0)
+    guider = comfy.samplers.CFGGuider(model)
+    guider.set_conds(inputs()["positive"], inputs()["positive"])
+    guider.set_cfg(1.0)
+    latent, sampling = inputs()["latent"], pack.host.sampling
+    with torch.inference_mode():
+        sigmas = sampling.ksampler_sigmas(model, 100, "euler", "simple", 0.5)
+        inverted = sampling.invert(guider, latent, sigmas)
+        back = sampling.sample(guider, inverted, 0, "euler", sigmas, noised=True)
+        assert relative_error(back["samples"], latent["samples"]) < 0.1
+        with pytest.raises(ValueError, match="structure_lock cannot begin at denoise 1 with a model of flow matching"):
+            sampling.invert(guider, latent, sampling.ksampler_sigmas(model, 10, "euler", "simple", 1.0))
+
+
+# Through a real server
+
+
+@pytest.fixture(scope="module")
+def odd_server(tmp_path_factory):
+    """A ComfyServer whose node OddModel makes such models of the demo model."""
+    base = tmp_path_factory.mktemp("odd")
+    (base / "custom_nodes").mkdir()
+    shutil.copy(Path(__file__).parent / "odd_models.py", base / "custom_nodes")
+    with ComfyServer(base, COMFYUI) as server:
+        server.upload(ROOT / "demo" / "images" / "crown-flat.png")
+        yield server
+
+
+def jobs(kind: str) -> tuple[dict, dict, dict]:
+    """Workflows: a model of this kind draws, is trained, and draws the same once more."""
+    odd = ("OddModel", dict(model=["demo", 0], kind=kind))
+    flow = ("ModelSamplingSD3", dict(model=["demo", 0], shift=3.0))
+    shared = {
+        "demo": ("ConsisLoRADemoModel", {}),
+        "base": flow if kind == "flow matching" else odd,
+        "text": ("CLIPTextEncode", dict(text="A crown", clip=["demo", 1])),
+        "image": ("LoadImage", dict(image="crown-flat.png")),
+        "latent": ("VAEEncode", dict(pixels=["image", 0], vae=["demo", 2])),
+    }
+    train = {
+        "train": ("ConsisLoRATrainImage", dict(
+            model=["base", 0], latent=["latent", 0], positive=["text", 0], **FEW_STEPS, precision="auto")),
+        "save": ("ConsisLoRASave", dict(consislora=["train", 0], filename="odd", precision="fp16")),
+    }  # fmt: skip
+
+    def draw(end):  # any number above 1: ComfyUI would not run the same job again
+        return {
+            "draw": ("KSamplerAdvanced", dict(
+                model=["base", 0], add_noise="enable", noise_seed=1, steps=1, cfg=1.0, sampler_name="euler",
+                scheduler="normal", positive=["text", 0], negative=["text", 0], latent_image=["latent", 0],
+                start_at_step=0, end_at_step=end, return_with_leftover_noise="disable")),
+            "decode": ("VAEDecode", dict(samples=["draw", 0], vae=["demo", 2])),
+            "picture": ("SaveImage", dict(images=["decode", 0], filename_prefix="odd")),
+        }  # fmt: skip
+
+    return tuple(
+        {name: {"class_type": kind, "inputs": inputs} for name, (kind, inputs) in {**shared, **own}.items()}
+        for own in (draw(1000), train, draw(999))
+    )
+
+
+@pytest.mark.parametrize("kind", ["fp8 quantised", "int8 quantised", "GGUF", "flow matching", "fp8"])
+def test_a_server_trains_such_a_model_and_leaves_it_as_it_was(odd_server, comfy, kind):
+    import comfy.quant_ops
+
+    if kind == "int8 quantised" and "int8_tensorwise" not in comfy.quant_ops.QUANT_ALGOS:
+        pytest.skip("this ComfyUI does not know int8")
+    before, train, after = jobs(kind)
+    pictures = [odd_server.images(odd_server.run(before))]
+    odd_server.run(train)
+    pictures.append(odd_server.images(odd_server.run(after)))
+    first, second = (Image.open(picture).tobytes() for (picture,) in pictures)
+    assert first == second
+
+
+def test_a_server_that_has_refused_such_a_model_does_the_next_job(odd_server):
+    before, train, after = jobs("GGUF without a gradient")
+    with pytest.raises(WorkflowError, match="gives no gradient"):
+        odd_server.run(train)
+    assert odd_server.images(odd_server.run(after))
+
+
+# Smaller relatives of SDXL, at a tiny size; test_full_size.py has them whole
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(transformer_depth=[0, 0, 1, 1, 1, 1], transformer_depth_middle=-1),
+        dict(num_res_blocks=[1, 1, 1], transformer_depth=[0, 1, 2], transformer_depth_middle=-2,
+             transformer_depth_output=[0, 0, 1, 1, 2, 2]),
+    ],
+    ids=["SSD-1B and Vega", "KOALA"],
+)  # fmt: skip
+def test_models_of_fewer_layers_train_and_are_guided(nodes, pack, comfy, changes):
+    import comfy.model_patcher
+    import comfy.supported_models
+
+    with torch.inference_mode():
+        torch.manual_seed(0)
+        config = comfy.supported_models.SDXL({**INDEX["unet_config_comfyui"], **changes})
+        config.unet_config["num_head_channels"] = INDEX["unet_config_comfyui"]["num_head_channels"]
+        config.set_inference_dtype(torch.float32, None)
+        base = config.get_model({})
+        for parameter in base.parameters():
+            parameter.normal_(0, 0.05)
+        model = comfy.model_patcher.ModelPatcher(base, torch.device("cpu"), torch.device("cpu"))
+    lora = train_image(nodes, model)[0]
+    prompt, settings = inputs()["positive"], pack.host.guider.GuidanceSettings()
+    pictures = []
+    for share in (True, False):
+        guider = pack.host.guider.build_dual_guider(model, prompt, prompt, lora, lora, settings, share_encoder=share)
+        with torch.inference_mode():
+            sigmas = pack.host.sampling.ksampler_sigmas(model, 2, "euler", "normal", 1.0)
+            pictures.append(pack.host.sampling.sample(guider, inputs()["latent"], 0, "euler", sigmas)["samples"])
+    assert relative_error(*pictures) < 1e-4
+
+
+# Accelerations
+
+
+def test_an_acceleration_whose_private_function_has_moved_stays_off_and_is_logged(pack, caplog, monkeypatch):
+    caplog.set_level(logging.INFO)
+    accelerations = pack.host.accelerations
+
+    class Moved:
+        def __getattr__(self, name):
+            raise KeyError(name)
+
+    monkeypatch.setattr(torch.ops, "mkldnn", Moved())
+    accelerations.onednn_linear.cache_clear()
+    try:
+        assert accelerations.onednn_linear() is None
+    finally:
+        accelerations.onednn_linear.cache_clear()
+    pack.host.fused_geglu._kernels.cache_clear()
+    if not torch.cuda.is_available():  # where torch's compiler of kernels raises what it likes
+        assert pack.host.fused_geglu._kernels() is None
+        assert "the fused GEGLU kernels cannot be used here" in caplog.text
+    pack.host.fused_geglu._kernels.cache_clear()
+    assert "oneDNN's linear layer cannot be used here" in caplog.text
+
+
+@pytest.mark.parametrize(("cuda", "fast", "own"), [("13.0", set(), True), (None, set(), False), (None, {"all"}, True)])
+def test_kernels_that_were_measured_on_nvidia_run_elsewhere_only_when_asked_for(pack, monkeypatch, cuda, fast, own):
+    accelerations = pack.host.accelerations
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    monkeypatch.setattr(accelerations.args, "fast", fast)
+    assert accelerations.has_measured_kernels(torch.device("cuda", 0)) is own
+    for device in ("cpu", "mps", "xpu"):
+        assert not accelerations.has_measured_kernels(torch.device(device))
