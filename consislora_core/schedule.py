@@ -10,7 +10,7 @@ PRESETS = PAPER, QUALITY, FAST = "paper", "quality", "fast"
 LOSS_NAMES = NOISE, RECONSTRUCTION = "noise", "reconstruction"
 OPTIMIZERS = ADAMW, MUON = "adamw", "muon"
 MUON_RATE = 3  # times AdamW's learning rate
-SHORTER = 4  # the preset fast divides the steps by this
+SHORTER = 2  # the preset fast divides the steps by this
 
 
 class Phase(NamedTuple):

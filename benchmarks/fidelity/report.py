@@ -145,7 +145,7 @@ CONTENDERS = {
     "h": Contender("img2img, style LoRA", PAPER, denoise=0.6),
     "i": Contender("c, guidance 0.5", PAPER, settings=HALF),
     "quality": Contender("Muon, rates fade; recolourings", QUALITY),
-    "fast": Contender("quality in a quarter of the steps, at 4 times the rates", FAST),
+    "fast": Contender("quality in half of the steps, at twice the rates", FAST),
 }
 DIFFERENCES = ("c-b", "b-a", "c-a", "c-d", "c-e", "c-f", "g-c", "h-c", "i-c", "quality-c", "fast-c", "quality-fast")
 TRADED = ("content", "style")
