@@ -421,10 +421,10 @@ def sheet_section(bench: Bench, contenders: dict[str, Contender], file: Path) ->
     page = Image.new("RGB", (136 * len(columns), 24 + 136 * len(pairs)), "white")
     for i, (name, pictures) in enumerate(columns.items()):
         ImageDraw.Draw(page).text((136 * i + 68, 2), name, "black", font_size=18, anchor="mt")
-        for j, picture in enumerate(pictures):
+        for j, picture in enumerate(F.adaptive_avg_pool2d(pictures, SIDE)):
             pixels = (255 * rearrange(picture, "c h w -> h w c")).byte().numpy()
             page.paste(Image.fromarray(pixels), (136 * i + 4, 24 + 136 * j))
-    page.quantize(48).save(file, optimize=True)
+    page.quantize(128, dither=Image.Dither.NONE).save(file, optimize=True)
     key = ", ".join(f"{name}: {contender.label}" for name, contender in contenders.items())
     return SHEET_TEXT.format(key=key, file=file.name)
 
