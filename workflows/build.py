@@ -527,8 +527,13 @@ def graph_node(number: int, node: Node, place: list, links: list, object_info: d
         "order": number - 1,
         "mode": 0,
         "inputs": [
-            {"name": name, "type": type, "link": next((link[0] for link in links if link[3:5] == [number, slot]), None)}
-            for slot, (name, type) in enumerate(sockets(node.type, object_info).items())
+            {
+                "name": name,
+                "type": type,
+                "link": next((link[0] for link in links if link[3:5] == [number, slot]), None),
+                **({"widget": {"name": name}} if is_widget(specs(node.type, object_info)[name]) else {}),
+            }
+            for slot, (name, type) in enumerate(sockets(node, object_info).items())
         ],
         "outputs": [
             {"name": name, "type": type, "links": [link[0] for link in links if link[1:3] == [number, slot]]}
@@ -553,7 +558,7 @@ def all_links(workflow: Workflow, object_info: dict) -> list[list]:
     """[link, from node, its output, to node, its input, type] of every connection."""
     links = []
     for key, node in all_nodes(workflow).items():
-        for slot, (name, type) in enumerate(sockets(node.type, object_info).items()):
+        for slot, (name, type) in enumerate(sockets(node, object_info).items()):
             if name in node.inputs:
                 origin, output = source(node.inputs[name], workflow, object_info)
                 links.append([len(links) + 1, int(origin), output, numbered(workflow)[key], slot, type])
@@ -573,8 +578,12 @@ def is_widget(spec: list) -> bool:
     return not forced and (isinstance(spec[0], list) or spec[0] in WIDGETS)
 
 
-def sockets(type: str, object_info: dict) -> dict[str, str]:
-    return {name: spec[0] for name, spec in specs(type, object_info).items() if not is_widget(spec)}
+def sockets(node: Node, object_info: dict) -> dict[str, str]:
+    """The types of a node's inputs that are sockets, and after them of widgets whose value comes through a link."""
+    known = specs(node.type, object_info)
+    plain = {name: spec[0] for name, spec in known.items() if not is_widget(spec)}
+    linked = {name: known[name][0] for name, value in node.inputs.items() if isinstance(value, From)}
+    return plain | linked
 
 
 def outputs(type: str, object_info: dict) -> list[tuple[str, str]]:
@@ -604,7 +613,7 @@ def widget_values(node: Node, object_info: dict) -> list:
     for name, value in input_values(node, object_info).items():
         spec = specs(node.type, object_info)[name]
         if is_widget(spec):
-            values.append(value)
+            values.append(default(spec) if isinstance(value, From) else value)
             values += [CONTROLS.get(name, "fixed")] * bool(spec[1:] and spec[1].get("control_after_generate"))
             values += ["image"] * bool(spec[1:] and spec[1].get("image_upload"))
     return values
@@ -638,7 +647,7 @@ def placed(group: Group, left: int, top: int, object_info: dict) -> dict[str, li
 
 
 def node_height(node: Node, object_info: dict) -> int:
-    slots = max(len(sockets(node.type, object_info)), len(outputs(node.type, object_info)))
+    slots = max(len(sockets(node, object_info)), len(outputs(node.type, object_info)))
     return SLOT * slots + WIDGET * len(widget_values(node, object_info)) + CONTENTS.get(node.type, 0) + 10
 
 
