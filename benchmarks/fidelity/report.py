@@ -1,11 +1,13 @@
-"""`python benchmarks/fidelity/report.py [--few] [--tune] [--scale S] [--seeds N]`: who keeps the content.
+"""`python benchmarks/fidelity/report.py [--few] [--tune] [--scale S] [--seeds N] [--images N] [--only ...]`
+
+Who keeps the content, and gets the style.
 
 Every contender draws each content image in the style of each style image, on the same base model and seeds; networks
 that have learned from real drawings only judge the pictures (judges.py), beside the ground truths (pairs.py).
 
 A stopped run continues: `--work` keeps LoRAs and pictures, under all that determines them. `--few` takes six pairs, a
 tenth of the paper's steps and one seed, and leaves its results there. `--tune` takes the pairs that settings were
-chosen on, and the settings that were tried. On a GPU take `--scale 1`, the paper's number of steps.
+chosen on, and the settings that were tried. `--images` takes fewer pairs, `--only` fewer contenders. On a GPU take `--scale 1`, the paper's number of steps.
 """
 
 import argparse
