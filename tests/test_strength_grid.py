@@ -56,7 +56,9 @@ def test_what_a_grid_takes_is_said_before_it_begins(pack, loras, monkeypatch, ca
             comfy_model(), **inputs, content_steps=steps, style_steps=steps, cell_size=cell
         )
 
-    monkeypatch.setattr(comfy.model_management, "get_free_memory", lambda *_: 8e9)
+    # Sub-quadratic attention asks for two numbers.
+    free = lambda device, both=False: (8e9, 8e9) if both else 8e9  # noqa: E731
+    monkeypatch.setattr(comfy.model_management, "get_free_memory", free)
     words = "400 pictures of 1024 x 1024 pixels, on a page of 41544 x 41544, which takes 39.6 GB of memory, and 8.0 GB"
     with pytest.raises(ValueError, match=words):
         draw(20, 2048)
