@@ -1,6 +1,6 @@
 """`python benchmarks/dynamic_vram.py [--tiny]`: trains, cancels, goes on and samples with dynamic VRAM on, and off.
 
-Needs `COMFYUI_PATH` to be a ComfyUI of 0.16 or newer, and an NVIDIA GPU, on which it takes under 4 minutes: the
+Needs `COMFYUI_PATH` to be a ComfyUI of 0.16 or newer, and an NVIDIA GPU, for a few minutes: the
 workflow train_and_stylise_sdxl in few steps, with a checkpoint of SDXL's full size and random weights. Reports steps a
 second and what training logged, also in benchmarks/results/dynamic_vram.md. Exits with 1 if a training did not go on
 where it was cancelled, or if the base model draws another picture afterwards. --tiny: the demo model on any computer,
