@@ -25,6 +25,7 @@ CONTENTS |= {"ConsisLoRACatalogLoad": 260, "ConsisLoRACatalogSave": 320}  # its 
 CONTROLS = {"index": "increment"}  # how a number changes after each run, where it does
 CONTENTS |= {"ConsisLoRATrainImage": 380, "ConsisLoRATrainStyle": 380}  # preview and loss while it trains
 CONTENTS |= {"ConsisLoRASampler": 200, "ConsisLoRAGuider": 200}  # the pad
+CONTENTS |= {"ConsisLoRALoad": 90}  # what was found in the file
 CONTENTS |= {"ConsisLoRAEvaluate": 240, "PreviewAny": 120, "PreviewImage": 300}
 
 
