@@ -47,9 +47,11 @@ class Muon(torch.optim.Optimizer):
                 self._step_together(group, shape, weights)
 
     def _step_together(self, group: dict, shape: torch.Size, weights: list[Tensor]) -> None:
-        momenta, gradients = [], [weight.grad for weight in weights]
+        gradients = [weight.grad for weight in weights]
         for weight in weights:
-            momenta.append(self.state[weight].setdefault("momentum_buffer", torch.zeros_like(weight)))
+            if not self.state[weight]:
+                self.state[weight]["momentum_buffer"] = torch.zeros_like(weight)
+        momenta = [self.state[weight]["momentum_buffer"] for weight in weights]
         torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
         ahead = torch._foreach_lerp(gradients, momenta, group["momentum"])  # Nesterov's
         steps = orthogonalised(torch.stack(ahead)) * (0.2 * max(shape[-2:]) ** 0.5 * group["lr"])

@@ -46,9 +46,8 @@ PRESET = io.Combo.Input(
     options=list(PRESETS),
     default=PRESETS[0],
     optional=True,
-    tooltip="paper: the schedule as set here. quality: stage 1 learns by Muon, an optimizer that holds shapes better "
-    "than AdamW, and the learning rate falls to 0 towards the end. fast: quality in half of the steps, at twice the "
-    "learning rates.",
+    tooltip="paper: the schedule as set here. quality: stage 1 learns by the optimizer Muon instead of AdamW, and "
+    "the learning rate falls to 0 towards the end. fast: quality in half of the steps, at twice the learning rates.",
 )
 OUTPUTS = [
     ConsisLora.Output(display_name="consislora", tooltip="The trained content and style parts."),

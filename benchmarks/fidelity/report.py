@@ -76,14 +76,13 @@ Phases = tuple[Phase, ...]  # steps are those in the paper's schedule
 class Recipe(NamedTuple):
     """How a LoRA is trained: stage 1 and, for a style image, stage 2; without it the style part is stage 1's.
 
-    everywhere: on all attention layers instead of two blocks. noises: in each step. muon: in stage 1. recolourings: of
+    everywhere: on all attention layers instead of two blocks. muon: in stage 1. recolourings: of
     each image, for stage 1.
     """
 
     image: Phases
     style: Phases = ()
     everywhere: bool = False
-    noises: int = 1
     muon: bool = False
     recolourings: int = 0
 
@@ -183,10 +182,10 @@ class Bench:
             return tuple(phase._replace(steps=round(self.scale * phase.steps)) for phase in phases)
 
         optimizer = MUON if recipe.muon else ADAMW
-        image = Stage("image", ROLES, scaled(recipe.image), noises=recipe.noises, optimizer=optimizer)
+        image = Stage("image", ROLES, scaled(recipe.image), optimizer=optimizer)
         if not recipe.style:
             return image, None
-        return image, Stage("style", ROLES[1:], scaled(recipe.style), noise_offset=0.03, noises=recipe.noises)
+        return image, Stage("style", ROLES[1:], scaled(recipe.style), noise_offset=0.03)
 
     def loras(self, contender: Contender) -> dict[Drawing, Own]:
         """The LoRAs of all content and style images; of several drawings for those in `SAME_STYLE`."""
