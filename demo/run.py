@@ -18,7 +18,8 @@ from demo.sheet import sheet
 NAME = "train_and_stylise_demo"
 WORKFLOW = PACK / "workflows" / "api" / f"{NAME}.json"
 IMAGES = PACK / "demo" / "images"
-STRENGTHS = (0.0, 0.5, 1.0, 1.3)
+CONTENTS, STYLES = (0.5, 1.0, 1.3), (0.0, 0.25, 0.5, 0.75, 1.0, 1.3)  # strengths
+LORA_OUTPUTS = ("ConsisLoRASave", "LossGraphNode")
 PLAIN_PROMPT = "a crown in the style of flat red bold navy outline halftone on pale cyan"
 
 
@@ -47,23 +48,34 @@ def keep_open(server: ComfyServer) -> None:
 def train_and_stylise(server: ComfyServer, output: Path) -> None:
     """Runs the workflow, and again at other strengths; leaves a contact sheet and the LoRA files in `output`."""
     prompt = json.loads(WORKFLOW.read_text(encoding="utf-8"))
+    locked, papers = with_structure_lock(prompt), trained_as_in_the_paper(prompt)
     loras = server.base / "models" / "loras" / "consislora"
     earlier = set(loras.glob("*.safetensors"))
-    clock = Clock(prompt)
+    clock, papers_clock = Clock(locked), Clock(papers)
 
+    of_paper = picture(server, papers, papers_clock)
     result = picture(server, prompt, clock)
+    with_lock = picture(server, locked, clock)
     plain = picture(server, without_loras(prompt), clock)
-    varied = [[cell(server, prompt, content, style, clock) for style in STRENGTHS] for content in STRENGTHS]
+    varied = [[cell(server, prompt, content, style, clock) for style in STYLES] for content in CONTENTS]
 
     content, style = (IMAGES / prompt[node]["inputs"]["image"] for node in nodes(prompt, "LoadImage"))
-    first_row = [("content image", content), ("style image", style), ("plain, no LoRA", plain), ("result", result)]
+    first_row = [
+        ("content image", content),
+        ("style image", style),
+        ("the model, no LoRA", plain),
+        ("trained as in the paper", of_paper),
+        ("result", result),
+        ("with structure lock", with_lock),
+    ]
     page = output / "contact_sheet.png"
     sheet([first_row, *varied]).save(page)
     files = [
         shutil.copy(file, output / f"{file.stem[:-6]}.safetensors")
         for file in set(loras.glob("*.safetensors")) - earlier
     ]
-    print(clock.report(), f"\nContact sheet: {page}", *(f"LoRA: {file}" for file in sorted(files)), sep="\n")
+    print(clock.report(), "\nFor comparison, trained as in the paper:", papers_clock.report(), sep="\n")
+    print(f"\nContact sheet: {page}", *(f"LoRA: {file}" for file in sorted(files)), sep="\n")
 
 
 def nodes(prompt: dict, class_type: str) -> list[str]:
@@ -89,7 +101,29 @@ def without_loras(prompt: dict) -> dict:
     return changed
 
 
-def with_sampler(prompt: dict, **inputs: float) -> dict:
+def trained_as_in_the_paper(prompt: dict) -> dict:
+    """The same workflow with the paper's training, on the pictures' own colours; it saves the picture alone."""
+    changed = {node: copy.deepcopy(prompt[node]) for node in prompt if prompt[node]["class_type"] not in LORA_OUTPUTS}
+    recoloured = {node: prompt[node]["inputs"]["image"] for node in nodes(prompt, "ConsisLoRARecolour")}
+    for node in nodes(changed, "VAEEncode"):
+        inputs = changed[node]["inputs"]
+        inputs["pixels"] = recoloured.get(inputs["pixels"][0], inputs["pixels"])
+    for node in (*nodes(changed, "ConsisLoRATrainImage"), *nodes(changed, "ConsisLoRATrainStyle")):
+        changed[node]["inputs"]["preset"] = "paper"
+    return changed
+
+
+def with_structure_lock(prompt: dict) -> dict:
+    """The same workflow, begun at the noise that the content image is made from."""
+    changed = with_sampler(prompt, structure_lock=True, latent_image=["content latent", 0])
+    recolour, _ = nodes(prompt, "ConsisLoRARecolour")
+    (decode,) = nodes(prompt, "VAEDecode")
+    inputs = {"pixels": prompt[recolour]["inputs"]["image"], "vae": prompt[decode]["inputs"]["vae"]}
+    changed["content latent"] = {"class_type": "VAEEncode", "inputs": inputs, "_meta": {"title": "To latent"}}
+    return changed
+
+
+def with_sampler(prompt: dict, **inputs) -> dict:
     changed = copy.deepcopy(prompt)
     for node in nodes(changed, "ConsisLoRASampler"):
         changed[node]["inputs"] |= inputs

@@ -146,8 +146,8 @@ CONTENDERS = {
     "g": Contender("c, guidance 1", PAPER, settings=guided(1.0, 1.0)),
     "h": Contender("img2img, style LoRA", PAPER, denoise=0.6),
     "i": Contender("c, guidance 0.5", PAPER, settings=HALF),
-    "quality": Contender("Muon, rates fade; recolourings", QUALITY),
-    "fast": Contender("quality in half of the steps, at twice the rates", FAST),
+    "quality": Contender("Muon, rates fade; recolourings; guidance 0.5", QUALITY, settings=HALF),
+    "fast": Contender("quality in half of the steps, at twice the rates", FAST, settings=HALF),
 }
 DIFFERENCES = ("c-b", "b-a", "c-a", "c-d", "c-e", "c-f", "g-c", "h-c", "i-c", "quality-c", "fast-c", "quality-fast")
 TRADED = ("content", "style")
@@ -163,8 +163,8 @@ TRIED = {
     "muon": Contender("Muon, rates fade", MUON_ALONE),
     "recoloured": Contender("rates fade; recolourings", FADING._replace(recolourings=24)),
     "quality": CONTENDERS["quality"],
-    "quality 2": Contender("quality, guidance 0.5", QUALITY, settings=HALF),
-    "quality 3": Contender("quality, content guidance 0.5", QUALITY, settings=guided(0.5, 0.0)),
+    "quality 2": Contender("quality without guidance", QUALITY),
+    "quality 3": Contender("quality, content guidance 0.5 alone", QUALITY, settings=guided(0.5, 0.0)),
     "fast": CONTENDERS["fast"],
 }
 
@@ -445,7 +445,7 @@ def main() -> None:
     if options.only:
         contenders = {name: contenders[name] for name in dict.fromkeys(["c", *options.only])}
     is_whole = not (options.tune or options.only)
-    results = RESULTS if is_whole or options.tune and not options.few else options.work
+    results = options.work if options.few else RESULTS
     pairs = first_pairs(PAIRS[split], *((2, 3) if options.few else (options.images, options.images)))
     scale, seeds = (0.1, 1) if options.few else (options.scale, options.seeds)
     bench = Bench(Studio(options.work), pairs, scale, seeds)
