@@ -332,6 +332,18 @@ def test_a_name_that_is_no_utf_8_is_escaped_wherever_it_is_said(root):
     "".join([*found.problems.values(), str(caught.value)]).encode()
 
 
+def test_a_folder_that_may_not_be_read_is_listed_and_the_others_are_taken(root, monkeypatch):
+    def listed(folder):
+        if folder.name == "styles":
+            raise PermissionError(13, "Permission denied", str(folder))
+        return iterdir(folder)
+
+    iterdir = Path.iterdir
+    monkeypatch.setattr(Path, "iterdir", listed)  # root, which tests may be, may read all
+    found = find_pictures(root, "styles\nsubjects")
+    assert len(found.paths) == 2 and "Permission denied" in found.problems["styles"]
+
+
 def test_a_link_that_leads_out_is_skipped(root):
     (root.parent / "secret.png").write_bytes(b"x")
     (root / "subjects" / "z.png").symlink_to(root.parent / "secret.png")
