@@ -21,6 +21,22 @@ def catalogue_folder(name: str) -> str:
     return f"consislora_batch/{portable(name)}"
 
 
+def is_workflow(data: object) -> bool:
+    """Whether this is a workflow in API form, with every node that others are linked to."""
+    return isinstance(data, dict) and all(
+        isinstance(node, dict)
+        and isinstance(node.get("class_type"), str)
+        and isinstance(node.get("inputs"), dict)
+        and all(len(link) == 2 and isinstance(link[0], str) and link[0] in data for link in links(node))
+        for node in data.values()
+    )
+
+
+def links(node: dict) -> list[list]:
+    """The links into a node: each the id of a node and the number of its output."""
+    return [value for value in node["inputs"].values() if isinstance(value, list)]
+
+
 def fill_workflow(
     workflow: Workflow, job: Job, content: str, style: str, folder: str, metadata: dict[str, dict]
 ) -> tuple[Workflow, str]:
@@ -77,8 +93,8 @@ def with_upstream(workflow: Workflow, last: str) -> list[str]:
     """A node and all nodes upstream of it."""
     found = [last]
     for node in found:
-        links = [value[0] for value in workflow[node]["inputs"].values() if isinstance(value, list)]
-        found += [link for link in dict.fromkeys(links) if link not in found]
+        origins = dict.fromkeys(origin for origin, _ in links(workflow[node]))
+        found += [origin for origin in origins if origin not in found]
     return found
 
 
@@ -106,8 +122,13 @@ def value_problems(what: str, value: object, kind: str | list, options: dict | N
         hint = " Choose one with --checkpoint." if what.startswith("ckpt_name ") else ""
         yield f"{what} is {value!r}, which the server does not have. It has {shown}.{hint}"
     elif kind in ("INT", "FLOAT"):
-        least, most = options.get("min", value), options.get("max", value)
-        if not least <= value <= most:
+        try:
+            number = {"INT": int, "FLOAT": float}[kind](value)  # as ComfyUI does
+        except (TypeError, ValueError, OverflowError):
+            yield f"{what} is {value!r}; it must be a number."
+            return
+        least, most = options.get("min", number), options.get("max", number)
+        if not least <= number <= most:
             yield f"{what} is {value}; it must be from {least} to {most}."
 
 

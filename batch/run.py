@@ -7,14 +7,23 @@ import os
 import shlex
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from tqdm import tqdm
 
 from batch.comfy_client import HEADER, ComfyClient, Denied, Refused, Unreachable, headers_in
-from batch.fill_workflow import LORAS, Workflow, catalogue_folder, fill_workflow, lora_problems, server_problems
+from batch.fill_workflow import (
+    LORAS,
+    Workflow,
+    catalogue_folder,
+    fill_workflow,
+    is_workflow,
+    lora_problems,
+    server_problems,
+)
 from batch.job_runner import JobRunner, Order
 from batch.scheduler import Scheduler, WorkerLost
 from catalogue.names import as_spelled, inside
@@ -88,7 +97,13 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def to_url(text: str) -> str:
-    return text if "://" in text else f"http://{text}"
+    """The address of a server. Raises ArgumentTypeError, which does not name it: it may hold a password."""
+    url = text if "://" in text else f"http://{text}"
+    with suppress(ValueError):
+        parts = urlsplit(url)
+        if parts.scheme in ("http", "https") and parts.hostname and parts.port != 0:
+            return url
+    raise argparse.ArgumentTypeError("no address of a server, such as 127.0.0.1:8188 or https://host/path")
 
 
 async def run(options: argparse.Namespace) -> int:
@@ -137,11 +152,13 @@ def read_workflow(path: Path, checkpoint: str | None) -> Workflow:
     """A workflow in API form, with another checkpoint if one is named. Raises ValueError for another kind of file."""
     try:
         workflow = json.loads(path.read_text(encoding="utf-8"))
-        loaders = [node for node in workflow.values() if "ckpt_name" in node["inputs"]]
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise ValueError(f"{path} is not a workflow in API form. In ComfyUI use File > Export (API).") from None
-    for node in loaders if checkpoint else []:
-        node["inputs"]["ckpt_name"] = checkpoint
+    except (ValueError, RecursionError):
+        workflow = None
+    if not is_workflow(workflow):
+        raise ValueError(f"{path} is not a whole workflow in API form. In ComfyUI use File > Export (API).")
+    for node in workflow.values():
+        if checkpoint and "ckpt_name" in node["inputs"]:
+            node["inputs"]["ckpt_name"] = checkpoint
     return workflow
 
 

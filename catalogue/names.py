@@ -9,6 +9,7 @@ from pathlib import Path, PurePosixPath
 LONGEST = 150  # bytes of a picture's name in that of a result
 LONGEST_RESULT = 180  # bytes of a result's name: a number and a suffix are appended
 LONGEST_PART = 200  # bytes of a file's or folder's name: file systems take 255
+LONGEST_PATH = 900  # bytes of a file's path: macOS takes 1,024, and an unfinished file has a longer name
 DEVICE = re.compile(r"(con|prn|aux|nul|conin\$|conout\$|com[0-9\u00b9\u00b2\u00b3]|lpt[0-9\u00b9\u00b2\u00b3])", re.I)
 FORBIDDEN = re.compile(r'[\x00-\x1f\x7f<>:"/|?*\\]')  # on Windows; a workflow made here is opened there
 HALF = re.compile("[\ud800-\udfff]")  # surrogates, which no file system takes
@@ -19,6 +20,10 @@ def inside(folder: Path, name: str) -> Path:
 
     Raises ValueError for a name that leads out of the folder, also through a link, or is not valid on every system.
     """
+    if len(os.fsencode(folder)) + len(name.encode(errors="replace")) > LONGEST_PATH:
+        raise ValueError(
+            f"{name[:60]!r}... is too long a name: with its folders it has more than {LONGEST_PATH} bytes. Shorten it."
+        )
     parts = PurePosixPath(name.replace("\\", "/")).parts
     if not all(map(is_portable, parts)):
         raise ValueError(
@@ -26,7 +31,7 @@ def inside(folder: Path, name: str) -> Path:
             "subfolders; not .., a drive, a name that Windows keeps for devices, or a dot or space at an end."
         )
     path = folder.joinpath(*parts)
-    if not path.resolve().is_relative_to(folder.resolve()):
+    if not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder)):
         raise ValueError(
             f"{name!r} leads out of the folder {folder.name} through a link. Put the files themselves there."
         )
@@ -86,11 +91,14 @@ def by_number(name: str) -> tuple[list[str | int], str]:
 
 def as_spelled(path: Path) -> Path:
     """The file or folder of this path, or the one whose name differs only in composed and decomposed Unicode."""
-    if os.path.exists(path) or path == path.parent:
+    if os.path.exists(path):
         return path
-    folder, wanted = as_spelled(path.parent), composed(path.name)
-    names = os.listdir(folder) if folder.is_dir() else ()
-    return folder / next((name for name in names if composed(name) == wanted), path.name)
+    found = Path(path.anchor)
+    for part in path.relative_to(found).parts:
+        if not os.path.exists(found / part) and os.path.isdir(found):
+            part = next((name for name in os.listdir(found) if composed(name) == composed(part)), part)
+        found /= part
+    return found
 
 
 def composed(name: str) -> str:

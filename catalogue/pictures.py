@@ -68,7 +68,7 @@ def find_pictures(root: Path, names: str) -> Pictures:
     for name in filter(None, map(str.strip, names.splitlines())):
         try:
             pictures, others = _found(root, name)
-        except ValueError as error:
+        except (OSError, ValueError) as error:  # the first for a folder that may not be read
             problems[escape_text(name)] = escape_text(str(error))
             continue
         for path in others:

@@ -101,7 +101,8 @@ class Plan(NamedTuple):
 
     def report(self, done: int, count: int, coming: list[str], cache: PictureCache) -> str:
         """For people: what comes now, how many pairs of how many are done, and which files are passed over."""
-        lines = [f"Now: {', '.join(coming)}." if coming else "Nothing to do in this run."]
+        more = f" and {len(coming) - SHOWN} more" if len(coming) > SHOWN else ""
+        lines = [f"Now: {', '.join(coming[:SHOWN])}{more}." if coming else "Nothing to do in this run."]
         if not coming and done == count:
             lines = ["Everything is done. To have a result made again, delete its picture."]
         if cache.left_over:

@@ -5,10 +5,11 @@ import io
 from PIL import Image, ImageChops
 
 BAND = 512  # pixels
-MISSING = 0.01  # share of its pixels that a JPEG without its last bytes may lack
+MISSING = 0.01  # share of its pixels that a picture without its last bytes may lack
 JPEG_START, JPEG_END, JPEG_RESTART = b"\xff\xd8", b"\xff\xd9", b"\xff\xdd"
 PNG_START = b"\x89PNG\r\n\x1a\n"
 PNG_TEXTS = (b"tEXt", b"zTXt", b"iTXt")
+UNCOMPRESSED_STARTS = (b"BM", b"II*\0", b"MM\0*")  # of BMP and TIFF, which seldom are compressed
 
 
 def repaired(data: bytes) -> bytes | None:
@@ -20,7 +21,16 @@ def repaired(data: bytes) -> bytes | None:
         return _completed_jpeg(data)
     if data.startswith(PNG_START):
         return _without_texts(data)
+    if data.startswith(UNCOMPRESSED_STARTS):
+        return _filled(data)
     return None
+
+
+def _filled(data: bytes) -> bytes | None:
+    """An uncompressed picture with black for the pixels that it may lack; None for a compressed one."""
+    with Image.open(io.BytesIO(data), formats=["BMP", "TIFF"]) as picture:
+        is_compressed = any(tile[0] != "raw" for tile in picture.tile)
+    return None if is_compressed else data + bytes(int(MISSING * len(data)))
 
 
 def _completed_jpeg(data: bytes) -> bytes:

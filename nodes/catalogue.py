@@ -3,8 +3,12 @@
 import hashlib
 import json
 import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from datetime import datetime, timezone
 from functools import partial
+from itertools import count, islice
+from pathlib import Path
 from shutil import disk_usage
 
 from comfy.cli_args import args
@@ -12,10 +16,10 @@ from comfy_api.latest import io
 from comfy_execution.graph_utils import ExecutionBlocker
 from torch import Tensor
 
-from ..catalogue.names import as_spelled, inside
+from ..catalogue.names import as_spelled, composed, inside
 from ..catalogue.pictures import NAME, PictureCache, write_picture
 from ..catalogue.plan import CatalogueJob, Plan, plan_catalogue
-from ..catalogue.sheets import RESULTS, SETTINGS, Result, ResultsSheet, as_record, error_text
+from ..catalogue.sheets import RESULTS, SETTINGS, Entry, Result, ResultsSheet, as_record, error_text
 from ..consislora_core.files import escape_text
 from ..consislora_core.lora_file import ImageLora
 from ..host import drawing
@@ -101,6 +105,11 @@ class CatalogLoad(io.ComfyNode):
     @checked
     def execute(cls, contents, styles, catalogue, name, run, index) -> io.NodeOutput:
         plan = make_plan(contents, styles, catalogue, name)
+        with disk_errors_named(f"The catalogue in {plan.folder} cannot be made", "queue again"):
+            return cls.next_pairs(plan, run, index)
+
+    @classmethod
+    def next_pairs(cls, plan: Plan, run: str, index: int) -> io.NodeOutput:
         pairs, entries = plan.pair_up(), plan.sheet.entries()
         if not pairs:
             problems = [f"{name}: {problem}" for name, problem in plan.problems.items()]
@@ -160,8 +169,9 @@ class CatalogSave(io.ComfyNode):
         report: str = "", accepted: bool | None = None, reasons: str = "",
     ) -> io.NodeOutput:  # fmt: skip
         check_pictures(images, "images")
-        names = [job.name, *(f"{job.name}_{number}" for number in range(2, len(images) + 1))]
-        paths = [inside(job.folder, f"{name}.png") for name in names]
+        sheet = ResultsSheet(job.folder / RESULTS)
+        with disk_errors_named(f"{job.name} could not be saved to {job.folder}", "queue the pair again"):
+            paths = free_paths(job, sheet.entries(), len(images))
         result = Result(
             job.name,
             job.key,
@@ -178,20 +188,36 @@ class CatalogSave(io.ComfyNode):
         )
         facts = {} if args.disable_metadata else {"consislora": facts_text(result, content, style)}
         texts = workflow_texts(cls.hidden) | facts
-        try:
+        with disk_errors_named(f"{job.name} could not be saved to {job.folder}", "queue the pair again"):
             for image, path in zip(images, paths, strict=True):
                 write_picture(drawing.to_picture(image), path, texts)
-            ResultsSheet(job.folder / RESULTS).record([result], waiting=stop_if_cancelled)
-        except (OSError, NotImplementedError) as error:  # the second where a network folder has no locks
-            raise ValueError(
-                escape_text(
-                    f"{job.name} could not be saved to {job.folder}: {error}. Free some space, make the folder "
-                    f"writable, or close {RESULTS} in other programs; then queue the pair again."
-                )
-            ) from error
+            sheet.record([result], waiting=stop_if_cancelled)
         files = [path.relative_to(output_folder()) for path in paths]
         shown = [{"filename": file.name, "subfolder": file.parent.as_posix(), "type": "output"} for file in files]
         return io.NodeOutput("\n".join(file.as_posix() for file in files), ui={"images": shown})
+
+
+@contextmanager
+def disk_errors_named(what: str, then: str) -> Iterator[None]:
+    """Raises a ValueError for an error of the disk. what: could not be done. then: to do after it is mended."""
+    try:
+        yield
+    except (OSError, NotImplementedError) as error:  # the second where a network folder has no locks
+        raise ValueError(
+            escape_text(
+                f"{what}: {error}. Free some space, make the folder writable, or close {RESULTS} in other programs; "
+                f"then {then}."
+            )
+        ) from error
+
+
+def free_paths(job: CatalogueJob, entries: Mapping[str, Entry], number: int) -> list[Path]:
+    """Where the pictures of a pair go: a number is appended from the second on, and no other pair's are overwritten."""
+    others = {composed(file).casefold() for name, entry in entries.items() if name != job.name
+              for file in entry.files.split(";")}  # fmt: skip
+    names = (f"{job.name}.png" if one == 1 else f"{job.name}_{one}.png" for one in count(1))
+    free = (name for name in names if composed(name).casefold() not in others)
+    return [inside(job.folder, name) for name in islice(free, number)]
 
 
 def make_plan(contents: str, styles: str, catalogue: str, name: str) -> Plan:

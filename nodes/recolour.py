@@ -1,5 +1,6 @@
 """Recolourings of a picture, from which a LoRA learns structure alone."""
 
+import comfy.model_management
 import torch
 from comfy_api.latest import io
 
@@ -7,6 +8,8 @@ from ..consislora_core.recolour import recolour
 from ..host.model_inputs import check_pictures
 from .sockets import CATEGORY, aliases
 from .widget_values import checked
+
+PICTURE_BYTES = 2 * 12  # of memory that a pixel takes: in fp32, and a second time while they become one batch
 
 
 class Recolour(io.ComfyNode):
@@ -48,8 +51,22 @@ class Recolour(io.ComfyNode):
     @checked
     def execute(cls, image, recolourings, seed) -> io.NodeOutput:
         check_pictures(image, "image")
+        check_memory(image, recolourings)
         generator = torch.Generator().manual_seed(seed)
         pictures = [picture[..., :3].expand(-1, -1, 3).float().cpu() for picture in image]
         return io.NodeOutput(
             torch.cat([torch.cat([picture[None], recolour(picture, recolourings, generator)]) for picture in pictures])
+        )
+
+
+def check_memory(image: torch.Tensor, recolourings: int) -> None:
+    """Raises ValueError if the computer has less memory free than the recolourings of these pictures (b h w c) take."""
+    count, height, width = image.shape[:3]
+    pictures = count * (recolourings + 1)
+    gigabytes = PICTURE_BYTES * pictures * height * width / 1e9
+    free = comfy.model_management.get_free_memory(torch.device("cpu")) / 1e9
+    if gigabytes > free:
+        raise ValueError(
+            f"{pictures} pictures of {width} x {height} pixels take {gigabytes:.1f} GB of memory, and {free:.1f} GB "
+            "are free. Lower recolourings, or scale image down first, to about 1024 x 1024 pixels."
         )

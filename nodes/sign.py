@@ -64,7 +64,14 @@ class SaveSigned(io.ComfyNode):
             drawing.to_picture(image).save(unsigned, "png", pnginfo=text_chunks(texts))
             # Without metadata, as with ComfyUI's option, the signature tells no more than the picture.
             write = partial(write_signed, unsigned.getvalue(), record if texts else {}, algorithm)
-            path = write_numbered(new_picture_paths(filename_prefix, image.shape[1], image.shape[0]), write)
+            try:
+                path = write_numbered(new_picture_paths(filename_prefix, image.shape[1], image.shape[0]), write)
+            except OSError as error:
+                reason = escape_text(error.strerror or str(error))
+                raise ValueError(
+                    f"The picture could not be saved under filename_prefix {filename_prefix!r:.100}: {reason}. "
+                    "Free some space, or give another name."
+                ) from error
             subfolder = path.parent.relative_to(output_folder()).as_posix()
             saved.append(ui.SavedResult(path.name, "" if subfolder == "." else subfolder, io.FolderType.output))
         return io.NodeOutput(ui=ui.SavedImages(saved))

@@ -32,7 +32,7 @@ from test_resume import check_every_file_is_whole
 import batch.comfy_client
 from batch import run
 from batch.comfy_client import ComfyClient, Denied, Refused, Unreachable, WorkflowError, headers_in
-from batch.fill_workflow import fill_workflow, lora_problems, server_problems
+from batch.fill_workflow import fill_workflow, lora_problems, server_problems, value_problems
 from batch.job_runner import JobRunner
 from batch.scheduler import Scheduler, WorkerLost
 from catalogue.pictures import open_picture
@@ -114,6 +114,48 @@ def test_what_the_server_would_not_take_is_reported():
         "lora_name of Load is 'x.safetensors', which the server does not have. It has a/x.safetensors.",
         "the server has no node Gone. Install the pack it is from, or update it.",
     ]
+
+
+@pytest.mark.parametrize(("kind", "value"), [("INT", None), ("INT", "many"), ("FLOAT", "1,5"), ("INT", float("inf"))])
+def test_a_workflow_with_what_is_no_number_is_reported(kind, value):
+    assert list(value_problems("steps", value, kind, {"min": 1})) == [f"steps is {value!r}; it must be a number."]
+
+
+def test_a_number_in_quotes_is_one_as_it_is_for_comfyui():
+    assert list(value_problems("steps", "20", "INT", {"min": 1, "max": 30})) == []
+    assert list(value_problems("steps", "20", "INT", {"min": 1, "max": 9})) == ["steps is 20; it must be from 1 to 9."]
+
+
+NO_WORKFLOWS = {
+    "a list": [],
+    "the canvas": {"nodes": [], "links": []},
+    "a node without a class": {"1": {"inputs": {}}},
+    "inputs in a list": {"1": {"class_type": "X", "inputs": [1]}},
+    "a link to a node that is not there": {"1": {"class_type": "X", "inputs": {"model": ["2", 0]}}},
+    "a link to nothing": {"1": {"class_type": "X", "inputs": {"model": []}}},
+    "a link to a number": {"1": {"class_type": "X", "inputs": {"model": [1, 0]}}},
+}
+
+
+@pytest.mark.parametrize("kind", NO_WORKFLOWS)
+def test_what_is_no_whole_workflow_is_refused(tmp_path, kind):
+    (tmp_path / "flow.json").write_text(json.dumps(NO_WORKFLOWS[kind]))
+    with pytest.raises(ValueError, match="flow.json is not a whole workflow in API form"):
+        run.read_workflow(tmp_path / "flow.json", None)
+
+
+def test_a_file_of_brackets_is_no_workflow(tmp_path):
+    (tmp_path / "flow.json").write_text("[" * 100_000)
+    with pytest.raises(ValueError, match="flow.json is not a whole workflow in API form"):
+        run.read_workflow(tmp_path / "flow.json", None)
+
+
+@pytest.mark.parametrize("address", ["", "http://", "http://[::1", "127.0.0.1:99999", "ftp://me:5ec2e7@host"])
+def test_what_is_no_address_is_refused_without_showing_it(address, capsys):
+    with pytest.raises(SystemExit):
+        run.parse(["jobs.csv", "--server", address])
+    said = capsys.readouterr().err
+    assert "no address of a server, such as 127.0.0.1:8188" in said and "5ec2e7" not in said
 
 
 def test_adapters_of_different_models_are_distinguished():

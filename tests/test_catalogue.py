@@ -81,6 +81,14 @@ def test_one_pair_comes_by_its_index_and_after_the_last_the_first(nodes, folders
     assert [names(nodes, run=nodes.ONE, index=index)[0] for index in (0, 3, 4)] == ["cup__ink", "pot__oil", "cup__ink"]
 
 
+def test_a_report_lists_no_more_pairs_than_people_read(nodes, folders):
+    root, _ = folders
+    for number in range(20):
+        shutil.copy(root / "subjects" / "cup.png", root / "subjects" / f"cup{number}.png")
+    (*_, found, report) = load(nodes)
+    assert len(found) == 44 and " and 14 more.\n" in report and len(report) < 800
+
+
 def test_what_is_saved_is_skipped_until_its_picture_or_source_changes(nodes, folders):
     root, output = folders
     jobs = load(nodes)[2]
@@ -176,6 +184,20 @@ def test_a_batch_is_saved_whole(nodes, folders):
     result = ResultsSheet(output / "cat" / "results.csv").read()["cup__ink"]
     assert result.files == "cup__ink.png;cup__ink_2.png;cup__ink_3.png"
     assert result.is_done(job.key, output / "cat")
+
+
+@pytest.mark.parametrize("order", [("cup__ink", "cup__ink_2"), ("cup__ink_2", "cup__ink")])
+def test_a_batch_overwrites_no_result_of_another_pair(nodes, folders, order):
+    root, output = folders
+    shutil.copy(root / "styles" / "oil.png", root / "styles" / "ink_2.png")
+    jobs = {job.name: job for job in load(nodes)[2]}
+    for name in order:
+        nodes.CatalogSave.execute(images=torch.rand(3, 8, 8, 3), job=jobs[name])
+    results = ResultsSheet(output / "cat" / "results.csv").read()
+    files = [file for name in order for file in results[name].files.split(";")]
+    assert len(set(files)) == 6 and set(names(nodes)).isdisjoint(order)
+    nodes.CatalogSave.execute(images=torch.rand(3, 8, 8, 3), job=jobs[order[0]])  # its own it may replace
+    assert ResultsSheet(output / "cat" / "results.csv").read()[order[0]].files == results[order[0]].files
 
 
 NAMES = ["a;b", "=1+2", "cafe\u0301", " spaces ", "x" * 230, "-cup", "100%", "{style}", "\u00a0cup"]
@@ -329,6 +351,30 @@ def test_errors_of_the_disk_are_reported(nodes, folders, monkeypatch, fails, err
     with pytest.raises(ValueError, match=f"cup__ink could not be saved .*{words}"):
         save(nodes, job)
     assert not [path for path in job.folder.rglob("*") if path.suffix != ".lock"]
+
+
+def in_a_file(folder):
+    folder.parent.mkdir()
+    folder.write_text("no folder")
+
+
+def a_link_to_itself(folder):
+    folder.parent.mkdir()
+    folder.symlink_to(folder.name)
+
+
+def lock_is_a_folder(folder):
+    (folder / "results.csv.lock").mkdir(parents=True)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="links are for administrators there")
+@pytest.mark.parametrize("fault", [in_a_file, a_link_to_itself, lock_is_a_folder])
+def test_a_folder_that_cannot_take_the_results_is_reported_before_anything_is_made(nodes, folders, fault):
+    root, output = folders
+    fault(output / "cat")
+    (root / "subjects" / "bad.png").write_bytes(b"damaged")
+    with pytest.raises(ValueError, match="The catalogue in .*cat cannot be made: .* then queue again.$"):
+        load(nodes)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="names are Unicode there")

@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from catalogue.names import inside, is_portable, portable
+from catalogue.names import as_spelled, inside, is_portable, portable
 
 OUTSIDE = ["..", "../a", "a/../../b", "/etc/passwd", "\\\\host\\a", "..\\a", "C:\\a", "C:a", "a\0b"]
 UNPORTABLE = ["CON", "nul.png", "COM1", "lpt9.txt", "a/aux", "com\u00b9", "a.", "a ", " a", "a<b", "a?b", "a\nb"]
@@ -31,6 +31,23 @@ def test_a_link_may_not_lead_out_but_within(tmp_path):
     with pytest.raises(ValueError, match="leads out of the folder folder through a link"):
         inside(folder, "out/a.png")
     assert inside(folder, "within/a.png").parent.resolve() == folder / "real"
+
+
+def test_a_name_that_no_file_system_takes_with_its_folders_is_refused(tmp_path):
+    for name in ("a/" * 3000 + "b", "/".join(["x" * 190] * 6)):
+        with pytest.raises(ValueError, match="^'[ax/]+'... is too long a name.* Shorten it.$"):
+            inside(tmp_path, name)
+
+
+def test_a_path_of_any_depth_is_looked_for(tmp_path):
+    deep = tmp_path.joinpath(*"a" * 3000)
+    assert as_spelled(deep) == deep
+
+
+@pytest.mark.skipif(os.name == "nt", reason="links are for administrators there")
+def test_a_link_to_itself_is_a_name_without_a_file(tmp_path):
+    (tmp_path / "loop").symlink_to("loop")
+    assert not inside(tmp_path, "loop").exists()
 
 
 @pytest.mark.parametrize("text", [*OUTSIDE, *UNPORTABLE, "", ".", "...", "\ud800", "\u732b" * 200, "a/b"])

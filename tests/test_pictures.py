@@ -10,7 +10,7 @@ import zlib
 from pathlib import Path
 
 import pytest
-from PIL import Image, ImageCms, PngImagePlugin
+from PIL import Image, ImageChops, ImageCms, PngImagePlugin
 
 from catalogue import pictures
 from catalogue.pictures import find_pictures, open_picture, pair_up, picture_key
@@ -156,6 +156,31 @@ def test_a_jpeg_of_which_a_part_is_missing_is_damaged(tmp_path, jpeg, share):
         opened(jpeg[: int(len(jpeg) * share)], tmp_path)
     with pytest.raises(ValueError, match="picture_half.jpg is damaged"):
         open_picture(CASES / "picture_half.jpg")
+
+
+@pytest.mark.parametrize(
+    ("name", "mode", "most"), [("a.bmp", "RGB", 20), ("a.bmp", "1", 20), ("a.tif", "RGB", 20), ("a.gif", "P", 2)]
+)
+def test_any_other_picture_may_lack_its_last_bytes_but_no_part(tmp_path, name, mode, most):
+    path = tmp_path / name
+    Image.merge("RGB", [Image.effect_noise((200, 200), 90) for _ in range(3)]).convert(mode).save(path)
+    data, whole = path.read_bytes(), open_picture(path)
+    for missing in (1, 2, most):
+        path.write_bytes(data[:-missing])
+        change = ImageChops.difference(open_picture(path), whole).convert("L").histogram()
+        assert sum(change[1:]) < 0.01 * 200 * 200
+    for share in (0.5, 0.95):
+        path.write_bytes(data[: int(share * len(data))])
+        with pytest.raises(ValueError, match=f"{name} is damaged"):
+            open_picture(path)
+
+
+@pytest.mark.parametrize("compression", ["jpeg", "tiff_lzw"])
+def test_a_compressed_tiff_without_its_last_bytes_is_refused(tmp_path, compression):
+    picture(size=(200, 200)).save(tmp_path / "a.tif", compression=compression)
+    (tmp_path / "a.tif").write_bytes((tmp_path / "a.tif").read_bytes()[:-20])
+    with pytest.raises(ValueError, match="a.tif is (damaged|no picture of a known kind)"):
+        open_picture(tmp_path / "a.tif")
 
 
 def test_long_texts_in_a_png_do_not_matter(tmp_path):
@@ -305,6 +330,18 @@ def test_a_name_that_is_no_utf_8_is_escaped_wherever_it_is_said(root):
     with pytest.raises(ValueError, match=r"caf\\udce9.png is no picture") as caught:
         open_picture(found.paths[-1])
     "".join([*found.problems.values(), str(caught.value)]).encode()
+
+
+def test_a_folder_that_may_not_be_read_is_listed_and_the_others_are_taken(root, monkeypatch):
+    def listed(folder):
+        if folder.name == "styles":
+            raise PermissionError(13, "Permission denied", str(folder))
+        return iterdir(folder)
+
+    iterdir = Path.iterdir
+    monkeypatch.setattr(Path, "iterdir", listed)  # root, which tests may be, may read all
+    found = find_pictures(root, "styles\nsubjects")
+    assert len(found.paths) == 2 and "Permission denied" in found.problems["styles"]
 
 
 def test_a_link_that_leads_out_is_skipped(root):

@@ -59,3 +59,10 @@ def test_the_node_gives_each_picture_and_then_its_recolourings(pack, owl):
     assert images.shape == (6, *owl.shape)
     assert torch.equal(images[0], owl) and torch.equal(images[3], crown)
     assert len({image.numpy().tobytes() for image in images}) == 6
+
+
+def test_what_the_computer_has_no_memory_for_is_refused_before_it_is_made(pack):
+    picture = torch.zeros(1, 1, 1, 3).expand(8, 12_000, 12_000, 3)  # takes no memory itself
+    with pytest.raises(ValueError, match="200 pictures of 12000 x 12000 pixels take 691.2 GB .* Lower recolourings"):
+        pack.nodes.recolour.check_memory(picture, 24)
+    pack.nodes.recolour.check_memory(torch.zeros(1, 8, 8, 3), 24)

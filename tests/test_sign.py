@@ -127,6 +127,11 @@ def test_an_emptied_prefix_is_refused(pack, sign, monkeypatch, prefix):
         saved(pack, sign, monkeypatch, filename_prefix=prefix)
 
 
+def test_a_name_that_the_disk_refuses_is_reported(pack, sign, monkeypatch):
+    with pytest.raises(ValueError, match="could not be saved under filename_prefix 'x+: File name too long"):
+        saved(pack, sign, monkeypatch, filename_prefix="x" * 400)
+
+
 def test_what_is_missing_is_named(pack, sign, monkeypatch):
     with pytest.raises(ValueError, match="could not be signed: .*algorithm is the key's"):
         saved(pack, sign, monkeypatch, algorithm="ps256")
