@@ -61,6 +61,26 @@ def estimate(values) -> Estimate:
     return Estimate(values.mean().item(), *values[chosen].mean(1).quantile(torch.tensor([0.025, 0.975])).tolist())
 
 
+def crossed_estimate(grid) -> Estimate:
+    """The mean of an array of contents x styles, and its bootstrap interval over both, which pairs share.
+
+    NaN: there is no such pair, or it has no value.
+    """
+    import numpy as np
+
+    rng = np.random.default_rng(0)
+    rows, columns = (rng.integers(n, size=(RESAMPLES, n)) for n in grid.shape)
+    cells = grid[rows[:, :, None], columns[:, None]]
+    counts = np.isfinite(cells).sum((1, 2))
+    means = np.nansum(cells, (1, 2))[counts > 0] / counts[counts > 0]
+    return Estimate(np.nanmean(grid), *np.quantile(means, [0.025, 0.975]))
+
+
+def bold(found: Estimate) -> str:
+    """In bold if its interval excludes 0."""
+    return f"**{found}**" if found.low > 0 or found.high < 0 else f"{found}"
+
+
 def table(header: list[str], lines: list[list]) -> str:
     """A table in Markdown."""
     return "\n".join(f"| {' | '.join(map(str, line))} |" for line in [header, ["---"] * len(header), *lines]) + "\n"

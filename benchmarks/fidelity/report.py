@@ -37,11 +37,12 @@ from torch import Tensor
 
 from benchmarks.common import (
     COLOURS,
-    RESAMPLES,
     RESULTS,
     Estimate,
+    bold,
     chart_axes,
     comfyui_version,
+    crossed_estimate,
     joined,
     table,
     template,
@@ -272,12 +273,7 @@ class Bench:
         grid = np.full((len(self.contents), len(self.styles)), np.nan)
         for pair, value in zip(pairs or self.pairs, values.tolist(), strict=True):
             grid[self.contents.index(pair.content), self.styles.index(pair.style)] = value
-        rng = np.random.default_rng(0)
-        rows, columns = (rng.integers(n, size=(RESAMPLES, n)) for n in grid.shape)
-        cells = grid[rows[:, :, None], columns[:, None]]
-        counts = np.isfinite(cells).sum((1, 2))
-        means = np.nansum(cells, (1, 2))[counts > 0] / counts[counts > 0]
-        return Estimate(np.nanmean(grid), *np.quantile(means, [0.025, 0.975]))
+        return crossed_estimate(grid)
 
 
 def references(bench: Bench) -> dict[str, dict[str, Tensor]]:
@@ -350,11 +346,6 @@ def scores_section(bench: Bench, measured: dict[str, dict[str, Tensor]], contend
         seen=len(SEEN),
         styles=len(SEEN_STYLES),
     )
-
-
-def bold(found: Estimate) -> str:
-    """In bold if its interval excludes 0."""
-    return f"**{found}**" if found.low > 0 or found.high < 0 else f"{found}"
 
 
 def differences_section(bench: Bench, measured: dict[str, dict[str, Tensor]], wanted: list[str]) -> str:
