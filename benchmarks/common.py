@@ -21,11 +21,15 @@ KEEP = {"MALLOC_MMAP_THRESHOLD_": "4000000000", "MALLOC_TRIM_THRESHOLD_": "40000
 GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536"}
 
 
-def set_up() -> None:
-    """Goes on in an environment with all packages and ComfyUI. One that has them, with a torch for its GPU, stays."""
-    packages = ["torch", "einops", "pytest", "matplotlib", "resvg_py"]
+def set_up(
+    room: str = "benchmarks", packages: tuple[str, ...] = ("torch", "einops", "pytest", "matplotlib", "resvg_py")
+) -> None:
+    """Goes on in an environment with these packages and ComfyUI. One that has them, with a torch for its GPU, stays.
+
+    room: whose packages are installed otherwise.
+    """
     if not ("COMFYUI_PATH" in os.environ and all(map(importlib.util.find_spec, packages))):
-        runpy.run_path(str(ROOT / "bootstrap.py"))["enter"]("benchmarks")
+        runpy.run_path(str(ROOT / "bootstrap.py"))["enter"](room)
 
 
 def measure_in_a_process(file: str, *arguments: str, malloc: Mapping[str, str] = {}) -> dict:
@@ -77,8 +81,8 @@ def crossed_estimate(grid) -> Estimate:
 
 
 def bold(found: Estimate) -> str:
-    """In bold if its interval excludes 0."""
-    return f"**{found}**" if found.low > 0 or found.high < 0 else f"{found}"
+    """In bold if its interval excludes 0; one of a single pair has no width, and says nothing."""
+    return f"**{found}**" if found.low < found.high and (found.low > 0 or found.high < 0) else f"{found}"
 
 
 def table(header: list[str], lines: list[list]) -> str:

@@ -173,10 +173,9 @@ class Graphs:
         # Given one latent alone it fails in ComfyUI 0.3.75; with two it still trains on one of them a step.
         twice = graph.add("RepeatLatentBatch", samples=latent, amount=2)
         latents = graph.add("RebatchLatents", latents=[twice, 0], batch_size=1)
-        rate = self._default("TrainLoraNode", "learning_rate") * self.base.rate
         training = graph.add(
             "TrainLoraNode", model=graph.model, latents=[latents, 0], positive=graph.text(prompt),
-            steps=self.scaled(recipe.steps), learning_rate=rate, existing_lora="[None]",
+            steps=self.scaled(recipe.steps), existing_lora="[None]",
         )  # fmt: skip
         name = f"photos_{hashlib.sha256(json.dumps(graph.nodes).encode()).hexdigest()[:16]}"
         output = self.info["TrainLoraNode"]["output"].index("LORA_MODEL")
@@ -195,10 +194,7 @@ class Graphs:
         return self._saved(graph, pair, self._drawn_plain(graph, "A [c]", seed, content, cfg=1.0))
 
     def scaled(self, steps: int) -> int:
-        return max(1, round(self.scale * steps))
-
-    def _default(self, kind: str, name: str):
-        return default_of(self.info[kind]["input"]["required"][name])
+        return steps and max(1, round(self.scale * steps))
 
     def _schedule(self, recipe: Recipe) -> dict:
         return {"rank": RANK, "seed": 0, "preset": recipe.preset}

@@ -26,7 +26,7 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
     from benchmarks.common import set_up
 
-    set_up()
+    set_up("demo", ("torch", "einops", "psutil", "aiohttp", "tqdm"))
 
 from PIL import Image, ImageOps
 from tqdm import tqdm
@@ -81,7 +81,7 @@ class Studio:
         """The picture of a task, made before or now; of one that failed, the reason."""
         self.bar.set_postfix_str(task.name)
         try:
-            batch = Batch(await self._workflow(task), self.work / "pictures" / "sheet.csv", self.work)
+            batch = Batch(await self._workflow(task), self.work / "pictures" / "photos.csv", self.work)
         except WorkflowError as error:
             return self._recorded(Result(task.name, error=str(error)))
         if problems := batch.local_problems([task.job]):
