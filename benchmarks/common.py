@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import math
 import os
 import re
 import runpy
@@ -72,6 +73,8 @@ def crossed_estimate(grid) -> Estimate:
     """
     import numpy as np
 
+    if not np.isfinite(grid).any():
+        return Estimate(math.nan, math.nan, math.nan)
     rng = np.random.default_rng(0)
     rows, columns = (rng.integers(n, size=(RESAMPLES, n)) for n in grid.shape)
     cells = grid[rows[:, :, None], columns[:, None]]

@@ -31,7 +31,16 @@ if __name__ == "__main__":
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
-from batch.comfy_client import HEADER, ComfyClient, Refused, Unreachable, WorkflowError, failure_text, headers_in
+from batch.comfy_client import (
+    HEADER,
+    ComfyClient,
+    Denied,
+    Refused,
+    Unreachable,
+    WorkflowError,
+    failure_text,
+    headers_in,
+)
 from batch.fill_workflow import INPUTS, Workflow, server_problems
 from batch.job_runner import JobRunner
 from batch.run import Batch, server_name, to_url
@@ -43,6 +52,7 @@ from benchmarks.photo_graphs import (
     TINY_ENCODERS,
     USUAL,
     VAE,
+    Base,
     Graphs,
     Plan,
     Task,
@@ -60,7 +70,7 @@ from demo.server import PACK, ComfyServer, ServerError
 
 TRIAL_STEPS = 0.002  # of the paper's
 TRIAL_PICTURES = {"contents": "*-flat.png", "styles": "*-h*.png"}  # of the demo
-PATIENCE = 3600  # seconds to wait for a server that does not answer
+PATIENCE, PATIENCE_WITH_OWN = 3600, 60  # seconds to wait for a server that does not answer, and for one started here
 SECONDS, PLAIN_SECONDS = 0.043, 1.2  # of a training step on an H200: results/training_gpu.md
 
 
@@ -153,14 +163,17 @@ def main() -> str | int:
     """The exit status: 0, 1 if pictures failed, or a text that says why the program could not go on."""
     options = parse()
     try:
+        base = DEMO if options.trial else sdxl(options.checkpoint)
+        plan = planned(options, base.side)
         with server_url(options) as url:
-            return asyncio.run(run(options, url))
+            return asyncio.run(run(options, plan, base, url))
     except KeyboardInterrupt:
         return "Stopped. The same command goes on from here."
-    except (Unreachable, ServerError) as error:
+    except (Unreachable, Denied, ServerError) as error:
         return f"{error}\nThe same command goes on from here."
     except OSError as error:
-        return f"{error.filename or options.work}: {error.strerror or error}. The same command goes on from here."
+        what = f"{error.filename or options.work}: {error.strerror or error}"
+        return f"{what}. Once that is fixed, the same command goes on from here."
     except (ValueError, Refused) as error:
         return str(error)
 
@@ -173,8 +186,8 @@ def parse() -> argparse.Namespace:
         parser.add_argument(f"--{name}", metavar="NAME", help=f"{what}, as ComfyUI lists it")
     for name in ("contents", "styles"):
         parser.add_argument(f"--{name}", type=Path, metavar="DIR", help=f"the {name[:-1]} images")
-    parser.add_argument("--pairs", type=int, metavar="N", help="at most so many, of the first images")
-    parser.add_argument("--seeds", type=int, default=1, metavar="N", help="pictures a pair (default: 1)")
+    parser.add_argument("--pairs", type=count, metavar="N", help="at most so many, of the first images")
+    parser.add_argument("--seeds", type=count, default=1, metavar="N", help="pictures a pair (default: 1)")
     parser.add_argument(
         "--scale", type=float, metavar="S", help="training steps, as a part of the paper's (default: 1)"
     )
@@ -197,6 +210,12 @@ def parse() -> argparse.Namespace:
     return options
 
 
+def count(text: str) -> int:
+    if int(text) < 1:
+        raise ValueError
+    return int(text)
+
+
 @contextmanager
 def server_url(options: argparse.Namespace) -> Iterator[str]:
     """The running server, or one that is started with the models in COMFYUI_PATH."""
@@ -214,12 +233,11 @@ def server_url(options: argparse.Namespace) -> Iterator[str]:
         yield server.url
 
 
-async def run(options: argparse.Namespace, url: str) -> int:
+async def run(options: argparse.Namespace, plan: Plan, base: Base, url: str) -> int:
     """Makes all pictures, and reports after each contender; 1 if some failed. Raises ValueError for problems."""
-    base = DEMO if options.trial else sdxl(options.checkpoint)
     encoders = TINY_ENCODERS if options.trial else listed_encoders(options.clip, options.dino)
-    plan = planned(options, base.side)
-    async with ComfyClient(url, PATIENCE, tqdm.write, headers_in(os.environ.get(HEADER, ""))) as client:
+    patience = PATIENCE if options.server else PATIENCE_WITH_OWN
+    async with ComfyClient(url, patience, tqdm.write, headers_in(os.environ.get(HEADER, ""))) as client:
         graphs = Graphs(await client.get("/object_info"), base, encoders, options.scale)
         problems = [
             problem for graph in graphs.every(plan.contenders) for problem in server_problems(graph, graphs.info)
@@ -255,7 +273,7 @@ def planned(options: argparse.Namespace, side: int) -> Plan:
         contents = min(len(files["contents"]), max(1, options.pairs // len(files["styles"])))
         files["contents"] = files["contents"][:contents]
     squares = {name: [squared(file, options.work / "pictures" / name, side) for file in files[name]] for name in files}
-    return Plan(list(options.only), *squares.values(), options.seeds)
+    return Plan(list(dict.fromkeys(options.only)), *squares.values(), options.seeds)
 
 
 def picture_files(folder: Path | None, name: str) -> list[Path]:
