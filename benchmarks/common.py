@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import math
 import os
 import re
 import runpy
@@ -21,11 +22,15 @@ KEEP = {"MALLOC_MMAP_THRESHOLD_": "4000000000", "MALLOC_TRIM_THRESHOLD_": "40000
 GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536"}
 
 
-def set_up() -> None:
-    """Goes on in an environment with all packages and ComfyUI. One that has them, with a torch for its GPU, stays."""
-    packages = ["torch", "einops", "pytest", "matplotlib", "resvg_py"]
+def set_up(
+    room: str = "benchmarks", packages: tuple[str, ...] = ("torch", "einops", "pytest", "matplotlib", "resvg_py")
+) -> None:
+    """Goes on in an environment with these packages and ComfyUI. One that has them, with a torch for its GPU, stays.
+
+    room: whose packages are installed otherwise.
+    """
     if not ("COMFYUI_PATH" in os.environ and all(map(importlib.util.find_spec, packages))):
-        runpy.run_path(str(ROOT / "bootstrap.py"))["enter"]("benchmarks")
+        runpy.run_path(str(ROOT / "bootstrap.py"))["enter"](room)
 
 
 def measure_in_a_process(file: str, *arguments: str, malloc: Mapping[str, str] = {}) -> dict:
@@ -59,6 +64,28 @@ def estimate(values) -> Estimate:
 
     chosen = torch.randint(len(values), (RESAMPLES, len(values)), generator=torch.Generator().manual_seed(0))
     return Estimate(values.mean().item(), *values[chosen].mean(1).quantile(torch.tensor([0.025, 0.975])).tolist())
+
+
+def crossed_estimate(grid) -> Estimate:
+    """The mean of an array of contents x styles, and its bootstrap interval over both, which pairs share.
+
+    NaN: there is no such pair, or it has no value.
+    """
+    import numpy as np
+
+    if not np.isfinite(grid).any():
+        return Estimate(math.nan, math.nan, math.nan)
+    rng = np.random.default_rng(0)
+    rows, columns = (rng.integers(n, size=(RESAMPLES, n)) for n in grid.shape)
+    cells = grid[rows[:, :, None], columns[:, None]]
+    counts = np.isfinite(cells).sum((1, 2))
+    means = np.nansum(cells, (1, 2))[counts > 0] / counts[counts > 0]
+    return Estimate(np.nanmean(grid), *np.quantile(means, [0.025, 0.975]))
+
+
+def bold(found: Estimate) -> str:
+    """In bold if its interval excludes 0; one of a single pair has no width, and says nothing."""
+    return f"**{found}**" if found.low < found.high and (found.low > 0 or found.high < 0) else f"{found}"
 
 
 def table(header: list[str], lines: list[list]) -> str:

@@ -9,11 +9,7 @@ from images import IMAGES, loaded
 from PIL import Image
 
 from batch.comfy_client import WorkflowError
-
-VIT = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_hidden_layers": 3}
-CLIP = {**VIT, "image_size": 224, "patch_size": 32, "projection_dim": 16, "num_channels": 3, "hidden_act": "quick_gelu"}
-CLIP |= {"model_type": "clip_vision_model"}
-DINO = {**VIT, "layer_norm_eps": 1e-6, "model_type": "dinov2", "use_swiglu_ffn": False, "image_size": 518}
+from benchmarks.tiny_vision import CONFIGS, tiny_encoder
 
 
 @pytest.fixture
@@ -35,20 +31,6 @@ def owls(nodes):
     """A crown and two owls, one of them in other colours, scored against an owl."""
     pictures = torch.cat([images("crown-flat", "owl-flat"), image("owl-flat").flip(-1)])
     return pictures, nodes.score_pictures(pictures, image("owl-flat"), image("crown-flat"))
-
-
-@pytest.fixture
-def encoder(comfy, tmp_path, request):
-    """A tiny CLIP_VISION with random weights."""
-    import comfy.clip_vision
-
-    (tmp_path / "config.json").write_text(json.dumps(request.param))
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = comfy.clip_vision.ClipVisionModel(tmp_path / "config.json")
-        for parameter in model.model.parameters():
-            torch.nn.init.normal_(parameter, std=0.2)
-    return model
 
 
 def test_without_a_network_shapes_are_scored(owls):
@@ -89,10 +71,10 @@ def test_the_smallest_pictures_are_scored_and_smaller_ones_refused_by_name(nodes
         nodes.Evaluate.execute(picture[:, :8, :7], picture, picture)
 
 
-@pytest.mark.parametrize("encoder", [CLIP, DINO], ids=["clip", "dinov2"], indirect=True)
-def test_a_network_adds_content_style_and_leakage(nodes, encoder):
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_a_network_adds_content_style_and_leakage(nodes, kind):
     owl, crown = image("owl-flat"), image("crown-flat")
-    scores = nodes.score_pictures(torch.cat([owl, crown]), owl, crown, encoder)
+    scores = nodes.score_pictures(torch.cat([owl, crown]), owl, crown, tiny_encoder(kind))
     assert [list(score) for score in scores] == 2 * [["content", "style", "leakage", "edges", "silhouette"]]
     assert [scores[0]["content"], scores[1]["style"]] == pytest.approx([1, 1], abs=1e-4)
     assert [score["leakage"] for score in scores] == pytest.approx([0, 1], abs=1e-2)

@@ -37,11 +37,13 @@ from torch import Tensor
 
 from benchmarks.common import (
     COLOURS,
-    RESAMPLES,
     RESULTS,
     Estimate,
+    bold,
     chart_axes,
     comfyui_version,
+    crossed_estimate,
+    estimate,
     joined,
     table,
     template,
@@ -56,8 +58,11 @@ from consislora_core.schedule import ADAMW, MUON, MUON_RATE, NOISE, RECONSTRUCTI
 from demo.server import PACK
 
 EARLY, LATE = 2e-3, 1e-3  # learning rates before and after the transition: ten times the paper's
+CONTENT_PROMPT = "A [c]"
 STYLE_PROMPT = "An image in the style of [v]"
-INTRODUCTION, SCORES_TEXT, DIFFERENCES_TEXT, CHOICE_TEXT, CURVE_TEXT, SEVERAL_TEXT, SHEET_TEXT = template("fidelity")
+INTRODUCTION, SCORES_TEXT, DIFFERENCES_TEXT, OWN_TEXT, CHOICE_TEXT, CURVE_TEXT, SEVERAL_TEXT, SHEET_TEXT = template(
+    "fidelity"
+)
 
 
 def guided(content: float, style: float) -> dict[str, float]:
@@ -68,6 +73,7 @@ SCALES = (0.0, 0.5, 1.0, 2.0, 4.0, 10.0)
 TRUE_STYLE = "style of the ground truth"
 EVERYWHERE = ("content", "outlines", "style", "leakage", "sum", TRUE_STYLE)  # for any pair
 SCORES = (*EVERYWHERE, "SSIM", "perceptual distance")
+OWN_SCORES = ("outlines", "SSIM", "outlines, content part alone")  # of a content image drawn again by its own LoRA
 
 
 Phases = tuple[Phase, ...]  # steps are those in the paper's schedule
@@ -77,7 +83,7 @@ class Recipe(NamedTuple):
     """How a LoRA is trained: stage 1 and, for a style image, stage 2; without it the style part is stage 1's.
 
     everywhere: on all attention layers instead of two blocks. muon: in stage 1. recolourings: of
-    each image, for stage 1.
+    each image, for stage 1. patches: pictures without the style image's shapes, in its place for both stages.
     """
 
     image: Phases
@@ -85,6 +91,7 @@ class Recipe(NamedTuple):
     everywhere: bool = False
     muon: bool = False
     recolourings: int = 0
+    patches: int = 0
 
 
 # In phases of 500 steps where recipes begin with the same steps, so that they share them.
@@ -166,6 +173,8 @@ TRIED = {
     "quality 2": Contender("quality without guidance", QUALITY),
     "quality 3": Contender("quality, content guidance 0.5 alone", QUALITY, settings=guided(0.5, 0.0)),
     "fast": CONTENDERS["fast"],
+    "patches": Contender("quality, style patches", QUALITY._replace(patches=24)),
+    "patches 1": Contender("quality, style patches, one stage", QUALITY._replace(patches=24, style=())),
 }
 
 
@@ -193,13 +202,14 @@ class Bench:
         stage_1, stage_2 = self.stages(recipe)
         train = studio.learned_everywhere if recipe.everywhere else studio.learned
         recolourings = {"recolourings": recipe.recolourings} if recipe.recolourings else {}
-        contents = train(stage_1, "A [c]", self.contents, **recolourings).owns
+        contents = train(stage_1, CONTENT_PROMPT, self.contents, **recolourings).owns
         if contender.style_images > 1:
             groups = {style: group[: contender.style_images] for style, group in SAME_STYLE.items()}
             return contents | {style: self.style_of_all(recipe, group) for style, group in groups.items()}
-        styles = train(stage_1, "A [v]", self.styles, **recolourings)
+        patches = {"patches": recipe.patches} if recipe.patches else {}
+        styles = train(stage_1, "A [v]", self.styles, **(patches or recolourings))
         if stage_2:
-            styles = studio.learned(stage_2, STYLE_PROMPT, self.styles, styles)
+            styles = studio.learned(stage_2, STYLE_PROMPT, self.styles, styles, **patches)
         return contents | styles.owns
 
     def style_of_all(self, recipe: Recipe, drawings: list[Drawing]) -> Own:
@@ -267,17 +277,46 @@ class Bench:
         takes = [self.scores(self.pictures(contender, pairs, take), pairs) for take in range(self.seeds)]
         return {name: torch.stack([scores[name] for scores in takes]).mean(0) for name in SCORES}
 
+    def own_measured(self, contender: Contender) -> dict[str, Tensor]:
+        """OWN_SCORES of each content image, the mean over its seeds, with the prompt and the cfg of its training.
+
+        NaN for the content part of a LoRA that has no parts.
+        """
+        print(f"Drawing {len(self.contents)} content images again, {contender.label} ...", file=sys.stderr, flush=True)
+        owns = self.loras(contender)
+        has_parts = not contender.recipe.everywhere
+
+        def drawn(take: int, with_style: bool) -> Tensor:
+            seeds = range(take * len(self.contents), (take + 1) * len(self.contents))
+            loras = [(owns[content], owns[content] if with_style else None) for content in self.contents]
+            return torch.cat(
+                [
+                    self.studio.picture(*lora, seed, CONTENT_PROMPT, cfg=1.0)
+                    for lora, seed in zip(loras, seeds, strict=True)
+                ]
+            )
+
+        takes = []
+        for take in range(self.seeds):
+            scores = self.likeness(drawn(take, with_style=has_parts))
+            alone = self.likeness(drawn(take, False))[0] if has_parts else torch.full_like(scores[0], torch.nan)
+            takes.append(torch.stack([*scores, alone]))
+        return dict(zip(OWN_SCORES, torch.stack(takes).mean(0), strict=True))
+
+    def likeness(self, pictures: Tensor) -> tuple[Tensor, Tensor]:
+        """Outlines and SSIM (n) of a picture of each content image, to that image."""
+        pictures, contents = (
+            F.adaptive_avg_pool2d(images, SIDE) for images in (pictures, self.studio.drawn(*self.contents))
+        )
+        pairs = zip(pictures.split(1), contents.split(1), strict=True)
+        return torch.cat([structure_scores(*images)["edges"] for images in pairs]), ssim(pictures, contents)
+
     def estimate(self, values: Tensor, pairs: list[Pair] | None = None) -> Estimate:
         """The mean, and its bootstrap interval over content images and style images, which pairs share."""
         grid = np.full((len(self.contents), len(self.styles)), np.nan)
         for pair, value in zip(pairs or self.pairs, values.tolist(), strict=True):
             grid[self.contents.index(pair.content), self.styles.index(pair.style)] = value
-        rng = np.random.default_rng(0)
-        rows, columns = (rng.integers(n, size=(RESAMPLES, n)) for n in grid.shape)
-        cells = grid[rows[:, :, None], columns[:, None]]
-        counts = np.isfinite(cells).sum((1, 2))
-        means = np.nansum(cells, (1, 2))[counts > 0] / counts[counts > 0]
-        return Estimate(np.nanmean(grid), *np.quantile(means, [0.025, 0.975]))
+        return crossed_estimate(grid)
 
 
 def references(bench: Bench) -> dict[str, dict[str, Tensor]]:
@@ -352,17 +391,22 @@ def scores_section(bench: Bench, measured: dict[str, dict[str, Tensor]], contend
     )
 
 
-def bold(found: Estimate) -> str:
-    """In bold if its interval excludes 0."""
-    return f"**{found}**" if found.low > 0 or found.high < 0 else f"{found}"
-
-
 def differences_section(bench: Bench, measured: dict[str, dict[str, Tensor]], wanted: list[str]) -> str:
     rows = []
     for pair in wanted:
         one, other = (measured[name] for name in pair.split("-"))
         rows.append([pair, *(bold(bench.estimate(one[name] - other[name])) for name in SCORES)])
     return DIFFERENCES_TEXT.format(table(["", *SCORES], rows))
+
+
+def own_section(bench: Bench, contenders: dict[str, Contender]) -> str:
+    through_vae = torch.cat([bench.studio.decoded(bench.studio.latents(content)) for content in bench.contents])
+    rows = [["", "the VAE alone", *map(estimate, bench.likeness(through_vae)), ""]]
+    for name, contender in contenders.items():
+        if contender.denoise == 1:  # else it has no LoRA of the content image
+            scores = bench.own_measured(contender).values()
+            rows.append([name, contender.label, *("" if score.isnan().any() else estimate(score) for score in scores)])
+    return OWN_TEXT.format(table(["", "contender", *OWN_SCORES], rows))
 
 
 def curve_section(bench: Bench, folder: Path) -> str:
@@ -456,6 +500,7 @@ def main() -> None:
         introduction(bench, shlex.join(["", *sys.argv[1:]]).removeprefix("''")),
         scores_section(bench, measured, contenders),
         differences_section(bench, measured, DIFFERENCES if is_whole else against_c),
+        own_section(bench, contenders),
     ]
     if is_whole:
         sections += [CHOICE_TEXT, curve_section(bench, results)]

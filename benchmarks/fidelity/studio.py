@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from benchmarks.effects import WEIGHTS
 from benchmarks.fidelity.judges import DRAWN, render_everything
 from benchmarks.fidelity.pairs import Drawing
+from benchmarks.fidelity.patches import style_patches
 from benchmarks.guidance import SIZES, start_comfy
 from consislora_core.files import written_whole
 from consislora_core.lora_file import ImageLora, from_state_dict, to_state_dict, write_tensors
@@ -91,6 +92,11 @@ class Studio:
         return self.vae.encode(self.pack.nodes.recolour.Recolour.execute(picture, count, 0).result[0])
 
     @torch.inference_mode()
+    def patched_latents(self, drawing: Drawing, count: int) -> Tensor:
+        (picture,) = rearrange(self.drawn(drawing), "b c h w -> b h w c")
+        return self.vae.encode(style_patches(picture, count, torch.Generator().manual_seed(0)))
+
+    @torch.inference_mode()
     def decoded(self, latent: dict[str, Tensor]) -> Tensor:
         return rearrange(self.vae.decode(latent["samples"]), "b h w c -> b c h w").clamp(0, 1)
 
@@ -106,29 +112,31 @@ class Studio:
         frozen: Learned | None = None,
         together: bool = False,
         recolourings: int = 0,
+        patches: int = 0,
     ) -> Learned:
         """An ImageLora for each drawing, all trained as one batch; together: one LoRA for all, a drawing a step.
 
         frozen: a training on the same drawings, whose content parts are frozen. recolourings: of each drawing, of which
-        a step takes one. Stages that begin with the same phases share them.
+        a step takes one. patches: the same, of pictures in the drawing's place that `style_patches` makes. Stages that
+        begin with the same phases share them.
         """
         names = frozen and [own.name for own in frozen.owns.values()]
         facts = [self.base, stage.facts(), prompt, drawings, names, *["together"] * together]
-        name = fingerprint(facts + [recolourings] * bool(recolourings))
+        name = fingerprint(facts + [recolourings] * bool(recolourings) + ["patches", patches] * bool(patches))
         if kept := self._kept(name, drawings, from_state_dict):
             return kept
         *earlier, phase = stage.phases
         before = (
             earlier
             and self.learned(
-                replace(stage, phases=tuple(earlier)), prompt, drawings, frozen, together, recolourings
+                replace(stage, phases=tuple(earlier)), prompt, drawings, frozen, together, recolourings, patches
             ).state
         )
         held = frozen and [{"content": own.lora.part("content")} for own in frozen.owns.values()]
         loras = 1 if together else len(drawings)
         what = f"{stage.name} stage, {phase.loss} loss"
         with (
-            self._training(what, prompt, drawings, recolourings) as (denoiser, z_0, cond),
+            self._training(what, prompt, drawings, recolourings, patches) as (denoiser, z_0, cond),
             Trainer(denoiser, z_0, cond, stage, held and held[0] if loras == 1 else held, loras=loras) as trainer,
         ):
             if before:
@@ -163,11 +171,15 @@ class Studio:
         return self._kept(name, drawings, _everywhere_of)
 
     @contextmanager
-    def _training(self, what: str, prompt: str, drawings: list[Drawing], recolourings: int = 0) -> Iterator[tuple]:
+    def _training(
+        self, what: str, prompt: str, drawings: list[Drawing], recolourings: int = 0, patches: int = 0
+    ) -> Iterator[tuple]:
         print(f"Training {len(drawings)} LoRAs, {what} ...", file=sys.stderr, flush=True)
         host, latents = self.pack.host.training_model, self.latents(*drawings)
         if recolourings:
             latents = {"samples": torch.cat([self.recoloured_latents(one, recolourings) for one in drawings])}
+        if patches:
+            latents = {"samples": torch.cat([self.patched_latents(one, patches) for one in drawings])}
         shape = (len(drawings), CHANNELS, SIDE, SIDE)
         with host.open_for_training(self.model, shape, torch.float32) as denoiser:
             z_0 = host.clean_latents(self.model, latents)
@@ -226,7 +238,7 @@ class Studio:
             return
         guider = comfy.samplers.CFGGuider(self.model)
         guider.set_conds(positive, self.text(""))
-        guider.set_cfg(CFG)
+        guider.set_cfg(settings["cfg"])
         with ExitStack() as stack:
             for lora in owns.values():
                 stack.enter_context(everywhere(self.model.model.diffusion_model, lora))
