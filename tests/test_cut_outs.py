@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 from conftest import ROOT
+from images import cut_out
 from PIL import Image, ImageDraw
 
 from demo.run import IMAGES, nodes
@@ -86,20 +87,6 @@ def test_a_mask_of_ones_finds_what_was_trained_without_one(server, pictures):
     server.run(prompt)
     log = server.log.removeprefix(before)
     assert "image stage: trained before, taken from" in log and "step 2 of 2" not in log
-
-
-def cut_out(name: str, size: tuple[int, int]) -> Image.Image:
-    """A demo picture without its white page, in whose place red is left, and with a shadow that is half transparent."""
-    with Image.open(IMAGES / f"{name}.png") as shown:
-        picture = shown.convert("RGB").resize(size)
-    page = picture.copy()
-    ImageDraw.floodfill(page, (0, 0), (255, 0, 255), thresh=40)
-    is_page = (np.asarray(page) == (255, 0, 255)).all(-1)
-    alpha = np.where(is_page, 0, 255).astype(np.uint8)
-    alpha[-12:-4, size[0] // 4 : -size[0] // 4][is_page[-12:-4, size[0] // 4 : -size[0] // 4]] = 128
-    picture.paste((255, 0, 0), mask=Image.fromarray((is_page * 255).astype(np.uint8)))
-    picture.putalpha(Image.fromarray(alpha))
-    return picture
 
 
 def test_the_shared_workflow_gives_results_the_alpha_and_the_size_of_the_cut_outs(server):
