@@ -132,6 +132,13 @@ def test_both_stages_train_with_a_mask_in_every_precision(nodes, precision):
     assert bits(style) != bits(train_style(nodes, model, lora, precision=precision)[0])
 
 
+def test_a_picture_of_an_odd_size_trains_with_the_mask_of_its_own_pixels(nodes):
+    latent, mask = torch.randn(3, 4, 13, 9), torch.zeros(1, 107, 75)  # VAE Encode crops 107 x 75 to 104 x 72
+    mask[:, 20:90, 20:60] = 1
+    lora, loss_map, _ = train_image(nodes, comfy_model(), latent={"samples": latent}, mask=mask)
+    assert torch.tensor(loss_map["loss"]).isfinite().all() and "consislora.mask_hash" in lora.metadata
+
+
 def test_each_image_of_a_batch_has_the_lora_that_it_has_alone(nodes, store):
     model = comfy_model()
     latents = (TENSORS["z_0"] * torch.tensor([1, 0.5, 0.25]).view(-1, 1, 1, 1)).clone()
