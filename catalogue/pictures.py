@@ -316,7 +316,7 @@ class PictureCache:
             self.opaque.add(path)
             lies_on = None
         shown = on_background(picture, colour)
-        if self.background == STYLE:
+        if self.background == STYLE and lies_on is None:
             self.borders[path] = border_colour(shown)
         self.bytes += BYTES_A_VALUE * len(picture.getbands()) * picture.width * picture.height
         self.opened[path, lies_on] = self.decode(shown, alpha)

@@ -213,6 +213,8 @@ def test_what_is_transparent_lies_on_the_background_that_is_chosen(nodes, folder
     for run in ({}, {"run": nodes.ONE, "index": 1}):
         own = left_edges(nodes, contents=cut, background="style", **run)
         assert own and all(own[name] == expected[name] for name in own)
+    both = left_edges(nodes, contents=f"{cut}\ncatalogue/styles", background="style")
+    assert both.items() >= {**expected, "through__ink": ink, "through__through": [255, 255, 255]}.items()
     opaque = left_edges(nodes, contents="catalogue/subjects/cup.png", background="style")
     assert set(map(tuple, opaque.values())) == {(255, 0, 51)}
 
