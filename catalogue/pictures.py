@@ -14,10 +14,11 @@ from typing import Any, BinaryIO, NamedTuple
 from PIL import Image, ImageCms, ImageOps, PngImagePlugin
 
 from . import escape_text, patiently, written_whole
+from .backgrounds import STYLE, WHITE, Colour, border_colour, on_background
 from .names import as_spelled, by_number, inside, portable, result_name
 from .repair import repaired
 
-BYTES_A_PIXEL = 12  # of an opened picture: RGB in fp32
+BYTES_A_VALUE = 4  # of an opened picture: fp32
 MAX_PIXELS, MAX_PICTURE_BYTES = 80_000_000, 500_000_000
 KINDS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF", "AVIF")  # Pillow's readers of some others run programs
 FORMATS = tuple(kind for kind in KINDS if kind in Image.registered_extensions().values())  # older ones have no AVIF
@@ -140,8 +141,14 @@ def _pair_hash(pair: Pair) -> str:
 
 
 def open_picture(path: Path) -> Image.Image:
-    """Opens a picture file as a viewer shows it: RGB in sRGB, upright, 16 bits as 8, alpha on white, the first frame.
+    """Opens a picture file as `open_cut_out` does, and lays it on white: RGB."""
+    return on_background(open_cut_out(path), WHITE)
 
+
+def open_cut_out(path: Path) -> Image.Image:
+    """Opens a picture file as a viewer shows it: in sRGB, upright, 16 bits as 8, the first frame.
+
+    RGBA where a part of it is transparent, with the colours that the file has there, else RGB.
     Raises ValueError for a file that is not a picture, is damaged or is too large, before its pixels take memory.
     """
     name = escape_text(path.name)
@@ -170,17 +177,17 @@ def open_picture(path: Path) -> Image.Image:
 
 def _decoded(file: BinaryIO) -> Image.Image:
     try:
-        return _rgb(file)
+        return _in_rgb(file)
     except (OSError, ValueError) as error:
         damage = error.with_traceback(None)  # which would keep the picture's memory
     file.seek(0)
     data = repaired(file.read())
     if data is None:
         raise damage
-    return _rgb(io.BytesIO(data))
+    return _in_rgb(io.BytesIO(data))
 
 
-def _rgb(file: BinaryIO) -> Image.Image:
+def _in_rgb(file: BinaryIO) -> Image.Image:
     with Image.open(file, formats=FORMATS) as picture:
         if picture.width * picture.height > MAX_PIXELS:
             raise Image.DecompressionBombError
@@ -189,9 +196,13 @@ def _rgb(file: BinaryIO) -> Image.Image:
         picture = picture.convert("I").point(lambda value: value * (1 / 257)).convert("L")
     if picture.mode == "F":
         raise ValueError("its values are floating point; save it with 8 or 16 bits")
+    if picture.mode == "La":  # grey times alpha, as some TIFFs have it
+        picture = picture.convert("LA")
     alpha = picture.convert("RGBA").getchannel("A") if picture.has_transparency_data else None
     picture = _in_srgb(picture)
-    return Image.composite(picture, Image.new("RGB", picture.size, "white"), alpha) if alpha else picture
+    if alpha and alpha.getextrema() != (255, 255):
+        picture.putalpha(alpha)
+    return picture
 
 
 def _in_srgb(picture: Image.Image) -> Image.Image:
@@ -247,36 +258,66 @@ def _digest(path: Path, mtime_ns: int, size: int) -> bytes:
 
 
 class PictureCache:
-    """Opens each picture file once. decode: turns a picture into what is kept. limit: bytes of all of them.
+    """Opens each picture file once. decode: turns a picture (RGB) and its alpha, if it has any, into what is kept.
 
-    problems: why a file cannot be used, by `name_of(path)`; opening adds to it. left_over: pairs that had no room.
+    background: of transparent pictures, a colour, or STYLE for the border colour of the style image of a pair, where a
+    transparent style image has white. limit: bytes of all pictures. problems: why a file cannot be used, by
+    `name_of(path)`; opening adds to it. left_over: pairs that had no room.
     """
 
     def __init__(
         self,
-        decode: Callable[[Image.Image], Any],
+        decode: Callable[[Image.Image, Image.Image | None], Any],
         name_of: Callable[[Path], str],
         problems: dict[str, str],
+        background: Colour | str = WHITE,
         limit: float = math.inf,
     ):
-        self.decode, self.name_of, self.problems, self.limit = decode, name_of, problems, limit
-        self.opened: dict[Path, Any] = {}
+        self.decode, self.name_of, self.problems = decode, name_of, problems
+        self.background, self.limit = background, limit
+        self.opened: dict[tuple[Path, Path | None], Any] = {}  # with the style image whose colour it lies on, if any
+        self.borders: dict[Path, Colour] = {}
+        self.opaque: set[Path] = set()  # and what cannot be used
         self.bytes = self.left_over = 0
 
     def has_room(self, pair: Pair) -> bool:
         """Whether the pair's pictures are open, or memory is left for more; counts those pairs that have no room."""
-        has_room = self.bytes < self.limit or {pair.content, pair.style} <= self.opened.keys()
+        keys = (pair.style, None), (pair.content, self._lies_on(pair))
+        has_room = self.bytes < self.limit or all(key in self.opened for key in keys)
         self.left_over += not has_room
         return has_room
 
-    def open(self, path: Path) -> Any:
-        """The decoded picture; None for a file that cannot be used."""
-        if path not in self.opened:
-            try:
-                picture = open_picture(path)
-                self.opened[path] = self.decode(picture)
-                self.bytes += BYTES_A_PIXEL * picture.width * picture.height
-            except ValueError as error:
-                self.opened[path] = None
-                self.problems[self.name_of(path)] = str(error)
-        return self.opened[path]
+    def open_pair(self, pair: Pair) -> tuple[Any, Any] | None:
+        """The content and the style image, decoded; None for a pair with a file that cannot be used."""
+        own = WHITE if self.background == STYLE else self.background
+        style = self._open(pair.style, None, own)
+        if style is None:
+            return None
+        lies_on = self._lies_on(pair)
+        content = self._open(pair.content, lies_on, self.borders[pair.style] if lies_on else own)
+        return None if content is None else (content, style)
+
+    def _lies_on(self, pair: Pair) -> Path | None:
+        """The style image whose colour the pair's content image lies on."""
+        return pair.style if self.background == STYLE and pair.content not in self.opaque else None
+
+    def _open(self, path: Path, lies_on: Path | None, colour: Colour) -> Any:
+        if (path, lies_on) in self.opened:
+            return self.opened[path, lies_on]
+        try:
+            picture = open_cut_out(path)
+        except ValueError as error:
+            self.problems[self.name_of(path)] = str(error)
+            self.opaque.add(path)
+            self.opened[path, None] = None
+            return None
+        alpha = picture.getchannel("A") if picture.mode == "RGBA" else None
+        if alpha is None:
+            self.opaque.add(path)
+            lies_on = None
+        shown = on_background(picture, colour)
+        if self.background == STYLE and lies_on is None:
+            self.borders[path] = border_colour(shown)
+        self.bytes += BYTES_A_VALUE * len(picture.getbands()) * picture.width * picture.height
+        self.opened[path, lies_on] = self.decode(shown, alpha)
+        return self.opened[path, lies_on]

@@ -73,7 +73,7 @@ class Plan(NamedTuple):
             if pair.name in entries and entries[pair.name].is_done(key, self.folder):
                 continue
             inside(self.folder, f"{pair.name}.png")
-            if cache.has_room(pair) and cache.open(pair.content) is not None and cache.open(pair.style) is not None:
+            if cache.has_room(pair) and cache.open_pair(pair) is not None:
                 names = escape_text(pair.content.name), escape_text(pair.style.name)
                 jobs[CatalogueJob(pair.name, key, *names, self.folder)] = pair
         return jobs
@@ -83,7 +83,7 @@ class Plan(NamedTuple):
     ) -> None:
         """Keeps an entry in the sheet for each file that cannot be used, until it can. waiting: see `ResultsSheet`."""
         recorded = {name: entry.error for name, entry in entries.items() if entry.error and not entry.key}
-        good = {self.name_of(path) for path, picture in cache.opened.items() if picture is not None}
+        good = {self.name_of(path) for (path, _), picture in cache.opened.items() if picture is not None}
         listed = {self.name_of(path) for path in self.pictures} | cache.problems.keys()
         outdated = recorded.keys() & good | recorded.keys() - listed
         if outdated or not cache.problems.items() <= recorded.items():

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .adapters import fresh_part, inserted
 from .lora_file import Part
-from .losses import LOSSES, Draw, add_noise, draw
+from .losses import LOSSES, Draw, add_noise, draw, mask_weights
 from .muon import Muon
 from .recording import RecordedStep, Step
 from .schedule import ADAMW, MUON, Stage
@@ -73,6 +73,7 @@ class Trainer:
     loras: how many to train, each as if alone with the same seed. z_0 then holds the latents of one LoRA after those
     of another, equally many; a step takes one of each, as spans of the batch. frozen holds one mapping for each LoRA.
     start: parts to learn from on, by role, in place of fresh ones.
+    mask: what of each latent counts in the losses, from 0 to 1 (b 1 h w, see losses.py); None: everything.
 
     Raises ValueError for latents that are empty or not finite, and on entry for parts that do not fit the UNet.
     """
@@ -87,10 +88,12 @@ class Trainer:
         loss_scale: float = 1.0,
         loras: int = 1,
         start: Mapping[str, Part] | None = None,
+        mask: Tensor | None = None,
     ):
         _check_latents(z_0)
         self.model, self.cond, self.stage, self.loras = model, cond, stage, loras
-        self.z_0 = rearrange(z_0.float(), "(lora image) c h w -> lora image c h w", lora=loras)
+        self.z_0 = self._by_lora(z_0.float())
+        self.weight = None if mask is None else self._by_lora(mask_weights(mask.float()))
         self.generator = torch.Generator().manual_seed(stage.seed)
         fresh = {role: fresh_part(model.unet, role, stage.rank, self.generator) for role in stage.learns}
         frozen = [frozen or {}] if loras == 1 else frozen or [{}] * loras
@@ -100,6 +103,9 @@ class Trainer:
         self.drawn: RandomStep | None = None  # of the next step
         self.kind: tuple[str, float] | None = None  # the loss and scale that `work` computes
         self.random_state = self.generator.get_state()  # after the last whole step
+
+    def _by_lora(self, batch: Tensor) -> Tensor:
+        return rearrange(batch, "(lora image) c h w -> lora image c h w", lora=self.loras)
 
     def __enter__(self) -> "Trainer":
         with ExitStack() as stack:
@@ -134,10 +140,14 @@ class Trainer:
         while self.step < self.stage.steps:
             image, random, _ = self.drawn or self._draw()
             self.drawn = None
-            z_0 = self.z_0[:, 0 if image is None else image]
             # The LoRAs get the same noise, as each would alone.
-            noise, sigma = (part.to(z_0).repeat(self.loras, 1, 1, 1) for part in random)
-            yield self.train_step(z_0.repeat_interleave(self.stage.noises, 0), Draw(noise, sigma))
+            noise, sigma = (part.to(self.z_0).repeat(self.loras, 1, 1, 1) for part in random)
+            weight = None if self.weight is None else self._rows(self.weight, image)
+            yield self.train_step(self._rows(self.z_0, image), Draw(noise, sigma), weight)
+
+    def _rows(self, batch: Tensor, image: int | None) -> Tensor:
+        """One image of each LoRA, a row for each noise."""
+        return batch[:, 0 if image is None else image].repeat_interleave(self.stage.noises, 0)
 
     def _draw(self) -> RandomStep:
         before = self.generator.get_state()
@@ -146,14 +156,16 @@ class Trainer:
         like = torch.empty(self.stage.noises, *self.z_0.shape[2:])
         return RandomStep(image, draw(like, self.model.sigmas, self.stage.noise_offset, self.generator), before)
 
-    def train_step(self, z_0: Tensor, random: Draw) -> StepEvent:
-        """One step on given noise and noise levels. z_0 and random: b rows each, in equal spans for the LoRAs.
+    def train_step(self, z_0: Tensor, random: Draw, weight: Tensor | None = None) -> StepEvent:
+        """One step on given noise and noise levels. z_0, random, weight: b rows each, in equal spans for the LoRAs.
+
+        weight: of each latent pixel in the loss, from `mask_weights`; None: all weigh alike.
 
         Raises FloatingPointError before the weights move if the loss is not finite.
         """
         loss, learning_rate = self.stage.at(self.step)
         self._set_learning_rate(learning_rate)
-        z_0_hat, losses, sigma = self._backward(z_0, random, loss)
+        z_0_hat, losses, sigma = self._backward([z_0, *random, *([] if weight is None else [weight])], loss)
         self.work.update()
         self.step += 1
         self.random_state = self.drawn.before
@@ -178,10 +190,13 @@ class Trainer:
         for grad in grads:
             grad.mul_((max_grad_norm / (norms + 1e-6)).clamp(max=1).view(-1, 1, 1))
 
-    def _backward(self, z_0: Tensor, random: Draw, loss_name: str) -> tuple[Tensor, tuple[float, ...], float]:
-        """Computes gradients; returns z_0_hat, the loss of each LoRA and the mean sigma."""
+    def _backward(self, inputs: Sequence[Tensor], loss_name: str) -> tuple[Tensor, tuple[float, ...], float]:
+        """Computes gradients; returns z_0_hat, the loss of each LoRA and the mean sigma.
+
+        inputs: as `_compute_gradients` takes them.
+        """
         while True:
-            z_0_hat, numbers = self._work(loss_name).compute(z_0, *random)
+            z_0_hat, numbers = self._work(loss_name).compute(*inputs)
             self.drawn = self.drawn or self._draw()  # while a GPU computes
             *values, norm, sigma = numbers.tolist()
             if math.isfinite(sum(values) + norm):
@@ -204,7 +219,7 @@ class Trainer:
         return self.work
 
     def _compute_gradients(
-        self, loss_name: str, loss_scale: float, z_0: Tensor, noise: Tensor, sigma: Tensor
+        self, loss_name: str, loss_scale: float, z_0: Tensor, noise: Tensor, sigma: Tensor, weight: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """Computes gradients; returns z_0_hat, and as one tensor the LoRAs' losses, gradient norm and mean sigma."""
         x = add_noise(z_0, noise, sigma, self.model.flow)
@@ -212,7 +227,10 @@ class Trainer:
         with self.inserted.cast(self.model.dtype):
             z_0_hat = self.model.denoise(x, sigma.flatten(), self.cond)
             spans = zip(*(tensor.chunk(self.loras) for tensor in (z_0, z_0_hat, noise, sigma)), strict=True)
-            losses = torch.stack([LOSSES[loss_name](*span, self.model.flow) for span in spans])
+            weights = [None] * self.loras if weight is None else weight.chunk(self.loras)
+            losses = torch.stack(
+                [LOSSES[loss_name](*span, self.model.flow, part) for span, part in zip(spans, weights, strict=True)]
+            )
             (losses.sum() * loss_scale).backward()
         grads = [parameter.grad for parameter in self.inserted.parameters]
         if loss_scale != 1:

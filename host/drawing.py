@@ -25,16 +25,20 @@ def to_image(picture: Image.Image) -> Tensor:
     return torch.from_numpy(np.array(picture.convert("RGB")))[None].float().div_(255)
 
 
-def to_mapped_image(picture: Image.Image, folder: Path) -> Tensor:
-    """As `to_image`, in a temporary file in the folder, of which only those parts take memory that are being used.
+def to_mask(alpha: Image.Image) -> Tensor:
+    """ComfyUI's MASK (1 h w, fp32) from a picture's alpha: 1 where it is opaque."""
+    return torch.from_numpy(np.array(alpha))[None].float().div_(255)
 
-    Raises OSError where the disk is full.
+
+def mapped(tensor: Tensor, folder: Path) -> Tensor:
+    """A copy in a temporary file in the folder, of which only those parts take memory that are being used.
+
+    tensor: fp32, on the CPU. Raises OSError where the disk is full.
     """
-    image = to_image(picture)
     with tempfile.TemporaryFile(dir=folder) as file:
-        image.numpy().tofile(file)
+        tensor.numpy().tofile(file)
         file.flush()
-        return torch.from_numpy(np.memmap(file, np.float32, "c", shape=tuple(image.shape)))
+        return torch.from_numpy(np.memmap(file, np.float32, "c", shape=tuple(tensor.shape)))
 
 
 def stack_pictures(pictures: Sequence[Image.Image]) -> Tensor:

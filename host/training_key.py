@@ -3,7 +3,7 @@
 import hashlib
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from types import FunctionType
 from typing import Any
@@ -16,6 +16,7 @@ from torch import Tensor
 from ..consislora_core.lora_file import Part
 from ..consislora_core.schedule import Stage
 from ..consislora_core.store import METHOD, Unhashable, fingerprint
+from .masks import acting, latent_mask
 from .model_inputs import check_latent, check_picture_in, check_roles, check_text
 from .training_model import is_flow, options_that_act, training_dtype
 
@@ -25,7 +26,8 @@ class TrainingRequest:
     """All that decides what a training gives.
 
     latent: ComfyUI's, with the samples (b c h w) of one image, or of several of one subject. positive: one
-    conditioning. frozen: parts that act but do not learn, by role.
+    conditioning. frozen: parts that act but do not learn, by role. mask: what of the latents counts (b 1 h w, 0 to 1);
+    None: everything.
     """
 
     model: ModelPatcher
@@ -35,6 +37,7 @@ class TrainingRequest:
     dtype: torch.dtype
     frozen: Mapping[str, Part]
     base_hash: str  # `base_fingerprint` of the model
+    mask: Tensor | None = None
 
     @classmethod
     def from_inputs(
@@ -45,6 +48,7 @@ class TrainingRequest:
         stage: Stage,
         precision: str,
         frozen: Mapping[str, Part] | None = None,
+        mask: Tensor | None = None,
     ) -> "TrainingRequest":
         """From the inputs of a node. Raises ValueError, naming the input, for one that does not fit the model."""
         check_roles(model)
@@ -57,16 +61,26 @@ class TrainingRequest:
                 f"positive holds {len(positive)} texts; training takes one. Connect a single CLIP Text Encode."
             )
         dtype = training_dtype(model, precision)
-        return cls(model, latent, positive, stage, dtype, frozen or {}, base_fingerprint(model))
+        mask = None if mask is None else latent_mask(mask, latent["samples"])
+        return cls(model, latent, positive, stage, dtype, frozen or {}, base_fingerprint(model), mask)
+
+    def for_each_image(self) -> list["TrainingRequest"]:
+        """The same for each image of the latent by itself."""
+        images = self.latent["samples"].split(1)
+        masks = [None] * len(images) if self.mask is None else map(acting, self.mask.split(1))
+        return [replace(self, latent={"samples": image}, mask=mask) for image, mask in zip(images, masks, strict=True)]
 
     @cached_property
     def key(self) -> str | None:
         """The name of the training in the store; None for a model or text that code of other nodes changes."""
+        # Only where they are in use, so that what was trained before there was a choice keeps its name.
         flow = {"flow": True} if is_flow(self.model) else {}
+        mask = {} if self.mask is None else {"mask": self.mask}
         try:
             return fingerprint(
                 {
                     **flow,
+                    **mask,
                     "code": METHOD,
                     "base": self.base_hash,
                     "changes": _changes(self.model),

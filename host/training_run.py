@@ -5,13 +5,13 @@ import re
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
 import comfy.model_management
 import torch
 from comfy.cli_args import args
+from torch import Tensor
 
 from ..consislora_core import __version__
 from ..consislora_core.files import escape_text
@@ -57,7 +57,7 @@ def train_each(request: TrainingRequest, memory: str, at_once: int, hidden: Any 
 
     Raises as `train` does.
     """
-    requests = [replace(request, latent={"samples": image}) for image in request.latent["samples"].split(1)]
+    requests = request.for_each_image()
     names = [request.key or number for number, request in enumerate(requests)]
     wanted = dict(zip(names, requests, strict=True))  # equal images train once
     store = training_store()
@@ -110,7 +110,7 @@ def _train(
     resume: Callable[[Trainer], list] = lambda trainer: [],
     save: Callable[[Trainer, list], None] = lambda trainer, losses: None,
 ) -> list[Trained]:
-    """Trains requests that differ in their latents only, as one batch.
+    """Trains requests that differ in their latents and masks only, as one batch.
 
     resume: sets a new trainer to an earlier checkpoint and returns the losses until there, a tuple of all requests' for
     each step. save: writes a checkpoint; called every `CHECKPOINT_EVERY` steps or less often, and on cancel.
@@ -146,12 +146,21 @@ def _train_together(
         cond = encoded_conditioning(model, requests[0].positive, z_0)
         loras = len(requests)
         frozen = [request.frozen for request in requests] if loras > 1 else requests[0].frozen
-        with Trainer(denoiser, z_0, cond, stage, frozen, loss_scale(dtype), loras) as trainer:
+        mask = _masks_of(requests, z_0)
+        with Trainer(denoiser, z_0, cond, stage, frozen, loss_scale(dtype), loras, mask=mask) as trainer:
             losses = _run(trainer, progress, resume, save)
             return [
                 Trained(ImageLora(trainer.parts(row), _metadata(request, hidden)), [step[row] for step in losses])
                 for row, request in enumerate(requests)
             ]
+
+
+def _masks_of(requests: Sequence[TrainingRequest], z_0: Tensor) -> Tensor | None:
+    """The masks for all of z_0 (b 1 h w), on its device; None if no request has one."""
+    if all(request.mask is None for request in requests):
+        return None
+    everything = torch.ones(len(z_0) // len(requests), 1, *z_0.shape[-2:])
+    return torch.cat([everything if request.mask is None else request.mask for request in requests]).to(z_0.device)
 
 
 def _run(trainer: Trainer, progress: Progress, resume: Callable, save: Callable) -> list[tuple[float, ...]]:
@@ -188,6 +197,7 @@ def _metadata(request: TrainingRequest, hidden: Any) -> dict[str, str]:
         "seed": str(request.stage.seed),
         "image_hash": tensor_fingerprint(request.latent["samples"]),
         "base_model_hash": request.base_hash,
+        **({} if request.mask is None else {"mask_hash": tensor_fingerprint(request.mask)}),
         "version": __version__,
     }
     return {f"consislora.{name}": value for name, value in facts.items()}

@@ -4,6 +4,7 @@ from .catalogue import CatalogLoad, CatalogSave
 from .demo import LoadDemoModel
 from .evaluate import Evaluate, Gate
 from .guide import Guider, Sampler
+from .keep_outside import KeepOutsideMask
 from .lora import Apply, Load, Save
 from .recolour import Recolour
 from .sign import SaveSigned
@@ -23,6 +24,7 @@ NODES = [
     StrengthGrid,
     Evaluate,
     Gate,
+    KeepOutsideMask,
     SaveSigned,
     CatalogLoad,
     CatalogSave,

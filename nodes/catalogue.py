@@ -3,19 +3,23 @@
 import hashlib
 import json
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import datetime, timezone
 from functools import partial
 from itertools import count, islice
 from pathlib import Path
 from shutil import disk_usage
+from typing import NamedTuple
 
+import torch
 from comfy.cli_args import args
 from comfy_api.latest import io
 from comfy_execution.graph_utils import ExecutionBlocker
+from PIL.Image import Image
 from torch import Tensor
 
+from ..catalogue.backgrounds import Colour, read_background
 from ..catalogue.names import as_spelled, composed, inside
 from ..catalogue.pictures import NAME, PictureCache, write_picture
 from ..catalogue.plan import CatalogueJob, Plan, plan_catalogue
@@ -80,6 +84,13 @@ class CatalogLoad(io.ComfyNode):
                     tooltip="Which pair, from 0; after the last comes the first again. "
                     "Set its control to increment and queue as many runs as there are pairs.",
                 ),
+                io.String.Input(
+                    "background",
+                    default="white",
+                    optional=True,
+                    tooltip="What transparent pictures are laid on: a colour by name, or as #f4f1ec; or style, for the "
+                    "colour that the border of the style image mostly has.",
+                ),
             ],
             outputs=[
                 io.Image.Output(display_name="content", is_output_list=True, tooltip="The content image."),
@@ -91,30 +102,36 @@ class CatalogLoad(io.ComfyNode):
                 io.String.Output(
                     display_name="report", tooltip="What comes now, what is done, and which files cannot be used."
                 ),
+                io.Mask.Output(
+                    display_name="mask",
+                    is_output_list=True,
+                    tooltip="1 where the content image is opaque, 0 where it is transparent, for the training nodes "
+                    "and Keep Outside Mask. Load Image gives it the other way round.",
+                ),
             ],
             hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
-    def fingerprint_inputs(cls, contents, styles, catalogue, name, run, index):
+    def fingerprint_inputs(cls, contents, styles, catalogue, name, run, index, background="white"):
         state = make_plan(contents, styles, catalogue, name).state()
         # Hashed, because ComfyUI writes it into the picture's metadata.
         return hashlib.sha256(state.encode(errors="backslashreplace")).hexdigest()
 
     @classmethod
     @checked
-    def execute(cls, contents, styles, catalogue, name, run, index) -> io.NodeOutput:
+    def execute(cls, contents, styles, catalogue, name, run, index, background="white") -> io.NodeOutput:
         plan = make_plan(contents, styles, catalogue, name)
         with disk_errors_named(f"The catalogue in {plan.folder} cannot be made", "queue again"):
-            return cls.next_pairs(plan, run, index)
+            return cls.next_pairs(plan, run, index, read_background(background))
 
     @classmethod
-    def next_pairs(cls, plan: Plan, run: str, index: int) -> io.NodeOutput:
+    def next_pairs(cls, plan: Plan, run: str, index: int, background: Colour | str) -> io.NodeOutput:
         pairs, entries = plan.pair_up(), plan.sheet.entries()
         if not pairs:
             problems = [f"{name}: {problem}" for name, problem in plan.problems.items()]
             raise ValueError(error_text("The catalogue", problems or ["contents or styles is empty. Name a folder."]))
-        cache = picture_cache(plan, run)
+        cache = picture_cache(plan, run, background)
         jobs = plan.pending(pairs if run == ALL else [pairs[index % len(pairs)]], entries, cache)
         plan.record_bad_files(entries, cache, stop_if_cancelled)
         names = [job.name for job in jobs]
@@ -122,11 +139,10 @@ class CatalogLoad(io.ComfyNode):
         logging.info("ConsisLoRA catalogue: %s", report)
         show_text(cls.hidden, report)
         if not jobs:
-            return io.NodeOutput(*4 * [[ExecutionBlocker(None)]], report)
-        contents, styles = zip(
-            *((cache.open(pair.content), cache.open(pair.style)) for pair in jobs.values()), strict=True
-        )
-        return io.NodeOutput(list(contents), list(styles), list(jobs), names, report)
+            return io.NodeOutput(*4 * [[ExecutionBlocker(None)]], report, [ExecutionBlocker(None)])
+        contents, styles = zip(*map(cache.open_pair, jobs.values()), strict=True)
+        images, masks = map(list, zip(*contents, strict=True))
+        return io.NodeOutput(images, [style.image for style in styles], list(jobs), names, report, masks)
 
 
 class CatalogSave(io.ComfyNode):
@@ -225,13 +241,29 @@ def make_plan(contents: str, styles: str, catalogue: str, name: str) -> Plan:
     return plan_catalogue(input_folder(), as_spelled(inside(output_folder(), catalogue)), contents, styles, name)
 
 
-def picture_cache(plan: Plan, run: str) -> PictureCache:
+class Opened(NamedTuple):
+    """A picture as IMAGE, and as MASK where it is opaque."""
+
+    image: Tensor
+    mask: Tensor
+
+
+def picture_cache(plan: Plan, run: str, background: Colour | str) -> PictureCache:
     """For the pictures of one pair in memory, or for those of all pairs in temporary files, for half of the disk."""
     if run == ONE:
-        return PictureCache(drawing.to_image, plan.name_of, dict(plan.problems))
+        return PictureCache(decode, plan.name_of, dict(plan.problems), background)
     folder = temp_folder()
-    decode = partial(drawing.to_mapped_image, folder=folder)
-    return PictureCache(decode, plan.name_of, dict(plan.problems), limit=disk_usage(folder).free // 2)
+    decode_there = partial(decode, keep=partial(drawing.mapped, folder=folder))
+    limit = disk_usage(folder).free // 2
+    return PictureCache(decode_there, plan.name_of, dict(plan.problems), background, limit)
+
+
+def decode(picture: Image, alpha: Image | None, keep: Callable[[Tensor], Tensor] = lambda tensor: tensor) -> Opened:
+    """keep: puts a tensor where it is to stay."""
+    image = keep(drawing.to_image(picture))
+    # Ones for a picture without alpha take the memory of one.
+    mask = torch.ones(1, 1, 1).expand(image.shape[:3]) if alpha is None else keep(drawing.to_mask(alpha))
+    return Opened(image, mask)
 
 
 def describe_lora(lora: ImageLora | None) -> str:

@@ -49,6 +49,13 @@ PRESET = io.Combo.Input(
     tooltip="paper: the schedule as set here. quality: stage 1 learns by the optimizer Muon instead of AdamW, and "
     "the learning rate falls to 0 towards the end. fast: quality in half of the steps, at twice the learning rates.",
 )
+MASK = io.Mask.Input(
+    "mask",
+    optional=True,
+    tooltip="Only what is inside (1) is learned, such as the product without the table, or a style image without its "
+    "watermark. One for all images, or one for each. Load Catalogue and Remove Background give such masks; behind the "
+    "one of Load Image, which is 1 where a picture is transparent, put Invert Mask.",
+)
 OUTPUTS = [
     ConsisLora.Output(display_name="consislora", tooltip="The trained content and style parts."),
     LossMap.Output(display_name="loss_map", tooltip="The loss of every step, for Plot Loss Graph."),
@@ -97,6 +104,7 @@ class TrainImage(io.ComfyNode):
                 PRECISION,
                 MEMORY_CHOICE,
                 PRESET,
+                MASK,
             ],
             outputs=OUTPUTS,
             hidden=[io.Hidden.prompt, io.Hidden.unique_id],
@@ -106,11 +114,11 @@ class TrainImage(io.ComfyNode):
     @checked
     def execute(
         cls, model, latent, positive, steps, transition_step, learning_rate, reconstruction_learning_rate, rank, seed,
-        precision, memory=MEMORY[0], preset=PRESETS[0],
+        precision, memory=MEMORY[0], preset=PRESETS[0], mask=None,
     ) -> io.NodeOutput:  # fmt: skip
         rates = learning_rate, reconstruction_learning_rate
         stage = image_stage(steps, transition_step, *rates, preset, rank=rank, seed=seed)
-        request = TrainingRequest.from_inputs(model, latent, positive, stage, precision)
+        request = TrainingRequest.from_inputs(model, latent, positive, stage, precision, mask=mask)
         return trained_output(request, memory, cls.hidden)
 
 
@@ -147,6 +155,7 @@ class TrainStyle(io.ComfyNode):
                 PRECISION,
                 MEMORY_CHOICE,
                 PRESET,
+                MASK,
             ],
             outputs=OUTPUTS,
             hidden=[io.Hidden.prompt, io.Hidden.unique_id],
@@ -156,11 +165,11 @@ class TrainStyle(io.ComfyNode):
     @checked
     def execute(
         cls, model, latent, positive, content_lora, steps, reconstruction_learning_rate, noise_offset, rank, seed,
-        precision, memory=MEMORY[0], preset=PRESETS[0],
+        precision, memory=MEMORY[0], preset=PRESETS[0], mask=None,
     ) -> io.NodeOutput:  # fmt: skip
         frozen = {"content": content_lora.part("content")}
         stage = style_stage(steps, reconstruction_learning_rate, noise_offset, preset, rank=rank, seed=seed)
-        request = TrainingRequest.from_inputs(model, latent, positive, stage, precision, frozen)
+        request = TrainingRequest.from_inputs(model, latent, positive, stage, precision, frozen, mask)
         return trained_output(request, memory, cls.hidden)
 
 
@@ -186,8 +195,8 @@ class TrainImages(io.ComfyNode):
             description="Learns each image of a batch as a content LoRA and a style LoRA of its own, several at once. "
             "The LoRAs are the same as those of Train ConsisLoRA (image), and neither node trains again what the other "
             "has trained.",
-            inputs=[latent if shared.id == "latent" else shared for shared in single.inputs[:-2]]
-            + [at_once, MEMORY_CHOICE, PRESET],
+            inputs=[latent if shared.id == "latent" else shared for shared in single.inputs[:-3]]
+            + [at_once, MEMORY_CHOICE, PRESET, MASK],
             outputs=[
                 ConsisLora.Output(
                     display_name="consislora", is_output_list=True, tooltip="The LoRAs, in the order of the images."
@@ -200,11 +209,11 @@ class TrainImages(io.ComfyNode):
     @checked
     def execute(
         cls, model, latent, positive, steps, transition_step, learning_rate, reconstruction_learning_rate, rank, seed,
-        precision, at_once, memory=MEMORY[0], preset=PRESETS[0],
+        precision, at_once, memory=MEMORY[0], preset=PRESETS[0], mask=None,
     ) -> io.NodeOutput:  # fmt: skip
         rates = learning_rate, reconstruction_learning_rate
         stage = image_stage(steps, transition_step, *rates, preset, rank=rank, seed=seed)
-        request = TrainingRequest.from_inputs(model, latent, positive, stage, precision)
+        request = TrainingRequest.from_inputs(model, latent, positive, stage, precision, mask=mask)
         return io.NodeOutput(train_each(request, memory, at_once, cls.hidden))
 
 

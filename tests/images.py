@@ -2,7 +2,7 @@
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw
 from torch import Tensor
 
 from demo.run import IMAGES
@@ -12,3 +12,19 @@ def loaded(name: str, side: int = 128) -> Tensor:
     """1 3 side side, 0 to 1."""
     picture = Image.open(IMAGES / f"{name}.png").convert("RGB").resize((side, side), Image.Resampling.LANCZOS)
     return torch.tensor(np.asarray(picture)).movedim(-1, 0)[None] / 255
+
+
+def cut_out(name: str, size: tuple[int, int] = (256, 256)) -> Image.Image:
+    """RGBA without its white page, under which red is left, and with a shadow below that is half transparent."""
+    picture = Image.open(IMAGES / f"{name}.png").convert("RGB").resize(size, Image.Resampling.LANCZOS)
+    filled = picture.copy()
+    ImageDraw.floodfill(filled, (0, 0), (255, 0, 255), thresh=40)
+    is_page = (np.asarray(filled) == (255, 0, 255)).all(-1)
+    alpha = np.where(is_page, 0, 255).astype(np.uint8)
+    shadow = np.zeros_like(is_page)
+    shadow[-12:-4, size[0] // 4 : -size[0] // 4] = True
+    alpha[shadow & is_page] = 128
+    picture.paste((255, 0, 0), mask=Image.fromarray((is_page * 255).astype(np.uint8)))
+    picture.paste((0, 0, 0), mask=Image.fromarray(((shadow & is_page) * 255).astype(np.uint8)))
+    picture.putalpha(Image.fromarray(alpha))
+    return picture

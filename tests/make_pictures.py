@@ -15,6 +15,7 @@ if __name__ == "__main__":
     runpy.run_path(sys.path[-1] + "/bootstrap.py")["enter"]("tests")
 
 from browser import browser, cancel, drop, look_at, opened, queue, setting, turn
+from images import cut_out
 from PIL import Image, ImageDraw, ImageFont
 from playwright.sync_api import Page
 from prompts import FOLDER, api, graph
@@ -38,6 +39,7 @@ SHOWN = {
     "strength_grid": ([], ["SaveImage"]),
     "evaluate_and_gate": ([], ["ConsisLoRAEvaluate"]),
     "catalogue": ([SUBJECT, SUBJECT_2, STYLE], ["ConsisLoRACatalogSave"]),
+    "catalogue_cut_out": ([f"{SUBJECT}-cut-out", STYLE], ["ConsisLoRACatalogSave"]),
 }
 NODE = """kind => {
     const { pos: [x, y], size: [width, height] } = app.graph.nodes.find(({ type }) => type === kind)
@@ -49,6 +51,7 @@ WORKFLOW = """() => {
     return [[most(Math.min, 0) - 10, most(Math.min, 1) - 10], [most(Math.max, 2) + 10, most(Math.max, 3) + 10]]
 }"""
 CATALOGUE = {"contents": [SUBJECT, SUBJECT_2], "styles": [STYLE]}
+CHECK, GREYS = 12, ("#fff", "#d8d8d8")  # what shows through a transparent picture: squares of so many pixels
 
 
 def draw(server: ComfyServer, use: str) -> list[Path]:
@@ -56,6 +59,8 @@ def draw(server: ComfyServer, use: str) -> list[Path]:
     prompt = api(f"{use}_demo")
     for node in nodes(prompt, "ConsisLoRACatalogLoad"):
         prompt[node]["inputs"]["run"] = "all pairs in one run"
+        if use == "catalogue_cut_out":
+            prompt[node]["inputs"]["contents"] = "catalogue/cut_outs"
     entry = server.run(prompt, timeout=7200, on_event=Clock(prompt))
     ends = [node for kind in SHOWN[use][1] for node in nodes(prompt, kind)]
     return server.images({"outputs": {node: entry["outputs"][node] for node in ends}})
@@ -86,11 +91,22 @@ def paste_grid(page: Image.Image, files: list[Path], box: tuple[int, int, int, i
     width, height = (right - left) // columns, (bottom - top) // rows
     for i, file in enumerate(files):
         with Image.open(file) as opened:
-            picture = opened.convert("RGB")
+            picture = opened.convert("RGBA")
         scale = min((width - GAP) / picture.width, (height - GAP) / picture.height)
         picture = picture.resize([round(scale * side) for side in picture.size], Image.Resampling.LANCZOS)
         x, y = left + i % columns * width, top + i // columns * height
-        page.paste(picture, (x + (width - picture.width) // 2, y + (height - picture.height) // 2))
+        shown = Image.alpha_composite(checks(picture.size), picture).convert("RGB")
+        page.paste(shown, (x + (width - picture.width) // 2, y + (height - picture.height) // 2))
+
+
+def checks(size: tuple[int, int]) -> Image.Image:
+    """The squares that stand for transparency."""
+    page = Image.new("RGBA", size, GREYS[0])
+    draw = ImageDraw.Draw(page)
+    for x in range(0, size[0], CHECK):
+        for y in range(x // CHECK % 2 * CHECK, size[1], 2 * CHECK):
+            draw.rectangle((x, y, x + CHECK - 1, y + CHECK - 1), GREYS[1])
+    return page
 
 
 def save(picture: Image.Image, path: Path, widest: int = 640) -> None:
@@ -103,8 +119,9 @@ def save(picture: Image.Image, path: Path, widest: int = 640) -> None:
 
 
 def make_thumbnails(server: ComfyServer) -> None:
+    folders = {f"{SUBJECT}-cut-out": server.base / "input" / "catalogue" / "cut_outs"}
     for use, (names, _) in SHOWN.items():
-        drawn, images = draw(server, use), [IMAGES / f"{name}.png" for name in names]
+        drawn, images = draw(server, use), [folders.get(name, IMAGES) / f"{name}.png" for name in names]
         drawn = drawn[:1] if use == "evaluate_and_gate" else drawn
         save(draw_thumbnail(images, drawn), FOLDER / f"{use}_demo.jpg")
         save(draw_thumbnail(images, drawn, CAPTION), FOLDER / f"{use}_sdxl.jpg")
@@ -163,7 +180,11 @@ def main(work: Path) -> None:
             path.mkdir(parents=True, exist_ok=True)
             for name in names:
                 shutil.copy(IMAGES / f"{name}.png", path)
-        shutil.rmtree(server.base / "output" / "catalogue", ignore_errors=True)  # or it is done, and draws nothing
+        cut_outs = server.base / "input" / "catalogue" / "cut_outs"
+        cut_outs.mkdir(exist_ok=True)
+        cut_out(SUBJECT).save(cut_outs / f"{SUBJECT}-cut-out.png")
+        for use in ("catalogue", "catalogue_cut_out"):  # or it is done, and draws nothing
+            shutil.rmtree(server.base / "output" / use, ignore_errors=True)
         make_thumbnails(server)
         with browser() as context:
             take_screenshots(opened(context, server), work)

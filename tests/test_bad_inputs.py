@@ -82,6 +82,14 @@ BAD_SOCKETS = {
         "NaN": lambda: pictures(1, 16, 16, 3, value=NAN),
         "infinite": lambda: pictures(1, 16, 16, 3, value=float("inf")),
     },
+    "MASK": {
+        "empty batch": lambda: torch.ones(0, 16, 16),
+        "no area": lambda: torch.ones(1, 16, 0),
+        "nothing inside": lambda: torch.zeros(1, 16, 16),
+        "NaN": lambda: torch.full((1, 16, 16), NAN),
+        "another shape": lambda: torch.ones(1, 16, 64).tril(),
+        "too many": lambda: torch.ones(3, 16, 16),
+    },
     "CONSISLORA": {"another architecture": foreign_lora},
     "VAE": {"of another base": lambda: Vae(16)},
 }
@@ -120,6 +128,7 @@ def good(node, model, job) -> dict:
         "LATENT": lambda: latent(1, 4, 16, 16),
         "CONDITIONING": lambda: conditioning("main"),
         "IMAGE": lambda: pictures(1, 16, 16, 3),
+        "MASK": lambda: torch.ones(1, 16, 16),
         "CONSISLORA": lambda: LORA,
         "CONSISLORA_SCORES": lambda: [{"edges": 1.0, "silhouette": 1.0}],
     }

@@ -16,7 +16,7 @@ from PIL import Image
 
 from batch.comfy_client import WorkflowError
 from catalogue import pictures
-from catalogue.pictures import open_picture
+from catalogue.pictures import open_cut_out, open_picture
 from catalogue.sheets import SETTINGS, Result, ResultsSheet
 from consislora_core.lora_file import ImageLora
 from demo.run import IMAGES
@@ -49,7 +49,7 @@ def folders(pack):
 
 def load(nodes, **changes):
     inputs = dict(contents="catalogue/subjects", styles="catalogue/styles", catalogue="cat", name="{content}__{style}")
-    return nodes.CatalogLoad.execute(**{**inputs, "run": nodes.ALL, "index": 0, **changes}).result
+    return nodes.CatalogLoad.execute(**{**inputs, "run": nodes.ALL, "index": 0, **changes}).result[:5]
 
 
 def save(nodes, job, **inputs):
@@ -177,6 +177,91 @@ def test_with_disable_metadata_a_picture_has_no_facts(nodes, folders, monkeypatc
         assert not picture.text
 
 
+def cut_out(folder, name: str, size=(20, 10)):
+    """Blue, its left half transparent with red left under it."""
+    drawn = Image.new("RGBA", size, (0, 0, 255, 255))
+    drawn.paste((255, 0, 0, 0), (0, 0, size[0] // 2, size[1]))
+    drawn.save(folder / f"{name}.png")
+
+
+def loaded(nodes, **changes):
+    inputs = dict(contents="catalogue/subjects", styles="catalogue/styles", catalogue="cat", name="", run=nodes.ALL)
+    return nodes.CatalogLoad.execute(**{**inputs, "index": 0, **changes}).result
+
+
+def test_the_mask_is_one_where_the_content_picture_is_opaque(nodes, folders):
+    cut_out(folders[0] / "subjects", "cut")
+    *_, names, _, masks = loaded(nodes, styles="catalogue/styles/ink.png")
+    masks = dict(zip(names, masks, strict=True))
+    assert {name: tuple(mask.shape) for name, mask in masks.items()} == {
+        "cup__ink": (1, 20, 40), "cut__ink": (1, 10, 20), "pot__ink": (1, 50, 30),
+    }  # fmt: skip
+    assert masks["cut__ink"][0, 5].tolist() == 10 * [0] + 10 * [1]
+    assert masks["cup__ink"].eq(1).all() and masks["pot__ink"].eq(1).all()
+    assert torch.equal(loaded(nodes, run=nodes.ONE, index=2)[-1][0], masks["cut__ink"])
+
+
+def left_edges(nodes, **changes) -> dict[str, list[float]]:
+    """The colour at the left of each content picture, as 8 bits, by the name of its result."""
+    contents, _, _, names, *_ = loaded(nodes, **changes)
+    return {name: (content[0, 5, 0] * 255).tolist() for name, content in zip(names, contents, strict=True)}
+
+
+def test_what_is_transparent_lies_on_the_background_that_is_chosen(nodes, folders):
+    root, _ = folders
+    cut_out(root / "subjects", "cut")
+    cut_out(root / "styles", "through")
+    Image.new("RGB", (30, 30), (250, 240, 200)).save(root / "styles" / "oil.png")
+    ink, oil = [255, 0, 51], [250, 240, 200]
+    cut = "catalogue/subjects/cut.png"
+    white = left_edges(nodes, contents=cut)
+    assert white == left_edges(nodes, contents=cut, background="#fff") == dict.fromkeys(white, [255, 255, 255])
+    assert set(map(tuple, left_edges(nodes, contents=cut, background="#0a0b0c").values())) == {(10, 11, 12)}
+    expected = {"cut__ink": ink, "cut__oil": oil, "cut__through": [255, 255, 255]}
+    for run in ({}, {"run": nodes.ONE, "index": 1}):
+        own = left_edges(nodes, contents=cut, background="style", **run)
+        assert own and all(own[name] == expected[name] for name in own)
+    both = left_edges(nodes, contents=f"{cut}\ncatalogue/styles", background="style")
+    assert both.items() >= {**expected, "through__ink": ink, "through__through": [255, 255, 255]}.items()
+    opaque = left_edges(nodes, contents="catalogue/subjects/cup.png", background="style")
+    assert set(map(tuple, opaque.values())) == {(255, 0, 51)}
+
+
+def test_a_picture_without_alpha_takes_memory_once_on_every_background(nodes, folders):
+    cut_out(folders[0] / "subjects", "cut")
+    contents, _, _, names, *_ = loaded(nodes, background="style")
+    contents = dict(zip(names, contents, strict=True))
+    assert contents["cup__ink"] is contents["cup__oil"]
+    assert contents["cut__ink"] is not contents["cut__oil"]
+
+
+def test_cut_outs_on_the_colours_of_many_styles_come_in_as_many_runs_as_the_disk_needs(nodes, folders, monkeypatch):
+    cut_out(folders[0] / "subjects", "cut")
+    monkeypatch.setattr(nodes, "disk_usage", lambda folder: SimpleNamespace(free=2 * 20 * 10 * 16))
+    *_, names, report, _ = loaded(nodes, contents="catalogue/subjects/cut.png", background="style")
+    assert names == ["cut__ink"] and "1 pairs come in the next run" in report
+
+
+def test_a_damaged_content_picture_is_listed_once_whatever_it_lies_on(nodes, folders):
+    (folders[0] / "subjects" / "bad.png").write_bytes(b"")
+    for _ in range(2):
+        *_, names, report, _ = loaded(nodes, background="style")
+        assert len(names) == 4 and report.count("bad.png is empty") == 1
+
+
+def test_a_background_that_is_no_colour_is_refused(nodes, folders):
+    with pytest.raises(ValueError, match="background is 'whiet', which is no colour"):
+        loaded(nodes, background="whiet")
+
+
+def test_a_result_with_alpha_is_saved_with_it(nodes, folders):
+    images = torch.rand(1, 16, 24, 4).mul(255).round().div(255)
+    nodes.CatalogSave.execute(images=images, job=load(nodes)[2][0])
+    with Image.open(folders[1] / "cat" / "cup__ink.png") as saved:
+        assert saved.mode == "RGBA"
+        assert list(saved.tobytes()) == images.mul(255).round().byte().flatten().tolist()
+
+
 def test_a_batch_is_saved_whole(nodes, folders):
     _, output = folders
     job = load(nodes)[2][0]
@@ -235,21 +320,21 @@ def test_a_run_of_a_large_catalogue_opens_its_own_pair_and_takes_half_a_second(n
         for number in range(300):
             shutil.copy(root / "styles" / "ink.png", root / side / f"photo {number}.png")
     opened = []
-    monkeypatch.setattr(pictures, "open_picture", lambda path: opened.append(path.name) or open_picture(path))
+    monkeypatch.setattr(pictures, "open_cut_out", lambda path: opened.append(path.name) or open_cut_out(path))
     save(nodes, load(nodes, run=nodes.ONE, index=7)[2][0])
     opened.clear()
     started = time.process_time()
     fingerprint(nodes)
     (*_, jobs, _, report) = load(nodes, run=nodes.ONE, index=9_000)
     assert time.process_time() - started < 0.5
-    assert opened == [jobs[0].content, jobs[0].style]
+    assert opened == [jobs[0].style, jobs[0].content]
     assert report.splitlines()[1] == "1 of 91204 pairs are done."
 
 
 def test_pictures_of_what_is_done_are_not_opened(nodes, folders, monkeypatch):
     for job in load(nodes)[2]:
         save(nodes, job)
-    monkeypatch.setattr(pictures, "open_picture", None)
+    monkeypatch.setattr(pictures, "open_cut_out", None)
     assert "Everything is done" in load(nodes)[4]
 
 

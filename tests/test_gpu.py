@@ -20,7 +20,7 @@ pytestmark = [
 STAGE = image_stage(**{**SHORT, "steps": 12, "eps": 1e-3})
 
 
-def trained(recordable: bool, observe=lambda x: None, stage=STAGE):
+def trained(recordable: bool, observe=lambda x: None, stage=STAGE, mask=None):
     """The LoRA of a short training on the tiny UNet, and the last step's work; `observe` gets what is denoised."""
     tensors = run("stage1_content")
     sigmas = diffusers_denoiser(None).sigmas
@@ -35,7 +35,7 @@ def trained(recordable: bool, observe=lambda x: None, stage=STAGE):
         return x - s * unet(x / (s**2 + 1).sqrt(), timestep, text, added_cond_kwargs=added).sample
 
     host = Denoiser(unet, denoise, sigmas, recordable=recordable)
-    with Trainer(host, tensors["z_0"].cuda(), None, stage) as trainer:
+    with Trainer(host, tensors["z_0"].cuda(), None, stage, mask=mask) as trainer:
         for _ in trainer:
             pass
         return flat(trainer.parts()), trainer.work
@@ -47,6 +47,14 @@ def test_recorded_steps_train_the_same_lora(optimizer):
     lora, work = trained(recordable=True, stage=stage)
     assert isinstance(work, RecordedStep) and work.graphs is not None
     assert relative_error(lora, trained(recordable=False, stage=stage)[0]) < 1e-4
+
+
+def test_recorded_steps_with_a_mask_train_the_same_lora():
+    mask = torch.ones(1, 1, *run("stage1_content")["z_0"].shape[-2:], device="cuda").tril()
+    lora, work = trained(recordable=True, mask=mask)
+    assert work.graphs is not None
+    assert relative_error(lora, trained(recordable=False, mask=mask)[0]) < 1e-4
+    assert relative_error(lora, trained(recordable=True)[0]) > 1e-2
 
 
 def test_steps_that_cannot_be_recorded_go_on_and_leave_the_gpu_fit_for_use(caplog):

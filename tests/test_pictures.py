@@ -13,7 +13,8 @@ import pytest
 from PIL import Image, ImageChops, ImageCms, PngImagePlugin
 
 from catalogue import pictures
-from catalogue.pictures import find_pictures, open_picture, pair_up, picture_key
+from catalogue.backgrounds import STYLE, border_colour, on_background, read_background
+from catalogue.pictures import find_pictures, open_cut_out, open_picture, pair_up, picture_key
 
 CASES = Path(__file__).parent / "data" / "cases"
 
@@ -66,6 +67,125 @@ def test_alpha_is_laid_on_white(tmp_path):
     picture().save(tmp_path / "keyed.png", transparency=RED)
     assert colours(tmp_path / "a.png") == colours(tmp_path / "p.png") == colours(tmp_path / "keyed.png") == {WHITE}
     assert colours(tmp_path / "half.png") == {(127, 127, 127)}
+
+
+def png(bits: int, kind: int, values: list[tuple[int, ...]]) -> bytes:
+    """A PNG of one line, of 8 or 16 bits, of a kind of colours: 4 grey with alpha, 6 RGB with alpha."""
+    line = b"".join(value.to_bytes(bits // 8, "big") for pixel in values for value in pixel)
+    header = struct.pack(">IIBBBBB", len(values), 1, bits, kind, 0, 0, 0)
+    chunks = [(b"IHDR", header), (b"IDAT", zlib.compress(b"\0" + line)), (b"IEND", b"")]
+    packed = [struct.pack(">I", len(d)) + k + d + struct.pack(">I", zlib.crc32(k + d)) for k, d in chunks]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(packed)
+
+
+def tiff(bits: int, alpha: int, values: list[tuple[int, ...]]) -> bytes:
+    """A TIFF of one line. alpha: what it says of the last of each pixel's values, 1 for colours times alpha, 2 not."""
+    line = b"".join(value.to_bytes(bits // 8, "little") for pixel in values for value in pixel)
+    samples = len(values[0])
+    sizes = 8 + len(line)  # where the sizes of the samples are
+    tags = [
+        (256, 4, 1, len(values)), (257, 4, 1, 1), (258, 3, samples, sizes), (259, 3, 1, 1),
+        (262, 3, 1, 2 if samples == 4 else 1), (273, 4, 1, 8), (277, 3, 1, samples), (278, 4, 1, 1),
+        (279, 4, 1, len(line)), (338, 3, 1, alpha),
+    ]  # fmt: skip
+    if samples == 2:  # both sizes fit into the tag itself
+        tags[2] = (258, 3, 2, bits << 16 | bits)
+    directory = struct.pack("<H", len(tags)) + b"".join(struct.pack("<HHII", *tag) for tag in tags) + bytes(4)
+    start = sizes + 2 * samples
+    return struct.pack("<2sHI", b"II", 42, start) + line + struct.pack(f"<{samples}H", *[bits] * samples) + directory
+
+
+def saved(picture: Image.Image, kind: str, **options) -> bytes:
+    data = io.BytesIO()
+    picture.save(data, kind, **options)
+    return data.getvalue()
+
+
+# As studios export cut-outs: red left under the transparent part, a shadow half transparent, the subject.
+CUT_OUT = [(255, 0, 0, 0), (0, 0, 0, 128), (0, 0, 255, 255)]
+GREY_CUT_OUT = [(200, 0), (0, 128), (255, 255)]
+
+
+def cut_out(mode: str = "RGBA") -> Image.Image:
+    drawn = Image.new(mode, (3, 1))
+    drawn.putdata(CUT_OUT if mode == "RGBA" else GREY_CUT_OUT)
+    return drawn
+
+
+def palette_cut_out(kind: str, transparency: bytes | int) -> bytes:
+    drawn = Image.new("P", (3, 1))
+    drawn.putpalette([value for pixel in CUT_OUT for value in pixel[:3]])
+    drawn.putdata([0, 1, 2])
+    return saved(drawn, kind, transparency=transparency)
+
+
+def line(picture: Image.Image) -> list:
+    return [picture.getpixel((x, 0)) for x in range(picture.width)]
+
+
+def wide(values: list[tuple[int, ...]]) -> list[tuple[int, ...]]:
+    return [tuple(257 * value for value in pixel) for pixel in values]
+
+
+TIMES_ALPHA = [(0, 0, 0, 0), (0, 0, 0, 128), (0, 0, 255, 255)]
+CUT_OUTS = {
+    "a.png": saved(cut_out(), "PNG"),
+    "palette.png": palette_cut_out("PNG", bytes([0, 128, 255])),
+    "sixteen.png": png(16, 6, wide(CUT_OUT)),
+    "grey.png": saved(cut_out("LA"), "PNG"),
+    "grey sixteen.png": png(16, 4, wide(GREY_CUT_OUT)),
+    "a.webp": saved(cut_out(), "WEBP", lossless=True, exact=True),
+    "a.tif": saved(cut_out(), "TIFF", compression="tiff_lzw"),
+    "sixteen.tif": tiff(16, 2, wide(CUT_OUT)),
+    "times alpha.tif": tiff(8, 1, TIMES_ALPHA),
+    "times alpha, sixteen.tif": tiff(16, 1, wide(TIMES_ALPHA)),
+    "grey, times alpha.tif": tiff(8, 1, [(0, 0), (0, 128), (255, 255)]),
+}
+
+
+@pytest.mark.parametrize("name", CUT_OUTS)
+def test_the_alpha_of_every_kind_of_file_is_kept_and_what_is_under_it_does_not_show(tmp_path, name):
+    (tmp_path / name).write_bytes(CUT_OUTS[name])
+    opened = open_cut_out(tmp_path / name)
+    assert opened.mode == "RGBA"
+    assert line(opened.getchannel("A")) == [0, 128, 255]
+    subject = WHITE if name.startswith("grey") else BLUE
+    assert line(open_picture(tmp_path / name)) == [WHITE, (127, 127, 127), subject]
+    on_green = on_background(opened, GREEN)
+    assert line(on_green) == [GREEN, (0, 127, 0), subject]
+
+
+def test_a_gif_has_holes_and_no_soft_edges(tmp_path):
+    (tmp_path / "a.gif").write_bytes(palette_cut_out("GIF", 0))
+    assert line(open_cut_out(tmp_path / "a.gif").getchannel("A")) == [0, 255, 255]
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "L"])
+def test_a_picture_in_which_nothing_is_transparent_is_no_cut_out(tmp_path, mode):
+    picture("RGB").convert(mode).save(tmp_path / "a.png")
+    assert open_cut_out(tmp_path / "a.png").mode == "RGB"
+
+
+@pytest.mark.parametrize(
+    ("text", "colour"),
+    [("white", WHITE), (" #00ff00 ", GREEN), ("#f00", RED), ("rgb(0, 0, 255)", BLUE), ("Style", STYLE)],
+)
+def test_a_background_is_a_colour_or_the_styles(text, colour):
+    assert read_background(text) == colour
+
+
+@pytest.mark.parametrize("text", ["", "whit", "#12345", "#ff000080", "rgb(300, 0, 0)", "255,0,0", "x" * 1000, "\ud83d"])
+def test_a_background_that_is_no_colour_is_refused_in_words(text):
+    with pytest.raises(ValueError, match="which is no colour. Write a name such as white, a hex value") as refused:
+        read_background(text)
+    assert len(str(refused.value)) < 300 and str(refused.value).encode()
+
+
+def test_the_border_colour_is_that_of_the_paper_also_with_noise_and_with_something_across_the_border():
+    paper, noise = (200, 180, 90), Image.effect_noise((300, 200), 12)
+    shown = Image.merge("RGB", [noise.point(lambda value, shift=value - 128: value + shift) for value in paper])
+    shown.paste(BLUE, (40, 30, 300, 120))
+    assert all(abs(found - value) <= 3 for found, value in zip(border_colour(shown), paper, strict=True))
 
 
 @pytest.mark.parametrize("name", ["a.gif", "a.webp", "a.png"])

@@ -582,18 +582,19 @@ def test_a_model_that_other_nodes_wrap_in_code_is_trained_without_the_store(node
     assert not store.folder.exists()
 
 
-def test_cancel_and_queue_again_goes_on_and_ends_with_the_same_bits(nodes, comfy, steps, store, caplog):
+@pytest.mark.parametrize("mask", [None, torch.ones(1, 128, 128).tril()], ids=["everything", "masked"])
+def test_cancel_and_queue_again_goes_on_and_ends_with_the_same_bits(nodes, comfy, steps, store, caplog, mask):
     import comfy.model_management
 
     caplog.set_level(logging.INFO)
-    whole, loss_map, _ = train_image(nodes, comfy_model(), steps=6)
+    whole, loss_map, _ = train_image(nodes, comfy_model(), steps=6, mask=mask)
     shutil.rmtree(store.folder)
     steps.clear()
     steps.cancel_at = 4
     with pytest.raises(comfy.model_management.InterruptProcessingException):
-        train_image(nodes, comfy_model(), steps=6)
+        train_image(nodes, comfy_model(), steps=6, mask=mask)
     steps.cancel_at = None
-    lora, again_loss_map, _ = train_image(nodes, comfy_model(), steps=6)
+    lora, again_loss_map, _ = train_image(nodes, comfy_model(), steps=6, mask=mask)
     assert steps == [1, 2, 3, 4, 5, 6]
     assert "image stage: goes on from step 4" in caplog.text
     assert bits(lora) == bits(whole)

@@ -12,7 +12,7 @@ from test_help import open_without_proxy
 from demo.run import NAME
 
 USES = ["content_only", "dual_guidance", "style_only"]  # of saved LoRAs
-OTHERS = ["catalogue", "evaluate_and_gate", "multi_reference", "strength_grid"]
+OTHERS = ["catalogue", "catalogue_cut_out", "evaluate_and_gate", "multi_reference", "strength_grid"]
 OTHERS += ["train_and_stylise", "train_content", "train_style"]
 NAMES = sorted(f"{use}_{base}" for use in [*USES, *OTHERS] for base in ("demo", "sdxl"))
 # Newer frontends mark these when the server lacks the file, as it does the checkpoint and what nobody has trained yet.

@@ -219,8 +219,11 @@ def guided(use: Use, settings: Settings) -> Workflow:
     ]
 
 
-def catalogue(settings: Settings, note: str) -> Workflow:
-    """Folders in, folders out: the whole method for every pair of a content and a style picture."""
+def catalogue(settings: Settings, note: str, cut_out: bool = False) -> Workflow:
+    """Folders in, folders out: the whole method for every pair of a content and a style picture.
+
+    cut_out: of content pictures with alpha only what is opaque is learned, and results get their alpha.
+    """
     loras = {"content": From("content_training", "consislora"), "style": From("stage_2_training", "consislora")}
     size = {"width": From("size", "width"), "height": From("size", "height"), "batch_size": 1}
     saved = {"images": From("decoded", "IMAGE"), "job": From("pairs", "job"), **loras}
@@ -232,16 +235,22 @@ def catalogue(settings: Settings, note: str) -> Workflow:
     made = {
         "sampled": Node("ConsisLoRASampler", "Sample, guided", {"model": MODEL, **loras, **sampling(settings)}),
         "decoded": decoded(),
-        "result": Node("ConsisLoRACatalogSave", "Into the catalogue", saved),
     }
-    columns = [{"pairs": Node("ConsisLoRACatalogLoad", "Every subject, every style")}]
+    masked, folder = {}, {}
+    if cut_out:
+        masked, folder = {"mask": From("pairs", "mask")}, {"catalogue": "catalogue_cut_out"}
+        kept = {"images": From("decoded", "IMAGE"), "original": From("pairs", "content"), **masked}
+        made["kept"] = Node("ConsisLoRAKeepOutsideMask", "Cut out again", {**kept, "outside": "transparent"})
+        saved["images"] = From("kept", "images")
+    made["result"] = Node("ConsisLoRACatalogSave", "Into the catalogue", saved)
+    columns = [{"pairs": Node("ConsisLoRACatalogLoad", "Every subject, every style", folder)}]
     for image in loras:
         columns.append({f"{image}_sized": scaled(From("pairs", image), settings.side), **latents(image, settings)})
     return [
         [start_here(settings, note)],
         [Group("1. The folders", BLUE, columns)],
         [
-            Group("2. Learn the subject", BROWN, learn_content(settings)[:1]),
+            Group("2. Learn the subject", BROWN, learn_content(settings, **masked)[:1]),
             Group("3. Learn the style, in two stages", BROWN, learn_style(settings)[:2]),
         ],
         [Group("4. The subject in the style", GREEN, [words, made])],
@@ -280,8 +289,8 @@ def encoded(pixels: From, title: str = "To latent") -> Node:
     return Node("VAEEncode", title, {"pixels": pixels, "vae": VAE})
 
 
-def learn_content(settings: Settings) -> list[Column]:
-    stage_1 = settings.stage_1
+def learn_content(settings: Settings, **inputs: From) -> list[Column]:
+    stage_1 = {**settings.stage_1, **inputs}
     training = train("ConsisLoRATrainImage", "Train on the content image", "content", "content_prompt", **stage_1)
     return [
         {"content_prompt": text("What the content image is called", "A [c]"), "content_training": training},
@@ -449,6 +458,10 @@ WORKFLOWS = {
     "train_and_stylise_sdxl": train_and_stylise(SDXL, note("train_and_stylise_sdxl")),
     "catalogue_demo": catalogue(DEMO, note("catalogue").format(base=DEMO.words)),
     "catalogue_sdxl": catalogue(SDXL, note("catalogue").format(base="First choose your **SDXL checkpoint**.")),
+    "catalogue_cut_out_demo": catalogue(DEMO, note("catalogue_cut_out").format(base=DEMO.words), cut_out=True),
+    "catalogue_cut_out_sdxl": catalogue(
+        SDXL, note("catalogue_cut_out").format(base="First choose your **SDXL checkpoint**."), cut_out=True
+    ),
     **{f"{name}_{base.name}": guided(use, base) for name, use in USES.items() for base in (DEMO, SDXL)},
     **{
         f"{make.__name__}_{base.name}": make(
