@@ -3,9 +3,11 @@
 import hashlib
 import json
 import logging
+import time
 from datetime import datetime, timezone
 from functools import partial
 from shutil import disk_usage
+from typing import Any
 
 from comfy.cli_args import args
 from comfy_api.latest import io
@@ -15,6 +17,7 @@ from torch import Tensor
 from ..catalogue.names import as_spelled, inside
 from ..catalogue.pictures import NAME, PictureCache, write_picture
 from ..catalogue.plan import CatalogueJob, Plan, plan_catalogue
+from ..catalogue.retry import RETRY
 from ..catalogue.sheets import RESULTS, SETTINGS, Result, ResultsSheet, as_record, error_text
 from ..consislora_core.files import escape_text
 from ..consislora_core.lora_file import ImageLora
@@ -28,6 +31,8 @@ from .widget_values import checked
 
 ONE, ALL = "one pair per run", "all pairs in one run"
 FACTS = ("stage", "image_hash", "steps", "rank", "seed")  # of a LoRA's metadata, for the sheet
+
+run_began: float | None = None  # by the monotonic clock: the run that goes on
 
 
 class CatalogLoad(io.ComfyNode):
@@ -93,6 +98,8 @@ class CatalogLoad(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, contents, styles, catalogue, name, run, index):
+        global run_began
+        run_began = time.monotonic()  # ComfyUI asks for this when a run begins, also where all else is cached
         state = make_plan(contents, styles, catalogue, name).state()
         # Hashed, because ComfyUI writes it into the picture's metadata.
         return hashlib.sha256(state.encode(errors="backslashreplace")).hexdigest()
@@ -117,7 +124,8 @@ class CatalogLoad(io.ComfyNode):
         contents, styles = zip(
             *((cache.open(pair.content), cache.open(pair.style)) for pair in jobs.values()), strict=True
         )
-        return io.NodeOutput(list(contents), list(styles), list(jobs), names, report)
+        jobs = [job._replace(in_run=len(jobs)) for job in jobs]
+        return io.NodeOutput(list(contents), list(styles), jobs, names, report)
 
 
 class CatalogSave(io.ComfyNode):
@@ -175,6 +183,8 @@ class CatalogSave(io.ComfyNode):
             accepted={None: "", True: "yes", False: "no"}[accepted],
             reason=reasons,
             finished=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            seconds=run_began and round((time.monotonic() - run_began) / job.in_run, 1),
+            retry_of=retried(cls.hidden),
         )
         facts = {} if args.disable_metadata else {"consislora": facts_text(result, content, style)}
         texts = workflow_texts(cls.hidden) | facts
@@ -206,6 +216,13 @@ def picture_cache(plan: Plan, run: str) -> PictureCache:
     folder = temp_folder()
     decode = partial(drawing.to_mapped_image, folder=folder)
     return PictureCache(decode, plan.name_of, dict(plan.problems), limit=disk_usage(folder).free // 2)
+
+
+def retried(hidden: Any) -> str:
+    """The name of the first try, in a run that the review page has queued to make it again."""
+    extra = hidden and hidden.extra_pnginfo
+    name = extra.get(RETRY) if isinstance(extra, dict) else None
+    return escape_text(name) if isinstance(name, str) else ""
 
 
 def describe_lora(lora: ImageLora | None) -> str:
