@@ -318,8 +318,9 @@ def _unquoted(value: str) -> str:
 
 
 def _write_table(path: Path, records: list[Record]) -> None:
-    """Writes a CSV or JSON sheet whole or not at all. Raises OSError."""
-    columns = dict.fromkeys(column for record in records for column in record)
+    """Writes a CSV or JSON sheet whole or not at all: our columns, then those of people. Raises OSError."""
+    ours = (field.name for field in columns(Result))
+    header = list(dict.fromkeys([*ours, *(column for record in records for column in record)]))
     as_json = path.suffix.lower() == ".json"
     # Spreadsheets recognise UTF-8 by its byte order mark. File names from other systems may have no encoding.
     encoding = dict(encoding="utf-8" if as_json else "utf-8-sig", errors="backslashreplace", newline="")
@@ -328,9 +329,9 @@ def _write_table(path: Path, records: list[Record]) -> None:
             json.dump(records, file, ensure_ascii=False, indent=1)
         else:
             writer = csv.writer(file)
-            writer.writerow(columns)
+            writer.writerow(header)
             writer.writerows(
-                [_quoted(record.get(column)) if column in TEXTS else record.get(column) for column in columns]
+                [_quoted(record.get(column)) if column in TEXTS else record.get(column) for column in header]
                 for record in records
             )
 

@@ -43,6 +43,7 @@ def add_routes() -> None:
         routes.static(f"{ROOT}/page", PAGE)
         routes.get(f"{ROOT}/catalogues")(answered(send_catalogues))
         routes.get(f"{ROOT}/results")(answered(send_results))
+        routes.get(f"{ROOT}/summary")(answered(send_summary))
         routes.get(f"{ROOT}/picture")(answered(send_picture))
         routes.get(f"{ROOT}/retry")(answered(send_retry))
         routes.post(f"{ROOT}/decision")(answered(take_decision))
@@ -88,6 +89,14 @@ async def send_results(request: web.Request) -> web.Response:
 
     body = await asyncio.to_thread(read)
     return unless_known(request, hashlib.sha256(body).hexdigest(), body, "application/json")
+
+
+async def send_summary(request: web.Request) -> web.Response:
+    def read() -> dict:
+        sheet = review.open_catalogue(output_folder(), request.query.get("catalogue", ""))
+        return summarise(review.read_results(sheet).values())
+
+    return web.json_response(await asyncio.to_thread(read), headers=SAFE)
 
 
 async def send_picture(request: web.Request) -> web.StreamResponse:

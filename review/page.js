@@ -10,9 +10,9 @@ const LARGE = 1600;
 const FILTERS = {
   all: () => true,
   undecided: ({ decision }) => !decision,
-  gate: ({ gate }) => gate === "rejected",
   accepted: ({ decision }) => decision === "accepted",
   rejected: ({ decision }) => decision === "rejected",
+  gate: ({ gate }) => gate === "rejected",
 };
 const KEPT = { name: "consislora.review.name", reasons: "consislora.review.reasons", order: "consislora.review.order" };
 
@@ -188,16 +188,23 @@ function fact(name, value) {
   return shown;
 }
 
+function reasonsOf({ rejected_for: reasons = {} }) {
+  const counted = Object.entries(reasons).map(([reason, count]) => `${reason} ${count}`);
+  return counted.length ? `(${counted.join(", ")})` : "";
+}
+
 function showSummary(summary) {
   const parts = [
     [words.made, summary.pictures_made],
     [words.first, summary.accepted_at_first_try],
     [words.later, summary.accepted_after_retries],
+    [words.rejectedFor, summary.rejected, reasonsOf(summary)],
     [words.failed, summary.failed],
     [words.perPicture, summary.seconds_a_picture],
     [words.reused, summary.lora_uses - summary.loras],
   ];
-  const texts = parts.filter(([, value]) => value).map(([text, value]) => element("span", "", fill(text, value)));
+  const texts = parts.filter(([, value]) => value).map(([text, ...values]) => element("span", "", fill(text, ...values)));
+  if (texts.length) texts.push(Object.assign(element("a", "", "JSON"), { href: address("summary") }));
   const queue = find("#queue") ?? element("span");
   queue.id = "queue";
   find("#summary").replaceChildren(...texts, queue);
@@ -245,7 +252,7 @@ function post(item, decision, reason, by) {
   const { name } = item;
   Object.assign(item, { decision, decision_reason: reason, decided_by: by, decided_at: new Date().toISOString() });
   const { catalogue } = state;
-  underWay++;
+  setUnderWay(underWay + 1);
   posting = posting.then(async () => {
     try {
       const said = await ask(address("decision"), {
@@ -260,10 +267,19 @@ function post(item, decision, reason, by) {
       state.chosen = name;
       state.etag = "";
     }
-    underWay--;
+    setUnderWay(underWay - 1);
     await refresh().catch((error) => say(error.message));
   });
 }
+
+function setUnderWay(count) {
+  underWay = count;
+  document.body.dataset.saving = count;
+}
+
+window.addEventListener("beforeunload", (event) => {
+  if (underWay) event.preventDefault(); // decisions would be lost
+});
 
 async function makeAgain() {
   const item = current();
@@ -411,7 +427,7 @@ function nameParts() {
     });
   }
   for (const name of Object.keys(FILTERS)) {
-    const button = element("button", "quiet", `${words[name]} `);
+    const button = element("button", "quiet", words[name]);
     button.dataset.filter = name;
     button.setAttribute("role", "radio");
     button.append(element("b"));
@@ -472,4 +488,3 @@ function open(catalogue) {
 }
 
 start().catch((error) => say(error.message));
-window.reviewIsSaved = () => !underWay; // also for who automates the page
