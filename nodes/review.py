@@ -55,7 +55,7 @@ def answered(handler: Handler) -> Handler:
     async def answer(request: web.Request) -> web.StreamResponse:
         try:
             return await handler(request)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:  # the second for JSON that is nested deep
             return refusal(400, str(error))
         except review.Changed:
             return refusal(409, "It has changed meanwhile. Look at it again.")
