@@ -92,6 +92,12 @@ def retry_workflow(root: Path, catalogue: str, picture: Path, result: Result) ->
     return {"prompt": workflow, "extra_data": {"extra_pnginfo": {RETRY: first}}}
 
 
+def first_try(extra_pnginfo: object) -> str:
+    """The name of the first try, in the run of a `retry_workflow`; empty in others."""
+    name = extra_pnginfo.get(RETRY) if isinstance(extra_pnginfo, dict) else None
+    return escape_text(name) if isinstance(name, str) else ""
+
+
 def _seed_input(workflow: Workflow, save: str) -> tuple[str, str]:
     """The node and input with the seed from which the picture was sampled; no seed of a training."""
     links, seen, seeds = [workflow[save]["inputs"].get("images")], set(), []

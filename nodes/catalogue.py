@@ -3,11 +3,9 @@
 import hashlib
 import json
 import logging
-import time
 from datetime import datetime, timezone
 from functools import partial
 from shutil import disk_usage
-from typing import Any
 
 from comfy.cli_args import args
 from comfy_api.latest import io
@@ -17,22 +15,20 @@ from torch import Tensor
 from ..catalogue.names import as_spelled, inside
 from ..catalogue.pictures import NAME, PictureCache, write_picture
 from ..catalogue.plan import CatalogueJob, Plan, plan_catalogue
-from ..catalogue.retry import RETRY
+from ..catalogue.retry import first_try
 from ..catalogue.sheets import RESULTS, SETTINGS, Result, ResultsSheet, as_record, error_text
 from ..consislora_core.files import escape_text
 from ..consislora_core.lora_file import ImageLora
 from ..host import drawing
 from ..host.model_inputs import check_pictures
 from ..host.paths import input_folder, output_folder, temp_folder
-from ..host.progress import show_text, stop_if_cancelled
+from ..host.progress import begin_run, seconds_of_run, show_text, stop_if_cancelled
 from ..host.prompt_graph import numbers_behind, workflow_texts
 from .sockets import CATEGORY, CatalogJob, ConsisLora, aliases
 from .widget_values import checked
 
 ONE, ALL = "one pair per run", "all pairs in one run"
 FACTS = ("stage", "image_hash", "steps", "rank", "seed")  # of a LoRA's metadata, for the sheet
-
-run_began: float | None = None  # by the monotonic clock: the run that goes on
 
 
 class CatalogLoad(io.ComfyNode):
@@ -98,8 +94,7 @@ class CatalogLoad(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, contents, styles, catalogue, name, run, index):
-        global run_began
-        run_began = time.monotonic()  # ComfyUI asks for this when a run begins, also where all else is cached
+        begin_run()  # ComfyUI asks for fingerprints when a run begins, also where all nodes are cached
         state = make_plan(contents, styles, catalogue, name).state()
         # Hashed, because ComfyUI writes it into the picture's metadata.
         return hashlib.sha256(state.encode(errors="backslashreplace")).hexdigest()
@@ -183,8 +178,8 @@ class CatalogSave(io.ComfyNode):
             accepted={None: "", True: "yes", False: "no"}[accepted],
             reason=reasons,
             finished=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            seconds=run_began and round((time.monotonic() - run_began) / job.in_run, 1),
-            retry_of=retried(cls.hidden),
+            seconds=seconds_of_run(job.in_run),
+            retry_of=first_try(cls.hidden and cls.hidden.extra_pnginfo),
         )
         facts = {} if args.disable_metadata else {"consislora": facts_text(result, content, style)}
         texts = workflow_texts(cls.hidden) | facts
@@ -216,13 +211,6 @@ def picture_cache(plan: Plan, run: str) -> PictureCache:
     folder = temp_folder()
     decode = partial(drawing.to_mapped_image, folder=folder)
     return PictureCache(decode, plan.name_of, dict(plan.problems), limit=disk_usage(folder).free // 2)
-
-
-def retried(hidden: Any) -> str:
-    """The name of the first try, in a run that the review page has queued to make it again."""
-    extra = hidden and hidden.extra_pnginfo
-    name = extra.get(RETRY) if isinstance(extra, dict) else None
-    return escape_text(name) if isinstance(name, str) else ""
 
 
 def describe_lora(lora: ImageLora | None) -> str:
