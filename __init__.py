@@ -11,9 +11,10 @@ async def comfy_entrypoint():
     from comfy_api.latest import ComfyExtension
 
     from .host import provenance
-    from .nodes import NODES
+    from .nodes import NODES, review
 
     provenance.listen()
+    review.add_routes()
 
     class ConsisLoRA(ComfyExtension):
         async def get_node_list(self):

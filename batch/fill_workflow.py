@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import PurePosixPath
 
 from catalogue.names import portable
+from catalogue.retry import LOAD, SAVE, single_node
 from catalogue.sheets import SETTINGS, Job
 
 INPUTS = "consislora_batch"  # in the server's input folder; pictures there are named by their bytes
@@ -47,7 +48,7 @@ def fill_workflow(
     Raises ValueError for a workflow that lacks what the job needs.
     """
     filled = copy.deepcopy(workflow)
-    load, save = (single_node(filled, f"ConsisLoRACatalog{verb}") for verb in ("Load", "Save"))
+    load, save = (single_node(filled, kind) for kind in (LOAD, SAVE))
     pictures = {"contents": f"{INPUTS}/{content}", "styles": f"{INPUTS}/{style}", "catalogue": folder}
     filled[load]["inputs"] |= {**pictures, "run": "one pair per run", "index": 0, "name": ""}
     for column in SETTINGS:
@@ -65,14 +66,6 @@ def fill_workflow(
     key = hashlib.sha256(json.dumps([filled, lora_metadata], sort_keys=True).encode()).hexdigest()[:32]
     filled[load]["inputs"]["name"] = key
     return filled, key
-
-
-def single_node(workflow: Workflow, kind: str) -> str:
-    """The id of the one node of a class. Raises ValueError if there is another number of them."""
-    found = [node_id for node_id, node in workflow.items() if node["class_type"] == kind]
-    if len(found) != 1:
-        raise ValueError(f"the workflow has {len(found)} nodes of the kind {kind}; it needs exactly one.")
-    return found[0]
 
 
 def nodes_taking(workflow: Workflow, job: Job, column: str, name: str) -> list[dict]:

@@ -28,7 +28,9 @@ from batch.job_runner import JobRunner, Order
 from batch.scheduler import Scheduler, WorkerLost
 from catalogue.names import as_spelled, inside
 from catalogue.pictures import SUFFIXES, open_picture, picture_key
+from catalogue.review import newer_decisions
 from catalogue.sheets import RESULTS, Job, Result, ResultsSheet, error_text, read_jobs
+from catalogue.summary import SUMMARY, summarise, summary_text
 from consislora_core.files import written_whole
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -236,10 +238,16 @@ class Batch:
                 bar.update()
 
             await runner.run_all(self.left(jobs, sheet.read(), bar), keep, bar.set_postfix_str)
+        if isinstance(runner, JobRunner):  # the folders of workers end with them
+            await self.bring_review(sheet, runner, stop_if_cancelled)
+        summary = summarise(sheet.read().values())
+        with written_whole(self.output / SUMMARY) as unfinished:
+            unfinished.write_text(json.dumps(summary, ensure_ascii=False, indent=1), encoding="utf-8")
         print(
             f"{len(jobs) - len(failed)} of {len(jobs)} are in {self.output}.",
             *["Failed ones are in its sheet."] * bool(failed),
         )
+        print(summary_text(summary))
         return int(bool(failed))
 
     def left(self, jobs: list[Job], results: dict[str, Result], bar: tqdm) -> Iterator[Order]:
@@ -250,6 +258,25 @@ class Batch:
                 bar.update()
             else:
                 yield order
+
+    async def bring_review(self, sheet: ResultsSheet, runner: JobRunner, waiting: Callable[[], None]) -> None:
+        """Brings what people did on the server's review page: pictures made again there, and decisions."""
+        names = {result.key: name for name, result in sheet.read().items() if not result.retry_of}
+        theirs = {}
+        for result in (await runner.results(self.server_folder)).values():
+            first = result.retry_of or result.name
+            if first in names:
+                theirs[names[first] + result.name.removeprefix(first)] = result
+        for name in theirs.keys() - sheet.read().keys():
+            result = theirs[name]
+            if result.files and (picture := await runner.client.file(result.files, self.server_folder)):
+                first = sheet.read()[names[result.retry_of]]
+                ours = replace(result, name=name, content=first.content, style=first.style, retry_of=first.name)
+                sheet.record([self.saved(ours, picture)], waiting=waiting)
+        if newer := newer_decisions(sheet.read(), theirs):
+            with sheet.edited(waiting) as records:
+                for name, decision in newer.items():
+                    records[name] |= decision
 
     def saved(self, result: Result, picture: bytes) -> Result:
         """Writes a picture; the result with its file's name. Raises OSError."""

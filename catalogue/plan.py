@@ -14,13 +14,15 @@ from .sheets import RESULTS, SHOWN, Entry, Result, ResultsSheet
 
 
 class CatalogueJob(NamedTuple):
-    """One pair to make. folder: of the catalogue. content, style: names of the picture files."""
+    """One pair to make. folder: of the catalogue. content, style: names of the picture files. in_run: how many pairs
+    the run makes."""
 
     name: str
     key: str
     content: str
     style: str
     folder: Path
+    in_run: int = 1
 
 
 class Plan(NamedTuple):

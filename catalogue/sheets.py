@@ -9,6 +9,7 @@ import re
 import typing
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import MISSING, Field, dataclass, fields, replace
 from decimal import Decimal
 from itertools import compress
@@ -59,8 +60,26 @@ class Job(Settings):
     style_lora: str | None = None
 
 
+@dataclass(frozen=True, kw_only=True)
+class Decision:
+    """What a person decided about a result. It is of these very pictures: a result made anew has none."""
+
+    decision: str = ""  # accepted or rejected; empty beside a time: undone
+    decision_reason: str = ""
+    decided_by: str = ""
+    decided_at: str = ""
+    decided_pictures: str = ""  # SHA-256 of each picture's file, separated by ;
+
+
+@dataclass(frozen=True, kw_only=True)
+class Retry:
+    """Where a result stands among the tries at one picture."""
+
+    retry_of: str = ""  # the name of the first try; empty: this is it
+
+
 @dataclass(frozen=True)
-class Result(Settings):
+class Result(Retry, Decision, Settings):
     """The outcome of a job, as the results sheet has it. Empty: not known."""
 
     name: str
@@ -71,10 +90,10 @@ class Result(Settings):
     content_adapter: str = ""
     style_adapter: str = ""
     scores: str = ""
-    accepted: str = ""  # yes or no
+    accepted: str = ""  # by the gate: yes or no
     reason: str = ""
     finished: str = ""  # wall-clock time, for people: nothing is ordered by it
-    seconds: float | None = None
+    seconds: float | None = None  # of machine time
     error: str = ""
 
     def is_done(self, key: str, folder: Path) -> bool:
@@ -299,8 +318,9 @@ def _unquoted(value: str) -> str:
 
 
 def _write_table(path: Path, records: list[Record]) -> None:
-    """Writes a CSV or JSON sheet whole or not at all. Raises OSError."""
-    columns = dict.fromkeys(column for record in records for column in record)
+    """Writes a CSV or JSON sheet whole or not at all: our columns, then those of people. Raises OSError."""
+    ours = (field.name for field in columns(Result))
+    header = list(dict.fromkeys([*ours, *(column for record in records for column in record)]))
     as_json = path.suffix.lower() == ".json"
     # Spreadsheets recognise UTF-8 by its byte order mark. File names from other systems may have no encoding.
     encoding = dict(encoding="utf-8" if as_json else "utf-8-sig", errors="backslashreplace", newline="")
@@ -309,9 +329,9 @@ def _write_table(path: Path, records: list[Record]) -> None:
             json.dump(records, file, ensure_ascii=False, indent=1)
         else:
             writer = csv.writer(file)
-            writer.writerow(columns)
+            writer.writerow(header)
             writer.writerows(
-                [_quoted(record.get(column)) if column in TEXTS else record.get(column) for column in columns]
+                [_quoted(record.get(column)) if column in TEXTS else record.get(column) for column in header]
                 for record in records
             )
 
@@ -336,6 +356,12 @@ def _parsed_results(name: str, table: Table) -> dict[str, Result]:
 def as_record(result: Result) -> Record:
     """The cells of a result, by column."""
     return {field.name: getattr(result, field.name) for field in columns(Result)}
+
+
+def decision_in(record: Record | Result) -> Record:
+    """The cells of a person's decision, of a record or a result."""
+    cells = as_record(record) if isinstance(record, Result) else record
+    return {field.name: cells.get(field.name) or "" for field in fields(Decision)}
 
 
 class ResultsSheet:
@@ -364,16 +390,25 @@ class ResultsSheet:
     ) -> None:
         """Adds results, each in place of an earlier one of its name, and removes those of the names in `forget`.
 
-        Columns that a person has added stay. waiting: called while another process writes; may raise to give up.
-        Raises OSError, and ValueError as `read` does.
+        Columns that a person has added stay. waiting, raises: as `edited`.
         """
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with locked(Path(f"{self.path}.lock"), waiting, f"another program writes {self.path.name}"):
-            records = {_name_in(record): record for _, record in self._table()}
+        with self.edited(waiting) as records:
             for name in forget:
                 records.pop(name, None)
             for result in results:
                 records[result.name] = {**as_record(result), **self._added(records.get(result.name, {}))}
+
+    @contextmanager
+    def edited(self, waiting: Callable[[], None] = lambda: None) -> Iterator[dict[str, Record]]:
+        """Yields the records by name, which are written when the context ends without error. Locked until then.
+
+        waiting: called while another process writes; may raise to give up. Raises OSError, and ValueError as `read`
+        does.
+        """
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with locked(Path(f"{self.path}.lock"), waiting, f"another program writes {self.path.name}"):
+            records = {_name_in(record): record for _, record in self._table()}
+            yield records
             if len(records) > MAX_ROWS:
                 raise ValueError(f"{escape_text(self.path)} has {MAX_ROWS} rows already. Go on in another folder.")
             _write_table(self.path, list(records.values()))

@@ -16,6 +16,19 @@ from ..consislora_core.files import escape_text
 from ..consislora_core.schedule import Stage
 from ..consislora_core.trainer import StepEvent
 
+run_began: float | None = None  # by the monotonic clock
+
+
+def begin_run() -> None:
+    """Notes that a run of a workflow begins now."""
+    global run_began
+    run_began = time.monotonic()
+
+
+def seconds_of_run(shared_by: int) -> float | None:
+    """Each picture's share of the time since the run began; None if nobody noted that."""
+    return None if run_began is None else round((time.monotonic() - run_began) / shared_by, 1)
+
 
 def running_server() -> Any:
     """ComfyUI's PromptServer; None where nodes run without one, as in a test."""

@@ -23,13 +23,14 @@ from ..catalogue.backgrounds import Colour, read_background
 from ..catalogue.names import as_spelled, composed, inside
 from ..catalogue.pictures import NAME, PictureCache, write_picture
 from ..catalogue.plan import CatalogueJob, Plan, plan_catalogue
+from ..catalogue.retry import first_try
 from ..catalogue.sheets import RESULTS, SETTINGS, Entry, Result, ResultsSheet, as_record, error_text
 from ..consislora_core.files import escape_text
 from ..consislora_core.lora_file import ImageLora
 from ..host import drawing
 from ..host.model_inputs import check_pictures
 from ..host.paths import input_folder, output_folder, temp_folder
-from ..host.progress import show_text, stop_if_cancelled
+from ..host.progress import begin_run, seconds_of_run, show_text, stop_if_cancelled
 from ..host.prompt_graph import numbers_behind, workflow_texts
 from .sockets import CATEGORY, CatalogJob, ConsisLora, aliases
 from .widget_values import checked
@@ -114,6 +115,7 @@ class CatalogLoad(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, contents, styles, catalogue, name, run, index, background="white"):
+        begin_run()  # ComfyUI asks for fingerprints when a run begins, also where all nodes are cached
         state = make_plan(contents, styles, catalogue, name).state()
         # Hashed, because ComfyUI writes it into the picture's metadata.
         return hashlib.sha256(state.encode(errors="backslashreplace")).hexdigest()
@@ -141,6 +143,7 @@ class CatalogLoad(io.ComfyNode):
         if not jobs:
             return io.NodeOutput(*4 * [[ExecutionBlocker(None)]], report, [ExecutionBlocker(None)])
         contents, styles = zip(*map(cache.open_pair, jobs.values()), strict=True)
+        jobs = {job._replace(in_run=len(jobs)): pair for job, pair in jobs.items()}
         images, masks = map(list, zip(*contents, strict=True))
         return io.NodeOutput(images, [style.image for style in styles], list(jobs), names, report, masks)
 
@@ -201,6 +204,8 @@ class CatalogSave(io.ComfyNode):
             accepted={None: "", True: "yes", False: "no"}[accepted],
             reason=reasons,
             finished=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            seconds=seconds_of_run(job.in_run),
+            retry_of=first_try(cls.hidden and cls.hidden.extra_pnginfo),
         )
         facts = {} if args.disable_metadata else {"consislora": facts_text(result, content, style)}
         texts = workflow_texts(cls.hidden) | facts

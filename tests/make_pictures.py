@@ -131,6 +131,44 @@ def make_thumbnails(server: ComfyServer) -> None:
             save(Image.open(drawn[0]), HELP / "ConsisLoRAEvaluate" / "card.jpg")
 
 
+def fill_review(server: ComfyServer) -> None:
+    """A catalogue with scores, a gate and several seeds; every LoRA in it is trained already."""
+    prompt = api("catalogue_demo")
+    (load,), (save,), (sampler,) = (
+        nodes(prompt, kind) for kind in ("ConsisLoRACatalogLoad", "ConsisLoRACatalogSave", "ConsisLoRASampler")
+    )
+    pictures = prompt[save]["inputs"]["images"]
+    scored = {"images": pictures, "content_image": [load, 0], "style_image": [load, 1]}
+    prompt["scores"] = {"class_type": "ConsisLoRAEvaluate", "inputs": scored}
+    bounds = dict(min_content=-1.0, min_style=-1.0, max_leakage=1.0, min_edges=0.66, min_silhouette=0.8)
+    prompt["gate"] = {"class_type": "ConsisLoRAGate", "inputs": {"images": pictures, "scores": ["scores", 0], **bounds}}
+    prompt[save]["inputs"] |= {"report": ["scores", 2], "reasons": ["gate", 2]}
+    for seed in range(4):
+        prompt[sampler]["inputs"]["seed"] = seed
+        name = "{content} in halftone" + f", {seed + 1}" * bool(seed)
+        prompt[load]["inputs"] |= {"catalogue": "review", "name": name, "run": "all pairs in one run"}
+        server.run(prompt, timeout=7200)
+
+
+def take_review(page: Page, work: Path, url: str, catalogue: str = "review") -> None:
+    """The review page in its dark and its light colours: the best result is in view, some are decided."""
+    page.set_viewport_size({"width": 1440, "height": 860})
+    sides = []
+    for scheme in ("dark", "light"):
+        page.emulate_media(color_scheme=scheme)
+        page.goto(f"{url}/consislora/review?catalogue={catalogue}")
+        page.evaluate("localStorage.setItem('consislora.review.name', JSON.stringify('Maria'))")
+        page.reload()
+        for key in ("r", "1", "a", "a") if scheme == "dark" else ("End", "c"):
+            page.wait_for_timeout(2000)  # until its picture is there
+            page.keyboard.press(key)
+        page.wait_for_timeout(7000)  # until the message has gone
+        page.screenshot(path=work / "screen.png")
+        sides.append(Image.open(work / "screen.png").convert("RGB"))
+    save(sides[0], HELP / "ConsisLoRACatalogSave" / "review.jpg", widest=1440)
+    save(sides[1], HELP / "ConsisLoRACatalogSave" / "compare.jpg", widest=1440)
+
+
 def take_screenshots(page: Page, work: Path) -> None:
     setting(page, "Comfy.Minimap.Visible", False)
     drop(page, "dual_guidance_demo", graph("dual_guidance_demo"))
@@ -183,11 +221,13 @@ def main(work: Path) -> None:
         cut_outs = server.base / "input" / "catalogue" / "cut_outs"
         cut_outs.mkdir(exist_ok=True)
         cut_out(SUBJECT).save(cut_outs / f"{SUBJECT}-cut-out.png")
-        for use in ("catalogue", "catalogue_cut_out"):  # or it is done, and draws nothing
+        for use in ("catalogue", "catalogue_cut_out", "review"):  # or it is done, and draws nothing
             shutil.rmtree(server.base / "output" / use, ignore_errors=True)
         make_thumbnails(server)
+        fill_review(server)
         with browser() as context:
             take_screenshots(opened(context, server), work)
+            take_review(context.new_page(), work, server.url)
 
 
 if __name__ == "__main__":

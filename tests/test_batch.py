@@ -540,6 +540,37 @@ def test_pictures_are_uploaded_once_and_again_when_a_restart_has_lost_them(made,
     assert len(server.uploads) == 2  # of one picture, which is both content and style
 
 
+def test_what_people_did_on_the_servers_review_page_comes_along_once(server, tmp_path):
+    there = server.base / "output" / "consislora_batch" / "reviewed"
+    there.mkdir(parents=True)
+    for name in ("k1", "k1_seed5", "k2"):
+        (there / f"{name}.png").write_bytes(png() + name.encode())
+    yes = dict(decision="accepted", decided_by="Maria", decided_at="2026-01-02T00:00:00.000+00:00")
+    no = {**yes, "decision": "rejected", "decision_reason": "dark"}
+    theirs = [Result("k1", "p", "a.png", "b.png", "k1.png", **no), Result("k2", "p", files="k2.png", **no)]
+    theirs += [Result("k1_seed5", "p", "a.png", "b.png", "k1_seed5.png", retry_of="k1", **yes), Result("other", **no)]
+    ResultsSheet(there / RESULTS).record(theirs)
+    sheet = ResultsSheet(tmp_path / "out" / RESULTS)
+    later = {**yes, "decided_at": "2026-01-03T00:00:00.000+00:00"}
+    sheet.record([Result("cup", "k1", "cup.jpg", "ink.jpg", "cup.png"), Result("pot", "k2", files="pot.png", **later)])
+
+    async def bring():
+        batch = run.Batch(WORKFLOW, tmp_path / "reviewed.csv", tmp_path / "out")
+        async with ComfyClient(server.url) as client:
+            await batch.bring_review(sheet, JobRunner(client), lambda: None)
+
+    asyncio.run(bring())
+    ours = sheet.read()
+    assert ours.keys() == {"cup", "pot", "cup_seed5"}
+    assert (ours["cup"].decision_reason, ours["pot"].decision) == ("dark", "accepted")  # the later decision counts
+    again = ours["cup_seed5"]
+    assert (again.retry_of, again.content, again.decision, again.decided_by) == ("cup", "cup.jpg", "accepted", "Maria")
+    assert (tmp_path / "out" / "cup_seed5.png").read_bytes() == (there / "k1_seed5.png").read_bytes()
+    before = sheet.path.stat().st_mtime_ns
+    asyncio.run(bring())
+    assert sheet.path.stat().st_mtime_ns == before
+
+
 @pytest.mark.skipif(os.name == "nt", reason="a program cannot press Ctrl-C for itself alone there")
 def test_waiting_for_the_sheet_is_stopped_by_ctrl_c(made, tmp_path):
     (tmp_path / "out").mkdir()
@@ -745,6 +776,8 @@ def test_stopped_and_with_its_server_killed_every_job_is_done_once(tmp_path, kil
         output = process.communicate()[0]
     assert process.returncode == 0, output
     assert f"{count} of {count} are in" in output
+    assert f"{count} pictures made of {count} wanted ones" in output
+    assert json.loads(sheet.with_name("jobs_results").joinpath("summary.json").read_text())["pictures_made"] == count
     done = results(sheet)
     assert {name: done[name] for name in known} == known  # what was done stayed as it was
     assert [(name, result.error, result.seed, result.steps) for name, result in done.items()] == [

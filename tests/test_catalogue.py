@@ -164,6 +164,7 @@ def test_a_result_has_its_row_and_its_facts(nodes, folders):
     result = ResultsSheet(output / "cat" / "results.csv").read()["ink/cup"]
     expected = Result("ink/cup", job.key, "cup.png", "ink.png", "ink/cup.png", "stage image, image_hash 1a2b")
     expected = dict(vars(expected), scores="content 0.9", accepted="no", reason="too far", finished=result.finished)
+    expected["seconds"] = result.seconds
     assert vars(result) == expected
     facts = json.loads(Image.open(output / "cat" / "ink" / "cup.png").text["consislora"])
     assert (facts["name"], facts["content_lora"]["consislora.prompt"]) == ("ink/cup", "A [c]")

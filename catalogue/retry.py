@@ -1,0 +1,116 @@
+"""Makes a result again: reads the workflow in its picture, finds its sources, and gives it another seed."""
+
+import json
+import secrets
+from pathlib import Path
+
+from PIL import Image
+
+from . import escape_text
+from .names import inside, result_name
+from .pictures import FORMATS, MAX_PIXELS, find_pictures, picture_key
+from .sheets import Result
+
+LOAD, SAVE = "ConsisLoRACatalogLoad", "ConsisLoRACatalogSave"
+ONE = "one pair per run"
+RETRY = "consislora_retry_of"  # in a queued workflow's extra_pnginfo: the name of the first try
+SEEDS = 2**48  # which every node takes, and every spreadsheet keeps
+EXIF_MODEL = 0x0110  # where ComfyUI's WebP files have their workflow, after "prompt:"
+
+Workflow = dict[str, dict]  # ComfyUI's API form: nodes by id
+
+
+def embedded_workflow(picture: Path) -> Workflow:
+    """The workflow in API form that ComfyUI wrote into a picture. Raises ValueError if there is none."""
+    try:
+        with Image.open(picture, formats=FORMATS) as opened:
+            if opened.width * opened.height > MAX_PIXELS:
+                raise ValueError("too large")
+            text = opened.info.get("prompt") or str(opened.getexif().get(EXIF_MODEL, "")).removeprefix("prompt:")
+        workflow = json.loads(text)
+        if not all(
+            isinstance(node["inputs"], dict) and isinstance(node["class_type"], str) for node in workflow.values()
+        ):
+            raise ValueError("another form")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, SyntaxError, RecursionError):
+        raise ValueError(
+            f"{escape_text(picture.name)} has no workflow in it, as ComfyUI writes it unless started with "
+            "--disable-metadata. Queue the pair in ComfyUI itself."
+        ) from None
+    return workflow
+
+
+def find_sources(root: Path, workflow: Workflow, result: Result) -> tuple[Path | None, Path | None]:
+    """The content and the style picture of a result inside ComfyUI's input folder; None for one that is not found."""
+    inputs = workflow[single_node(workflow, LOAD)]["inputs"]
+    contents, styles = (
+        _candidates(root, inputs.get(f"{role}s"), getattr(result, role)) for role in ("content", "style")
+    )
+    if len(contents) > 1 or len(styles) > 1:  # files of one name in several folders
+        pairs = ((content, style) for content in contents for style in styles)
+        if pair := next((pair for pair in pairs if picture_key(*pair) == result.key), None):
+            return pair
+    return contents[0] if contents else None, styles[0] if styles else None
+
+
+def _candidates(root: Path, listed: object, name: str) -> list[Path]:
+    paths = find_pictures(root, listed).paths if isinstance(listed, str) else []
+    return [path for path in paths if escape_text(path.name) == name] or (paths if len(paths) == 1 else [])
+
+
+def single_node(workflow: Workflow, kind: str) -> str:
+    """The id of the one node of a class. Raises ValueError if there is another number of them."""
+    found = [node_id for node_id, node in workflow.items() if node["class_type"] == kind]
+    if len(found) != 1:
+        raise ValueError(f"the workflow has {len(found)} nodes of the kind {kind}; it needs exactly one.")
+    return found[0]
+
+
+def retry_workflow(root: Path, catalogue: str, picture: Path, result: Result) -> dict:
+    """What to post to ComfyUI's /prompt to have a result made again with another seed, under a name of its own.
+
+    root: the input folder. catalogue: the name of its folder. Raises ValueError that says why it cannot be.
+    """
+    workflow = embedded_workflow(picture)
+    for node in workflow.values():
+        node.pop("is_changed", None)  # or ComfyUI would not look again what has changed
+    load, save = (single_node(workflow, kind) for kind in (LOAD, SAVE))
+    sources = find_sources(root, workflow, result)
+    if None in sources:
+        raise ValueError(
+            f"The {'content' if sources[0] is None else 'style'} image is not in the input folder any more."
+        )
+    contents, styles = (path.relative_to(root).as_posix() for path in sources)
+    first = result.retry_of or result.name
+    node, name = _seed_input(workflow, save)
+    workflow[node]["inputs"][name] = seed = secrets.randbelow(SEEDS)
+    retry_name = result_name(f"{first}_seed{seed}")
+    inside(root, retry_name)
+    workflow[load]["inputs"] |= {
+        "contents": contents, "styles": styles, "catalogue": catalogue, "name": retry_name, "run": ONE, "index": 0
+    }  # fmt: skip
+    return {"prompt": workflow, "extra_data": {"extra_pnginfo": {RETRY: first}}}
+
+
+def first_try(extra_pnginfo: object) -> str:
+    """The name of the first try, in the run of a `retry_workflow`; empty in others."""
+    name = extra_pnginfo.get(RETRY) if isinstance(extra_pnginfo, dict) else None
+    return escape_text(name) if isinstance(name, str) else ""
+
+
+def _seed_input(workflow: Workflow, save: str) -> tuple[str, str]:
+    """The node and input with the seed from which the picture was sampled; no seed of a training."""
+    links, seen, seeds = [workflow[save]["inputs"].get("images")], set(), []
+    for link in links:
+        if isinstance(link, list) and link and link[0] in workflow and link[0] not in seen:
+            seen.add(link[0])
+            inputs = workflow[link[0]]["inputs"]
+            links += inputs.values()
+            seeds += [(link[0], name) for name in ("seed", "noise_seed") if type(inputs.get(name)) is int]
+    ours = [(node, name) for node, name in seeds if "content_guidance" in workflow[node]["inputs"]]
+    samplers = [
+        (node, name) for node, name in seeds if not {"rank", "recolourings"} & workflow[node]["inputs"].keys()
+    ]  # of which the last one is the first to sample
+    if not ours and not samplers:
+        raise ValueError("The workflow in the picture has no sampler with a seed of its own.")
+    return (ours or samplers[-1:])[0]

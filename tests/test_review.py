@@ -1,0 +1,268 @@
+"""Decisions in the sheet of results, retries, and the summary, without a server."""
+
+import csv
+import json
+import math
+import threading
+
+import pytest
+from PIL import Image
+
+from catalogue.pictures import picture_key, write_picture
+from catalogue.retry import embedded_workflow, find_sources, retry_workflow
+from catalogue.review import (
+    Changed,
+    Verdict,
+    decide,
+    describe_results,
+    find_catalogues,
+    gate_verdict,
+    mean_scores,
+    newer_decisions,
+    open_catalogue,
+)
+from catalogue.sheets import RESULTS, Result, ResultsSheet
+from catalogue.summary import summarise, summary_text
+
+YES = Verdict("accepted", "", "Maria")
+LOAD = {"contents": "shop", "styles": "styles", "catalogue": "old", "name": "{content}", "run": "all", "index": 5}
+WORKFLOW = {
+    "load": {"class_type": "ConsisLoRACatalogLoad", "inputs": LOAD, "is_changed": ["before"]},
+    "train": {"class_type": "ConsisLoRATrainImage", "inputs": {"latent": ["load", 0], "rank": 4, "seed": 1}},
+    "sampler": {"class_type": "KSampler", "inputs": {"seed": 2, "content": ["train", 0]}},
+    "save": {"class_type": "ConsisLoRACatalogSave", "inputs": {"images": ["sampler", 0], "job": ["load", 2]}},
+}
+
+
+@pytest.fixture
+def sheet(tmp_path) -> ResultsSheet:
+    sheet = ResultsSheet(tmp_path / "output" / "cat" / RESULTS)
+    save(sheet, Result("cup", "k1", files="cup.png"))
+    return sheet
+
+
+def save(sheet: ResultsSheet, *results: Result, workflow: dict = WORKFLOW, colour: str = "red") -> None:
+    for result in results:
+        path = sheet.path.parent / result.files
+        write_picture(Image.new("RGB", (8, 8), colour), path, {"prompt": json.dumps(workflow)})
+    sheet.record(results)
+
+
+def version(sheet: ResultsSheet, name: str = "cup") -> str:
+    return next(row["version"] for row in describe_results(sheet) if row["name"] == name)
+
+
+def test_a_decision_stands_beside_the_gates_verdict_with_who_when_and_of_which_bytes(sheet):
+    save(sheet, Result("cup", "k1", files="cup.png", accepted="no", reason="1: too far"))
+    decide(sheet, "cup", version(sheet), Verdict("rejected", "wrong\n colours ", " Maria "))
+    row = sheet.read()["cup"]
+    assert (row.accepted, row.reason) == ("no", "1: too far")
+    assert (row.decision, row.decision_reason, row.decided_by) == ("rejected", "wrong colours", "Maria")
+    assert row.decided_at.endswith("+00:00") and len(row.decided_pictures) == 64
+
+
+def test_its_columns_come_last_and_other_writers_keep_them(sheet):
+    decide(sheet, "cup", version(sheet), YES)
+    sheet.record([Result("pot", "k2")])
+    assert sheet.read()["cup"].decision == "accepted"
+    (header, *_) = csv.reader(sheet.path.read_text("utf-8-sig").splitlines())
+    columns = ["decision", "decision_reason", "decided_by", "decided_at", "decided_pictures", "retry_of"]
+    assert header[-6:] == columns
+
+
+def test_a_picture_made_anew_has_no_decision(sheet):
+    decide(sheet, "cup", version(sheet), YES)
+    save(sheet, Result("cup", "k1", files="cup.png"), colour="blue")
+    assert sheet.read()["cup"].decision == sheet.read()["cup"].decided_at == ""
+
+
+@pytest.mark.parametrize("change", ["picture", "decision", "deleted", "forgotten"])
+def test_nobody_decides_about_what_they_have_not_seen(sheet, change):
+    seen = version(sheet)
+    if change == "picture":
+        save(sheet, Result("cup", "k1", files="cup.png"), colour="blue")
+    elif change == "decision":
+        decide(sheet, "cup", seen, Verdict("rejected", "dark", "Bo"))
+    elif change == "deleted":
+        (sheet.path.parent / "cup.png").unlink()
+    else:
+        sheet.record([], forget=["cup"])
+    before = sheet.path.read_bytes()
+    with pytest.raises(Changed):
+        decide(sheet, "cup", seen, YES)
+    assert sheet.path.read_bytes() == before
+
+
+def test_a_decision_that_is_taken_back_says_who_did(sheet):
+    after = decide(sheet, "cup", version(sheet), YES)
+    decide(sheet, "cup", after, Verdict("", "", "Bo"))
+    row = sheet.read()["cup"]
+    assert (row.decision, row.decided_by, row.decided_pictures) == ("", "Bo", "") and row.decided_at
+
+
+@pytest.mark.parametrize("text", ["=HYPERLINK(1)", "+1", "-1", "@a", "'=1", "<b>", 'a"b,c;d', "\ud800"])
+def test_no_reason_or_name_is_a_formula_and_each_comes_back(sheet, text):
+    decide(sheet, "cup", version(sheet), Verdict("rejected", text, text))
+    row = sheet.read()["cup"]
+    assert row.decision_reason == row.decided_by == (text if text != "\ud800" else r"\ud800")
+    (cells,) = csv.DictReader(sheet.path.read_text("utf-8-sig").splitlines())
+    assert not cells["decision_reason"].startswith(("=", "@", "-", "+"))
+
+
+def test_many_who_decide_while_a_batch_writes_lose_nothing(sheet):
+    names = [f"r{number}" for number in range(8)]
+    save(sheet, *(Result(name, "k", files=f"{name}.png") for name in names))
+    seen = {name: version(sheet, name) for name in names}
+    threads = [threading.Thread(target=decide, args=(sheet, name, seen[name], YES)) for name in names]
+    threads += [threading.Thread(target=sheet.record, args=([Result(f"new {name}")],)) for name in names]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    results = sheet.read()
+    assert {name for name in results if results[name].decision} == set(names)
+    assert len(results) == 17
+
+
+def test_catalogues_are_found_by_their_sheets_inside_the_output_folder_alone(sheet, tmp_path):
+    output = tmp_path / "output"
+    ResultsSheet(output / "batch" / "jobs 10" / RESULTS).record([Result("a")])
+    ResultsSheet(output / "batch" / "jobs 2" / RESULTS).record([Result("a")])
+    ResultsSheet(tmp_path / "elsewhere" / RESULTS).record([Result("a")])
+    (output / "link").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
+    assert find_catalogues(output) == ["batch/jobs 2", "batch/jobs 10", "cat"]
+    with pytest.raises(ValueError, match="through a link"):
+        open_catalogue(output, "link")
+
+
+@pytest.mark.parametrize(
+    ("accepted", "reason", "verdict"),
+    [("", "", ""), ("yes", "", "accepted"), ("no", "", "rejected"), ("", "1: accepted", "accepted")]
+    + [("", "1: accepted\n2: edges 0.1 is below 0.3", "rejected"), ("", "too far", "rejected")],
+)
+def test_the_gates_verdict_is_read_from_either_output(accepted, reason, verdict):
+    assert gate_verdict(Result("a", accepted=accepted, reason=reason)) == verdict
+
+
+def test_scores_are_those_of_evaluate_or_none():
+    assert mean_scores('{"mean": {"edges": 0.5, "style": NaN}, "pictures": []}') == {"edges": 0.5}
+    for text in ("", "content 0.9", "[]", '{"mean": 7}', '{"mean": {"a": "b"}}', "[" * 10_000):
+        assert mean_scores(text) == {}
+
+
+# Again
+
+
+@pytest.fixture
+def sources(tmp_path):
+    root = tmp_path / "input"
+    for name, colour in {"shop/cup.png": "red", "other/cup.png": "blue", "styles/ink.png": "black"}.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8), colour).save(root / name)
+    return root
+
+
+def result(root, content: str, **changes) -> Result:
+    key = picture_key(root / content, root / "styles/ink.png")
+    return Result("cup__ink", key, "cup.png", "ink.png", "cup.png", **changes)
+
+
+def test_a_retry_differs_in_seed_and_name_alone(sheet, sources):
+    picture = sheet.path.parent / "cup.png"
+    made = retry_workflow(sources, "cat", picture, result(sources, "shop/cup.png"))
+    prompt, seed = made["prompt"], made["prompt"]["sampler"]["inputs"]["seed"]
+    load = {"contents": "shop/cup.png", "styles": "styles/ink.png", "catalogue": "cat", "index": 0}
+    load |= {"name": f"cup__ink_seed{seed}", "run": "one pair per run"}
+    assert prompt["load"]["inputs"] == load and "is_changed" not in prompt["load"]
+    assert {name: prompt[name] for name in ("train", "save")} == {name: WORKFLOW[name] for name in ("train", "save")}
+    assert seed != 2 and made["extra_data"]["extra_pnginfo"] == {"consislora_retry_of": "cup__ink"}
+    again = retry_workflow(sources, "cat", picture, result(sources, "shop/cup.png", retry_of="first"))
+    assert again["extra_data"]["extra_pnginfo"] == {"consislora_retry_of": "first"}
+
+
+def test_of_two_files_of_one_name_the_one_that_was_used_is_found(sheet, sources):
+    for content in ("shop/cup.png", "other/cup.png"):
+        workflow = json.loads(json.dumps(WORKFLOW))
+        workflow["load"]["inputs"]["contents"] = "shop\nother"
+        assert find_sources(sources, workflow, result(sources, content))[0] == sources / content
+
+
+def test_the_seed_is_that_of_the_first_sampler_not_of_a_training_or_a_second_pass(sheet, sources):
+    noise = {
+        **WORKFLOW,
+        "noise": {"class_type": "RandomNoise", "inputs": {"noise_seed": 3}},
+        "sampler": {"class_type": "SamplerCustomAdvanced", "inputs": {"noise": ["noise", 0], "guider": ["train", 0]}},
+        "upscale": {"class_type": "KSampler", "inputs": {"seed": 4, "latent_image": ["sampler", 0]}},
+    }
+    noise["save"] = {"class_type": "ConsisLoRACatalogSave", "inputs": {"images": ["upscale", 0]}}
+    save(sheet, Result("cup", "k1", files="cup.png"), workflow=noise)
+    prompt = retry_workflow(sources, "cat", sheet.path.parent / "cup.png", result(sources, "shop/cup.png"))["prompt"]
+    assert prompt["noise"]["inputs"]["noise_seed"] != 3
+    assert (prompt["upscale"]["inputs"]["seed"], prompt["train"]["inputs"]["seed"]) == (4, 1)
+
+
+@pytest.mark.parametrize(
+    ("workflow", "problem"),
+    [
+        ({}, "needs exactly one"),
+        ({"a": 7}, "has no workflow in it"),
+        ({**WORKFLOW, "other": WORKFLOW["load"]}, "has 2 nodes"),
+        ({**WORKFLOW, "sampler": {"class_type": "X", "inputs": {"seed": ["a", 0]}}}, "no sampler with a seed"),
+        ({**WORKFLOW, "load": {**WORKFLOW["load"], "inputs": {**LOAD, "contents": "none"}}}, "content image is not"),
+    ],
+)
+def test_what_cannot_be_made_again_is_said(sheet, sources, workflow, problem):
+    save(sheet, Result("cup", "k1", files="cup.png"), workflow=workflow)
+    with pytest.raises(ValueError, match=problem):
+        retry_workflow(sources, "cat", sheet.path.parent / "cup.png", result(sources, "shop/cup.png"))
+
+
+def test_a_workflow_is_also_read_as_comfyui_writes_it_into_webp(tmp_path):
+    exif = Image.Exif()
+    exif[0x0110] = f"prompt:{json.dumps(WORKFLOW)}"
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.webp", exif=exif)
+    assert embedded_workflow(tmp_path / "a.webp") == WORKFLOW
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    with pytest.raises(ValueError, match="has no workflow in it"):
+        embedded_workflow(tmp_path / "a.png")
+
+
+# The summary
+
+
+def tries(decisions: str) -> list[Result]:
+    """First tries and, after a letter, its retries: a accepted, r rejected, u undecided; a space begins the next."""
+    long = {"a": "accepted", "r": "rejected", "u": ""}
+    found = []
+    for number, group in enumerate(decisions.split()):
+        for again, letter in enumerate(group):
+            reason = "dark" if letter == "r" else ""
+            facts = dict(decision=long[letter], decision_reason=reason, retry_of=f"{number}0" if again else "")
+            loras = dict(content_adapter="C", style_adapter=f"S{number % 2}")
+            found.append(Result(f"{number}{again}", files="x.png", seconds=2, **facts, **loras))
+    return found
+
+
+def test_a_summary_counts_each_wanted_picture_once():
+    summary = summarise([*tries("a ra rra rr u ru ua au r"), Result("bad", error="is damaged")])
+    assert summary["wanted"] == 9 and summary["pictures_made"] == 16 and summary["failed"] == 1
+    states = ("accepted_at_first_try", "accepted_after_retries", "rejected", "undecided")
+    assert [summary[state] for state in states] == [2, 3, 2, 2]
+    assert sum(summary[state] for state in states) == summary["wanted"]
+    assert summary["rejected_for"] == {"dark": 7}
+    assert (summary["seconds"], summary["seconds_a_picture"], summary["pictures_without_time"]) == (32, 2, 0)
+    assert (summary["loras"], summary["lora_uses"]) == (3, 32)
+
+
+def test_a_summary_says_nothing_that_it_does_not_know():
+    assert summary_text(summarise([Result("a", files="a.png")])) == (
+        "1 pictures made of 1 wanted ones: 0 accepted at the first try, 0 after retries, 0 rejected, 1 undecided."
+    )
+    assert math.isfinite(summarise([])["seconds"])
+
+
+def test_the_later_of_two_decisions_counts():
+    ours = {name: Result(name, decided_at=at) for name, at in {"a": "2026-01-02", "b": "2026-01-02", "c": ""}.items()}
+    theirs = {name: Result(name, decision="accepted", decided_at=at) for name, at in
+              {"a": "2026-01-03", "b": "2026-01-01", "c": "2026-01-01", "d": "2026-01-01"}.items()}  # fmt: skip
+    assert newer_decisions(ours, theirs).keys() == {"a", "c"}

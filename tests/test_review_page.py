@@ -1,0 +1,437 @@
+"""The review page in a real browser on the real server: what people decide is in the sheet, and nobody else can."""
+
+import json
+import re
+import threading
+import urllib.error
+import urllib.parse
+import urllib.request
+
+import pytest
+from browser import in_language
+from conftest import ROOT
+from filelock import FileLock
+from PIL import Image
+from prompts import quick
+from test_help import LANGUAGES, open_without_proxy
+
+from catalogue.pictures import write_picture
+from catalogue.sheets import RESULTS, Result, ResultsSheet
+from demo.run import IMAGES
+
+SUBJECT, STYLE = "crown-flat", "balloon-halftone"
+SCORES = '{"mean": {"edges": %s, "silhouette": 0.5}}'
+EVIL = "<img src=x onerror=window.hacked=1>"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def sources(server):
+    for folder, name in (("contents", SUBJECT), ("styles", STYLE)):
+        path = server.base / "input" / "review" / folder
+        path.mkdir(parents=True, exist_ok=True)
+        (path / f"{name}.png").write_bytes((IMAGES / f"{name}.png").read_bytes())
+
+
+def catalogue(server, name: str, results: list[Result]) -> ResultsSheet:
+    """A catalogue of results, each with the picture of the style image, which carries the workflow of a run."""
+    folder = server.base / "output" / name
+    load = {"contents": "review/contents", "styles": "review/styles", "catalogue": name, "name": "", "index": 0}
+    workflow = {
+        "1": {"class_type": "ConsisLoRACatalogLoad", "inputs": load},
+        "2": {"class_type": "ConsisLoRACatalogSave", "inputs": {"images": ["1", 1], "job": ["1", 2]}},
+    }
+    with Image.open(IMAGES / f"{SUBJECT}.png") as picture:
+        write_picture(picture.convert("RGB"), folder / "one.png", {"prompt": json.dumps(workflow)})
+    data = (folder / "one.png").read_bytes()
+    for result in results:
+        (folder / result.files).write_bytes(data)
+    (folder / "one.png").unlink()
+    sheet = ResultsSheet(folder / RESULTS)
+    sheet.record(results)
+    return sheet
+
+
+def result(name: str, edges: float = 0.5, **facts) -> Result:
+    given = dict(files=f"{name}.png", scores=SCORES % edges, seed=7, content_strength=0.8) | facts
+    return Result(name, "key", f"{SUBJECT}.png", f"{STYLE}.png", **given)
+
+
+@pytest.fixture
+def three(server, request) -> ResultsSheet:
+    """Three results; the second has the lowest score, and the gate rejected it."""
+    rejected = dict(accepted="no", reason="1: edges 0.10 is below 0.30")
+    name = re.sub(r"\W+", "_", request.node.name)
+    return catalogue(server, name, [result("a", 0.9), result("b", 0.1, **rejected), result("c", 0.6)])
+
+
+@pytest.fixture(scope="module")
+def page(chromium, server):
+    page = chromium.new_page()
+    page.errors = []
+    page.on("pageerror", lambda error: page.errors.append(str(error)))
+    page.goto(f"{server.url}/consislora/review")
+    page.evaluate("localStorage.setItem('consislora.review.name', JSON.stringify('Maria'))")
+    yield page
+    assert not page.errors
+    page.close()
+
+
+def look(page, server, sheet: ResultsSheet, shown: str):
+    """Opens a catalogue, and waits until a result's picture is there."""
+    page.goto(f"{server.url}/consislora/review?{urllib.parse.urlencode({'catalogue': sheet.path.parent.name})}")
+    wait_for(page, shown)
+
+
+def wait_for(page, name: str):
+    page.wait_for_function(SHOWS, arg=name)
+
+
+SHOWS = """name => {
+    const picture = document.querySelector("#result .made")
+    return document.querySelector("#result strong")?.textContent === name && picture.complete && picture.naturalWidth
+}"""
+
+
+def decided(page, sheet: ResultsSheet) -> dict[str, str]:
+    """The decisions in the sheet, once the page has sent all of its own."""
+    page.locator("body[data-saving='0']").wait_for()
+    return {name: result.decision for name, result in sheet.read().items() if result.decided_at}
+
+
+def names(page) -> list[str]:
+    return page.locator(".row .name").all_text_contents()
+
+
+def test_keys_decide_and_take_back_and_all_is_there_after_a_reload(page, server, three):
+    look(page, server, three, "b")  # which has the lowest score
+    page.keyboard.press("r")
+    page.keyboard.press("2")
+    wait_for(page, "c")
+    page.keyboard.press("a")
+    wait_for(page, "a")
+    page.keyboard.press("a")
+    assert decided(page, three) == {"a": "accepted", "b": "rejected", "c": "accepted"}
+    page.keyboard.press("u")
+    page.keyboard.press("u")
+    wait_for(page, "c")
+    assert decided(page, three) == {"a": "", "b": "rejected", "c": ""}
+    row = three.read()["b"]
+    assert (row.decision_reason, row.decided_by, row.reason) == (
+        "Wrong colours",
+        "Maria",
+        "1: edges 0.10 is below 0.30",
+    )
+    page.reload()
+    wait_for(page, "b")
+    page.get_by_text("Rejected by Maria").wait_for()
+
+
+def test_filters_show_what_they_say_and_a_decision_leaves_the_undecided(page, server, three):
+    look(page, server, three, "b")
+    assert names(page) == ["b", "c", "a"]
+    page.get_by_role("radio", name="Rejected by the gate").click()
+    assert names(page) == ["b"]
+    page.get_by_role("radio", name="Undecided").click()
+    page.keyboard.press("a")
+    wait_for(page, "c")
+    assert names(page) == ["c", "a"]
+    page.get_by_role("radio", name="Accepted").click()
+    assert names(page) == ["b"]
+    decided(page, three)
+
+
+def test_of_two_who_decide_at_once_the_second_is_told(page, chromium, server, three):
+    look(page, server, three, "b")
+    page.route("**/results?*", lambda route: route.abort())  # as on a slow line: it does not hear of the other
+    other = chromium.new_page()
+    look(other, server, three, "b")
+    other.evaluate("localStorage.setItem('consislora.review.name', JSON.stringify('Bo'))")
+    other.keyboard.press("r")
+    other.get_by_role("textbox").fill("too dark")
+    other.keyboard.press("Enter")
+    assert decided(other, three) == {"b": "rejected"}
+    other.close()
+    page.keyboard.press("a")
+    page.get_by_text("b: It has changed meanwhile.").wait_for()
+    page.unroute("**/results?*")
+    page.get_by_text("Rejected by Bo").wait_for()
+    assert three.read()["b"].decision_reason == "too dark"
+    page.evaluate("localStorage.setItem('consislora.review.name', JSON.stringify('Maria'))")
+
+
+def test_nothing_is_lost_while_a_batch_writes_into_the_same_sheet(page, server, three):
+    look(page, server, three, "b")
+
+    def write():
+        for number in range(40):
+            three.record([Result(f"batch {number}", "key", error="failed")])
+
+    batch = threading.Thread(target=write)
+    with FileLock(f"{three.path}.lock"):  # a decision waits for it
+        page.keyboard.press("a")
+        wait_for(page, "c")
+        batch.start()
+    for name in ("a", None):
+        page.keyboard.press("a")
+        if name:
+            wait_for(page, name)
+    batch.join()
+    assert decided(page, three) == {"a": "accepted", "b": "accepted", "c": "accepted"}
+    assert len(three.read()) == 43
+
+
+def test_a_thousand_results_take_few_rows_and_few_pictures(page, server):
+    sheet = catalogue(server, "thousand", [result(f"n{number:04}", number / 1000) for number in range(1000)])
+    asked = []
+    page.on("request", lambda request: "of=" not in request.url and "size=192" in request.url and asked.append(request))
+    look(page, server, sheet, "n0000")
+    page.keyboard.press("End")
+    wait_for(page, "n0999")
+    assert page.locator(".row").count() < 40
+    assert len(asked) < 80
+    page.keyboard.press("a")
+    assert decided(page, sheet) == {"n0999": "accepted"}
+    page.locator("#list").evaluate("list => list.scrollTop = 0")
+    page.locator(".row .name", has_text="n0000").wait_for()
+    seconds = page.evaluate(STEPS, 100)
+    print(f"a step from one result to the next: {1000 * seconds:.1f} ms")
+    assert seconds < 0.1
+
+
+STEPS = """count => {
+    const began = performance.now()
+    for (let i = 0; i < count; i++) document.body.dispatchEvent(
+        new KeyboardEvent("keydown", { key: "ArrowUp", bubbles: true }))
+    return (performance.now() - began) / 1000 / count
+}"""
+
+
+def test_names_and_reasons_are_text(page, server):
+    evil = "_lt_img src=x onerror=window.hacked=1_gt_"  # what a file may be called
+    facts = dict(files="evil.png", reason=EVIL, accepted="no", retry_of=EVIL, scores=json.dumps({"mean": {EVIL: 0.5}}))
+    sheet = catalogue(server, "evil", [Result(EVIL, "key", EVIL, evil, decision="rejected", decision_reason=EVIL,
+                                              decided_by=EVIL, decided_at="2026-01-01", **facts)])  # fmt: skip
+    look(page, server, sheet, EVIL)
+    page.keyboard.press("r")
+    page.get_by_role("textbox").fill(EVIL)
+    page.keyboard.press("Enter")
+    decided(page, sheet)
+    page.keyboard.press("r")
+    page.locator("#reasons").get_by_text(EVIL).wait_for()
+    page.keyboard.press("Escape")
+    assert sheet.read()[EVIL].decision_reason == EVIL
+    assert page.evaluate("window.hacked") is None
+    assert page.locator("img[onerror]").count() == 0
+    page.evaluate("localStorage.removeItem('consislora.review.reasons')")
+
+
+def test_a_picture_that_nobody_can_see_is_not_accepted(page, server, three):
+    (three.path.parent / "b.png").write_bytes(b"no picture")
+    page.goto(f"{server.url}/consislora/review?catalogue={three.path.parent.name}")
+    page.locator("#result .made.missing").wait_for(state="attached")
+    page.keyboard.press("a")
+    page.get_by_text("The picture is not loaded yet").wait_for()
+    assert decided(page, three) == {}
+
+
+def test_the_name_is_asked_once(page, server, three):
+    page.evaluate("localStorage.removeItem('consislora.review.name')")
+    look(page, server, three, "b")
+    page.keyboard.press("a")
+    page.get_by_role("textbox").fill("Maria")
+    page.keyboard.press("Enter")
+    wait_for(page, "c")
+    page.keyboard.press("a")
+    wait_for(page, "a")
+    assert decided(page, three) == {"b": "accepted", "c": "accepted"}
+    assert {three.read()[name].decided_by for name in "bc"} == {"Maria"}
+
+
+def test_making_again_gives_another_picture_and_leaves_the_first(page, server):
+    prompt = quick("catalogue_demo", contents="review/contents", styles="review/styles", catalogue="again", steps=2)
+    server.run(prompt)
+    sheet, name = ResultsSheet(server.base / "output" / "again" / RESULTS), f"{SUBJECT}__{STYLE}"
+    first = (sheet.path.parent / f"{name}.png").read_bytes()
+    look(page, server, sheet, name)
+    page.keyboard.press("m")
+    page.get_by_text("Queued with a new seed").wait_for()
+    page.get_by_text(f"{name}_seed").first.wait_for()
+    before, after = sheet.read().values()
+    assert (after.retry_of, after.content, after.key) == (name, before.content, before.key)
+    assert after.seed != before.seed and after.name == f"{name}_seed{after.seed}"
+    assert (sheet.path.parent / f"{name}.png").read_bytes() == first
+    assert (sheet.path.parent / after.files).read_bytes() != first
+    assert (after.content_adapter, after.style_adapter) == (before.content_adapter, before.style_adapter)
+    assert 0 < after.seconds < before.seconds  # nothing is trained again
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_the_menu_opens_the_page_in_the_language_of_comfyui(language, frontend, server, three):
+    in_language(frontend, language)
+    label = json.loads((ROOT / "locales" / language / "commands.json").read_text(encoding="utf-8"))
+    with frontend.expect_popup() as opened:
+        open_from_menu(frontend, label["ConsisLoRA_Review"]["label"])
+    opened.value.wait_for_load_state()
+    opened.value.wait_for_function("language => document.documentElement.lang === language", arg=language)
+    opened.value.locator("#accept kbd").wait_for()
+    opened.value.close()
+    in_language(frontend, "en")
+
+
+def test_each_frontend_has_the_entry_in_its_menu(each_frontend):
+    with each_frontend.expect_popup() as opened:
+        open_from_menu(each_frontend, "Review a catalogue")
+    opened.value.close()
+
+
+def open_from_menu(frontend, label: str) -> None:
+    frontend.locator(".comfy-menu-button-wrapper, [data-testid=comfy-menu-button]").first.click()
+    frontend.get_by_role("menuitem", name="ConsisLoRA", exact=True).hover()
+    frontend.get_by_role("menuitem", name=label).click()
+
+
+def test_every_text_is_there_in_every_language(page, server):
+    page.goto(f"{server.url}/consislora/review")
+    words = page.evaluate("async () => (await import('./review/page/words.js')).WORDS")
+    assert words.keys() == set(LANGUAGES)
+    assert {tuple(sorted(texts)) for texts in words.values()} == {tuple(sorted(words["en"]))}
+    assert len({len(texts["reasons"]) for texts in words.values()}) == 1
+
+
+# What is not the page
+
+
+def ask(server, route: str, body: object = None, headers: dict | None = None, **query: str) -> tuple[int, bytes]:
+    """Status and answer of a route."""
+    data = body if isinstance(body, bytes) or body is None else json.dumps(body).encode()
+    url = f"{server.url}/consislora/review/{route}?{urllib.parse.urlencode(query)}"
+    request = urllib.request.Request(url, data, {"Content-Type": "application/json"} | (headers or {}))
+    try:
+        with open_without_proxy(request) as answer:
+            return answer.status, answer.read()
+    except urllib.error.HTTPError as error:
+        return error.code, error.read()
+
+
+def posted(server, sheet: ResultsSheet, **changes) -> dict:
+    """A decision that the server takes, but for the changes."""
+    name = sheet.path.parent.name
+    (row, *_) = json.loads(ask(server, "results", catalogue=name)[1])["results"]
+    given = dict(catalogue=name, name=row["name"], version=row["version"], decision="accepted", reason="", by="Eve")
+    return given | changes
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"Sec-Fetch-Site": "cross-site"},
+        {"Sec-Fetch-Site": "same-site"},
+        {"Host": "studio.example:8188", "Origin": "http://evil.example"},
+        {"Host": "studio.example:8188", "Origin": "http://studio.example:8000"},
+        {"Host": "studio.example:8188", "Origin": "null"},
+        {"Host": "studio.example:8188", "Origin": "http://studio.example:8188", "Sec-Fetch-Site": "cross-site"},
+    ],
+)
+def test_other_sites_cannot_decide(server, three, headers):
+    before = three.path.read_bytes()
+    assert ask(server, "decision", posted(server, three), headers)[0] == 403
+    assert three.path.read_bytes() == before
+
+
+def test_its_own_page_decides_also_under_another_name(server, three):
+    headers = {"Host": "studio.example:8188", "Origin": "http://studio.example:8188"}
+    assert ask(server, "decision", posted(server, three), headers)[0] == 200
+
+
+@pytest.mark.parametrize(
+    ("changes", "status"),
+    [
+        ({"reason": "x" * 10**6}, 413),
+        ({"reason": "x" * 201}, 400),
+        ({"by": "x" * 81}, 400),
+        ({"by": " "}, 400),
+        ({"decision": "perhaps"}, 400),
+        ({"reason": 7}, 400),
+        ({"name": "none"}, 409),
+        ({"version": "older"}, 409),
+        ({"catalogue": ".."}, 400),
+    ],
+)
+def test_what_is_no_decision_is_refused(server, three, changes, status):
+    before = three.path.read_bytes()
+    answered, text = ask(server, "decision", posted(server, three, **changes))
+    assert answered == status and json.loads(text)["error"]
+    assert three.path.read_bytes() == before
+
+
+@pytest.mark.parametrize("body", [b"", b"[]", b"{", b"\xff", b"[" * 5000])
+def test_what_is_no_json_is_refused(server, body):
+    assert ask(server, "decision", body)[0] == 400
+
+
+def test_a_form_is_no_decision(server, three):
+    form = {"Content-Type": "text/plain"}
+    assert ask(server, "decision", posted(server, three), form)[0] == 400
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["..", "../output", "/etc", "%2e%2e", "..\\..", "C:\\Windows", "x/../..", "link", "nul", "a\0b", "none", "\ud800"],
+)
+def test_no_folder_outside_the_output_folder_is_a_catalogue(server, tmp_path, name):
+    ResultsSheet(tmp_path / RESULTS).record([result("secret")])
+    (tmp_path / "secret.png").write_bytes((IMAGES / f"{STYLE}.png").read_bytes())
+    link = server.base / "output" / "link"
+    link.unlink(missing_ok=True)
+    link.symlink_to(tmp_path, target_is_directory=True)
+    quoted = urllib.parse.quote(name.encode(errors="surrogatepass"))
+    for route in ("results", "summary", "picture", "retry"):
+        status, text = ask(server, f"{route}?catalogue={quoted}&name=secret&x=")
+        assert status == 400 and json.loads(text)["error"]
+    assert "link" not in json.loads(ask(server, "catalogues")[1])
+
+
+def test_no_file_outside_of_a_catalogue_is_a_picture(server, tmp_path, request):
+    secret = tmp_path / "secret.png"
+    secret.write_bytes((IMAGES / f"{STYLE}.png").read_bytes())
+    sheet = catalogue(server, "outside", [result("good")])
+    folder = sheet.path.parent
+    (folder / "link.png").symlink_to(secret)
+    files = [
+        "../review/x.png",
+        "../../input/review/contents/crown-flat.png",
+        str(secret),
+        "link.png",
+        "results.csv",
+        "",
+    ]
+    sheet.record([result(f"bad{number}", files=file) for number, file in enumerate(files)])
+    assert [row["name"] for row in json.loads(ask(server, "results", catalogue="outside")[1])["results"]] == [
+        "good",
+        "bad4",
+    ]
+    for number in range(len(files)):
+        assert ask(server, "picture", catalogue="outside", name=f"bad{number}")[0] == 400
+    assert ask(server, "picture", catalogue="outside", name="good")[0] == 200
+
+
+def test_a_workflow_in_a_picture_leads_to_no_file_outside_the_input_folder(server, tmp_path):
+    secret = tmp_path / "secret.png"
+    secret.write_bytes((IMAGES / f"{STYLE}.png").read_bytes())
+    sheet = catalogue(server, "lured", [result("good")])
+    for contents in ("..", str(tmp_path), "../output/lured/good.png", 7, ["1", 0]):
+        load = {"class_type": "ConsisLoRACatalogLoad", "inputs": {"contents": contents, "styles": contents}}
+        with Image.open(IMAGES / f"{SUBJECT}.png") as picture:
+            write_picture(picture.convert("RGB"), sheet.path.parent / "good.png", {"prompt": json.dumps({"1": load})})
+        for role in ("content", "style"):
+            assert ask(server, "picture", catalogue="lured", name="good", of=role)[0] == 400
+
+
+def test_a_picture_that_the_browser_has_is_not_sent_again(server, three):
+    query = dict(catalogue=three.path.parent.name, name="a", size="192")
+    url = f"{server.url}/consislora/review/picture?{urllib.parse.urlencode(query)}"
+    with open_without_proxy(url) as answer:
+        tag, kind, length = answer.headers["ETag"], answer.headers["Content-Type"], len(answer.read())
+    assert kind == "image/jpeg" and length < 20_000
+    assert ask(server, "picture", None, {"If-None-Match": tag}, **query)[0] == 304
+    assert ask(server, "picture", **query | {"size": "5000"})[0] == 400
