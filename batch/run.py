@@ -26,6 +26,7 @@ ROOT = Path(__file__).resolve().parent.parent
 WORKFLOWS = ROOT / "workflows" / "api"
 COMFYUI = ROOT.parent.parent / "main.py"  # this pack is in its custom_nodes
 THIS = [sys.executable, str(COMFYUI)]
+SAVING = {"size": ["as made", "as the photo"], "format": ["PNG", "WebP", "JPEG", "TIFF"], "bits": ["8", "16"]}
 
 
 def main(arguments: list[str] | None = None) -> int | str:
@@ -66,6 +67,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         help="API form, with Load and Save Catalogue (default: %(default)s)",
     )
     parser.add_argument("--checkpoint", metavar="NAME", help="the base model, as Load Checkpoint lists it")
+    for name, values in SAVING.items():
+        parser.add_argument(f"--{name}", choices=values, help="of the results (default: as in the workflow)")
     parser.add_argument("--dry-run", action="store_true", help="only check every job, and report all problems")
     parser.add_argument(
         "--patience", type=float, default=3600, metavar="S", help="how long to wait for a server that does not answer"
@@ -94,7 +97,8 @@ def to_url(text: str) -> str:
 async def run(options: argparse.Namespace) -> int:
     """Runs all jobs. Raises ValueError that lists every problem, before any job is sent."""
     jobs = read_jobs(options.sheet)
-    workflow = read_workflow(options.workflow, options.checkpoint)
+    saving = {name: value for name in SAVING if (value := getattr(options, name))}
+    workflow = read_workflow(options.workflow, options.checkpoint, saving)
     output = options.output or options.sheet.with_name(f"{options.sheet.stem}_results")
     batch = Batch(workflow, options.sheet, output)
     if problems := batch.local_problems(jobs):
@@ -133,8 +137,11 @@ async def job_runner(options: argparse.Namespace) -> AsyncIterator[JobRunner | S
             yield JobRunner(client, tqdm.write)
 
 
-def read_workflow(path: Path, checkpoint: str | None) -> Workflow:
-    """A workflow in API form, with another checkpoint if one is named. Raises ValueError for another kind of file."""
+def read_workflow(path: Path, checkpoint: str | None, saving: dict[str, str]) -> Workflow:
+    """A workflow in API form, with another checkpoint if one is named. saving: other inputs for Save Catalogue.
+
+    Raises ValueError for another kind of file.
+    """
     try:
         workflow = json.loads(path.read_text(encoding="utf-8"))
         loaders = [node for node in workflow.values() if "ckpt_name" in node["inputs"]]
@@ -142,6 +149,8 @@ def read_workflow(path: Path, checkpoint: str | None) -> Workflow:
         raise ValueError(f"{path} is not a workflow in API form. In ComfyUI use File > Export (API).") from None
     for node in loaders if checkpoint else []:
         node["inputs"]["ckpt_name"] = checkpoint
+    for node in workflow.values():
+        node["inputs"] |= saving if node["class_type"] == "ConsisLoRACatalogSave" else {}
     return workflow
 
 
@@ -235,8 +244,8 @@ class Batch:
                 yield order
 
     def saved(self, result: Result, picture: bytes) -> Result:
-        """Writes a picture; the result with its file's name. Raises OSError."""
-        path = inside(self.output, f"{result.name}.png")
+        """Writes a picture under the name in `result.files`. Raises OSError."""
+        path = inside(self.output, result.files)
         path.parent.mkdir(parents=True, exist_ok=True)
         with written_whole(path) as unfinished:
             unfinished.write_bytes(picture)

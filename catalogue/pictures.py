@@ -1,4 +1,4 @@
-"""Picture files: finds, pairs, opens, names and writes them."""
+"""Picture files: finds, pairs, opens and names them."""
 
 import functools
 import hashlib
@@ -11,9 +11,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-from PIL import Image, ImageCms, ImageOps, PngImagePlugin
+from PIL import Image, ImageCms, ImageOps
 
-from . import escape_text, patiently, written_whole
+from . import escape_text, patiently
 from .names import as_spelled, by_number, inside, portable, result_name
 from .repair import repaired
 
@@ -212,21 +212,6 @@ def _in_srgb(picture: Image.Image) -> Image.Image:
         return picture.convert("RGB")
 
 
-def write_picture(picture: Image.Image, path: Path, texts: dict[str, str]) -> None:
-    """Writes a PNG with text chunks, whole or not at all. Raises OSError."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with written_whole(path) as unfinished:
-        picture.save(unfinished, "PNG", pnginfo=text_chunks(texts), compress_level=4)
-
-
-def text_chunks(texts: dict[str, str]) -> PngImagePlugin.PngInfo:
-    """Texts by name, for Pillow to write into a PNG."""
-    info = PngImagePlugin.PngInfo()
-    for name, text in texts.items():
-        info.add_text(name, text)
-    return info
-
-
 def picture_key(*paths: Path) -> str:
     """16 hex digits that name some files by their bytes."""
     digests = hashlib.sha256()
@@ -250,6 +235,7 @@ class PictureCache:
     """Opens each picture file once. decode: turns a picture into what is kept. limit: bytes of all of them.
 
     problems: why a file cannot be used, by `name_of(path)`; opening adds to it. left_over: pairs that had no room.
+    sizes: width and height of what was opened.
     """
 
     def __init__(
@@ -261,6 +247,7 @@ class PictureCache:
     ):
         self.decode, self.name_of, self.problems, self.limit = decode, name_of, problems, limit
         self.opened: dict[Path, Any] = {}
+        self.sizes: dict[Path, tuple[int, int]] = {}
         self.bytes = self.left_over = 0
 
     def has_room(self, pair: Pair) -> bool:
@@ -275,6 +262,7 @@ class PictureCache:
             try:
                 picture = open_picture(path)
                 self.opened[path] = self.decode(picture)
+                self.sizes[path] = picture.size
                 self.bytes += BYTES_A_PIXEL * picture.width * picture.height
             except ValueError as error:
                 self.opened[path] = None

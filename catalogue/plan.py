@@ -14,13 +14,15 @@ from .sheets import RESULTS, SHOWN, Entry, Result, ResultsSheet
 
 
 class CatalogueJob(NamedTuple):
-    """One pair to make. folder: of the catalogue. content, style: names of the picture files."""
+    """One pair to make. folder: of the catalogue. content, style: names of the picture files. size: width and height of
+    the content picture, upright."""
 
     name: str
     key: str
     content: str
     style: str
     folder: Path
+    size: tuple[int, int]
 
 
 class Plan(NamedTuple):
@@ -75,7 +77,7 @@ class Plan(NamedTuple):
             inside(self.folder, f"{pair.name}.png")
             if cache.has_room(pair) and cache.open(pair.content) is not None and cache.open(pair.style) is not None:
                 names = escape_text(pair.content.name), escape_text(pair.style.name)
-                jobs[CatalogueJob(pair.name, key, *names, self.folder)] = pair
+                jobs[CatalogueJob(pair.name, key, *names, self.folder, cache.sizes[pair.content])] = pair
         return jobs
 
     def record_bad_files(

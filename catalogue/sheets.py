@@ -57,6 +57,9 @@ class Job(Settings):
     negative_prompt: str | None = None
     content_lora: str | None = None  # a file in models/loras, instead of a training
     style_lora: str | None = None
+    title: str | None = None  # of the result, in its XMP
+    creator: str | None = None
+    rights: str | None = None
 
 
 @dataclass(frozen=True)

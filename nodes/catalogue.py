@@ -1,33 +1,25 @@
-"""A whole catalogue: every content image in every style, from folders, into a folder with a sheet of results."""
+"""A whole catalogue: every content image in every style, from folders."""
 
 import hashlib
-import json
 import logging
-from datetime import datetime, timezone
 from functools import partial
 from shutil import disk_usage
 
-from comfy.cli_args import args
 from comfy_api.latest import io
 from comfy_execution.graph_utils import ExecutionBlocker
-from torch import Tensor
 
 from ..catalogue.names import as_spelled, inside
-from ..catalogue.pictures import NAME, PictureCache, write_picture
-from ..catalogue.plan import CatalogueJob, Plan, plan_catalogue
-from ..catalogue.sheets import RESULTS, SETTINGS, Result, ResultsSheet, as_record, error_text
-from ..consislora_core.files import escape_text
-from ..consislora_core.lora_file import ImageLora
+from ..catalogue.pictures import NAME, PictureCache
+from ..catalogue.plan import Plan, plan_catalogue
+from ..catalogue.sheets import error_text
+from ..catalogue.sizes import latent_size
 from ..host import drawing
-from ..host.model_inputs import check_pictures
 from ..host.paths import input_folder, output_folder, temp_folder
 from ..host.progress import show_text, stop_if_cancelled
-from ..host.prompt_graph import numbers_behind, workflow_texts
-from .sockets import CATEGORY, CatalogJob, ConsisLora, aliases
+from .sockets import CATEGORY, CatalogJob, aliases
 from .widget_values import checked
 
 ONE, ALL = "one pair per run", "all pairs in one run"
-FACTS = ("stage", "image_hash", "steps", "rank", "seed")  # of a LoRA's metadata, for the sheet
 
 
 class CatalogLoad(io.ComfyNode):
@@ -76,6 +68,16 @@ class CatalogLoad(io.ComfyNode):
                     tooltip="Which pair, from 0; after the last comes the first again. "
                     "Set its control to increment and queue as many runs as there are pairs.",
                 ),
+                io.Int.Input(
+                    "resolution",
+                    default=1024,
+                    min=64,
+                    max=4096,
+                    step=8,
+                    optional=True,
+                    tooltip="The side of the squares that the model makes: 1024 for SDXL, 256 for the demo model. "
+                    "width and height have the area of such a square.",
+                ),
             ],
             outputs=[
                 io.Image.Output(display_name="content", is_output_list=True, tooltip="The content image."),
@@ -87,19 +89,25 @@ class CatalogLoad(io.ComfyNode):
                 io.String.Output(
                     display_name="report", tooltip="What comes now, what is done, and which files cannot be used."
                 ),
+                io.Int.Output(
+                    display_name="width",
+                    is_output_list=True,
+                    tooltip="Of the latent, in pixels: with height it has the content image's proportions.",
+                ),
+                io.Int.Output(display_name="height", is_output_list=True, tooltip="Of the latent, in pixels."),
             ],
             hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
-    def fingerprint_inputs(cls, contents, styles, catalogue, name, run, index):
+    def fingerprint_inputs(cls, contents, styles, catalogue, name, run, index, resolution=1024):
         state = make_plan(contents, styles, catalogue, name).state()
         # Hashed, because ComfyUI writes it into the picture's metadata.
         return hashlib.sha256(state.encode(errors="backslashreplace")).hexdigest()
 
     @classmethod
     @checked
-    def execute(cls, contents, styles, catalogue, name, run, index) -> io.NodeOutput:
+    def execute(cls, contents, styles, catalogue, name, run, index, resolution=1024) -> io.NodeOutput:
         plan = make_plan(contents, styles, catalogue, name)
         pairs, entries = plan.pair_up(), plan.sheet.entries()
         if not pairs:
@@ -113,85 +121,12 @@ class CatalogLoad(io.ComfyNode):
         logging.info("ConsisLoRA catalogue: %s", report)
         show_text(cls.hidden, report)
         if not jobs:
-            return io.NodeOutput(*4 * [[ExecutionBlocker(None)]], report)
+            return io.NodeOutput(*4 * [[ExecutionBlocker(None)]], report, *2 * [[ExecutionBlocker(None)]])
         contents, styles = zip(
             *((cache.open(pair.content), cache.open(pair.style)) for pair in jobs.values()), strict=True
         )
-        return io.NodeOutput(list(contents), list(styles), list(jobs), names, report)
-
-
-class CatalogSave(io.ComfyNode):
-    @classmethod
-    def define_schema(cls):
-        return io.Schema(
-            node_id="ConsisLoRACatalogSave",
-            display_name="Save Catalogue",
-            category=CATEGORY,
-            **aliases("batch", "save images to folder"),
-            is_output_node=True,
-            description="Writes a result of the catalogue as PNG, with its workflow, and an entry in results.csv.",
-            inputs=[
-                io.Image.Input("images", tooltip="The result."),
-                CatalogJob.Input("job", tooltip="From Load Catalogue: name and folder of the result."),
-                ConsisLora.Input(
-                    "content", optional=True, tooltip="The LoRA of the content image, to record in sheet and picture."
-                ),
-                ConsisLora.Input(
-                    "style", optional=True, tooltip="The LoRA of the style image, to record in sheet and picture."
-                ),
-                io.String.Input(
-                    "report", optional=True, force_input=True, tooltip="The scores, from Evaluate, for the sheet."
-                ),
-                io.Boolean.Input(
-                    "accepted", optional=True, force_input=True, tooltip="Whether the result is good enough."
-                ),
-                io.String.Input(
-                    "reasons", optional=True, force_input=True, tooltip="Why it is not, from Accept or Reject."
-                ),
-            ],
-            outputs=[io.String.Output(display_name="files", tooltip="The files, inside ComfyUI's output folder.")],
-            hidden=[io.Hidden.prompt, io.Hidden.extra_pnginfo, io.Hidden.unique_id],
-        )
-
-    @classmethod
-    @checked
-    def execute(
-        cls, images: Tensor, job: CatalogueJob, content: ImageLora | None = None, style: ImageLora | None = None,
-        report: str = "", accepted: bool | None = None, reasons: str = "",
-    ) -> io.NodeOutput:  # fmt: skip
-        check_pictures(images, "images")
-        names = [job.name, *(f"{job.name}_{number}" for number in range(2, len(images) + 1))]
-        paths = [inside(job.folder, f"{name}.png") for name in names]
-        result = Result(
-            job.name,
-            job.key,
-            job.content,
-            job.style,
-            ";".join(path.relative_to(job.folder).as_posix() for path in paths),
-            describe_lora(content),
-            describe_lora(style),
-            **numbers_behind(cls.hidden, "images", SETTINGS),
-            scores=report,
-            accepted={None: "", True: "yes", False: "no"}[accepted],
-            reason=reasons,
-            finished=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        )
-        facts = {} if args.disable_metadata else {"consislora": facts_text(result, content, style)}
-        texts = workflow_texts(cls.hidden) | facts
-        try:
-            for image, path in zip(images, paths, strict=True):
-                write_picture(drawing.to_picture(image), path, texts)
-            ResultsSheet(job.folder / RESULTS).record([result], waiting=stop_if_cancelled)
-        except (OSError, NotImplementedError) as error:  # the second where a network folder has no locks
-            raise ValueError(
-                escape_text(
-                    f"{job.name} could not be saved to {job.folder}: {error}. Free some space, make the folder "
-                    f"writable, or close {RESULTS} in other programs; then queue the pair again."
-                )
-            ) from error
-        files = [path.relative_to(output_folder()) for path in paths]
-        shown = [{"filename": file.name, "subfolder": file.parent.as_posix(), "type": "output"} for file in files]
-        return io.NodeOutput("\n".join(file.as_posix() for file in files), ui={"images": shown})
+        widths, heights = map(list, zip(*(latent_size(job.size, resolution) for job in jobs), strict=True))
+        return io.NodeOutput(list(contents), list(styles), list(jobs), names, report, widths, heights)
 
 
 def make_plan(contents: str, styles: str, catalogue: str, name: str) -> Plan:
@@ -206,18 +141,3 @@ def picture_cache(plan: Plan, run: str) -> PictureCache:
     folder = temp_folder()
     decode = partial(drawing.to_mapped_image, folder=folder)
     return PictureCache(decode, plan.name_of, dict(plan.problems), limit=disk_usage(folder).free // 2)
-
-
-def describe_lora(lora: ImageLora | None) -> str:
-    """A LoRA in a few words: its title if it came from a file, and how it was trained."""
-    metadata = lora.metadata if lora else {}
-    facts = [f"{name} {metadata[f'consislora.{name}']}" for name in FACTS if f"consislora.{name}" in metadata]
-    return ", ".join(filter(None, [metadata.get("modelspec.title"), *facts]))
-
-
-def facts_text(result: Result, content: ImageLora | None, style: ImageLora | None) -> str:
-    """The result and the LoRAs' metadata as JSON, for the picture."""
-    record = {name: value for name, value in as_record(result).items() if value not in ("", None)}
-    return json.dumps(
-        {**record, **{f"{role}_lora": lora.metadata for role, lora in [("content", content), ("style", style)] if lora}}
-    )

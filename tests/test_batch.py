@@ -284,7 +284,7 @@ def test_the_header_and_the_query_go_with_every_request_and_into_no_message(tmp_
             return web.Response(status=404)
         info = {
             node["class_type"]: {"input": {}}
-            for node in run.read_workflow(run.WORKFLOWS / "catalogue_sdxl.json", None).values()
+            for node in run.read_workflow(run.WORKFLOWS / "catalogue_sdxl.json", None, {}).values()
         }
         answers = {"/proxy/object_info": info, "/proxy/queue": QUEUE, "/proxy/prompt": {"prompt_id": ID}}
         return web.json_response(answers.get(request.path, {ID: CANCELLED}))
