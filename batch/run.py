@@ -97,8 +97,7 @@ def to_url(text: str) -> str:
 async def run(options: argparse.Namespace) -> int:
     """Runs all jobs. Raises ValueError that lists every problem, before any job is sent."""
     jobs = read_jobs(options.sheet)
-    saving = {name: value for name in SAVING if (value := getattr(options, name))}
-    workflow = read_workflow(options.workflow, options.checkpoint, saving)
+    workflow = read_workflow(options.workflow, options.checkpoint, saving(options))
     output = options.output or options.sheet.with_name(f"{options.sheet.stem}_results")
     batch = Batch(workflow, options.sheet, output)
     if problems := batch.local_problems(jobs):
@@ -137,8 +136,13 @@ async def job_runner(options: argparse.Namespace) -> AsyncIterator[JobRunner | S
             yield JobRunner(client, tqdm.write)
 
 
-def read_workflow(path: Path, checkpoint: str | None, saving: dict[str, str]) -> Workflow:
-    """A workflow in API form, with another checkpoint if one is named. saving: other inputs for Save Catalogue.
+def saving(options: argparse.Namespace) -> dict[str, str]:
+    """The inputs of Save Catalogue that the command line names."""
+    return {name: getattr(options, name) for name in SAVING if getattr(options, name)}
+
+
+def read_workflow(path: Path, checkpoint: str | None, save_as: dict[str, str]) -> Workflow:
+    """A workflow in API form, with another checkpoint if one is named. save_as: other inputs of Save Catalogue.
 
     Raises ValueError for another kind of file.
     """
@@ -150,7 +154,7 @@ def read_workflow(path: Path, checkpoint: str | None, saving: dict[str, str]) ->
     for node in loaders if checkpoint else []:
         node["inputs"]["ckpt_name"] = checkpoint
     for node in workflow.values():
-        node["inputs"] |= saving if node["class_type"] == "ConsisLoRACatalogSave" else {}
+        node["inputs"] |= save_as if node.get("class_type") == "ConsisLoRACatalogSave" else {}
     return workflow
 
 

@@ -1,5 +1,6 @@
 """What people do in ComfyUI's frontend: run workflows, turn the pad, watch training, stop it, read the help."""
 
+import base64
 import json
 import re
 import shutil
@@ -71,6 +72,27 @@ def values(frontend, node: int, names: list[str]) -> list[float]:
 @pytest.mark.parametrize("name", [name for name in NAMES if name.endswith("_demo") and name != MAIN])
 def test_a_dropped_workflow_is_queued_and_ends_with_pictures_on_its_nodes(name, frontend, trained, catalogue):
     run_dropped(frontend, name)
+
+
+def test_a_webp_of_the_catalogue_opens_its_workflow_on_the_canvas(each_frontend, trained, catalogue, server):
+    folder = f"webp {each_frontend.evaluate('window.__COMFYUI_FRONTEND_VERSION__')}"
+    made = graph("catalogue_demo")
+    drop(each_frontend, "catalogue_demo", made)
+    turn(each_frontend, {**FEW, "catalogue": folder, "format": "WebP"})
+    queue(each_frontend)
+    each_frontend.wait_for_function(ALL_SHOW_PICTURES, arg=["ConsisLoRACatalogSave"])
+    (file,) = (server.base / "output" / folder).glob("*.webp")
+    each_frontend.evaluate("app.graph.clear()")
+    each_frontend.evaluate(
+        """async data => {
+            const bytes = Uint8Array.from(atob(data), character => character.charCodeAt(0))
+            await app.handleFile(new File([bytes], "result.webp", { type: "image/webp" }))
+        }""",
+        base64.b64encode(file.read_bytes()).decode(),
+    )
+    each_frontend.wait_for_function("count => app.graph.nodes.length === count", arg=len(made["nodes"]))
+    (save,) = (node for node in queued(each_frontend).values() if node["class_type"] == "ConsisLoRACatalogSave")
+    assert save["inputs"]["format"] == "WebP"
 
 
 def test_each_frontend_does_the_main_job(each_frontend, trained):
