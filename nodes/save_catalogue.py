@@ -75,8 +75,8 @@ class CatalogSave(io.ComfyNode):
                     options=["8", "16"],
                     default="8",
                     optional=True,
-                    tooltip="Of a channel, in PNG and TIFF; WebP and JPEG have 8. A VAE in bf16 gives hardly more than "
-                    "8: for 16, start ComfyUI with --fp32-vae.",
+                    tooltip="Of a channel, in PNG and TIFF; WebP and JPEG have 8. A VAE in bf16 gives about 10: for "
+                    "all 16, start ComfyUI with --fp32-vae.",
                 ),
                 io.String.Input(
                     "title", default="", optional=True, tooltip="Of the picture, in its XMP; empty: the result's name."
