@@ -94,7 +94,7 @@ class JobRunner:
         return bool(missing)
 
     async def _fetch(self, order: Order) -> Made:
-        """The picture and its entry, under the name that the sheet gave the job, with the suffix of its kind."""
+        """The picture and its entry, under the name that the sheet gave the job; `files` is its name on the server."""
         ours, data = order.result, None
         if sheet := await self.client.file(RESULTS, order.folder):
             theirs = read_results(RESULTS, sheet).get(ours.key, ours)
@@ -104,7 +104,7 @@ class JobRunner:
             return replace(ours, error="the workflow ended without a picture. Look into the server's log."), None
         with Image.open(io.BytesIO(data), formats=[SAVED[suffix]]) as picture:
             picture.verify()
-        files = f"{ours.name}{suffix}"
+        files = f"{ours.key}{suffix}"
         return replace(theirs, name=ours.name, key=ours.key, content=ours.content, style=ours.style, files=files), data
 
 

@@ -248,8 +248,8 @@ class Batch:
                 yield order
 
     def saved(self, result: Result, picture: bytes) -> Result:
-        """Writes a picture under the name in `result.files`. Raises OSError."""
-        path = inside(self.output, result.files)
+        """Writes a picture; the result with its file's name, whose suffix was in `result.files`. Raises OSError."""
+        path = inside(self.output, result.name + Path(result.files).suffix)
         path.parent.mkdir(parents=True, exist_ok=True)
         with written_whole(path) as unfinished:
             unfinished.write_bytes(picture)
