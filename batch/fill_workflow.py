@@ -13,6 +13,7 @@ from catalogue.sheets import SETTINGS, Job
 INPUTS = "consislora_batch"  # in the server's input folder; pictures there are named by their bytes
 PROMPTS = {"prompt": "positive", "negative_prompt": "negative"}
 LORAS = {"content_lora": "content", "style_lora": "style"}
+CREDITS = ("title", "creator", "rights")
 
 Workflow = dict[str, dict]  # ComfyUI's API form: nodes by id
 
@@ -61,10 +62,13 @@ def fill_workflow(
         for node in [*nodes_taking(filled, job, column, socket), filled[save]] if getattr(job, column) else []:
             node["inputs"][socket] = [column, 0]
             filled[column] = {"class_type": "ConsisLoRALoad", "inputs": {"lora_name": getattr(job, column)}}
+    filled[save]["inputs"] |= {column: getattr(job, column) for column in CREDITS if getattr(job, column) is not None}
     filled = {node: filled[node] for node in with_upstream(filled, save)}
     lora_metadata = [metadata.get(getattr(job, column)) for column in LORAS]
     key = hashlib.sha256(json.dumps([filled, lora_metadata], sort_keys=True).encode()).hexdigest()[:32]
     filled[load]["inputs"]["name"] = key
+    if not filled[save]["inputs"].get("title"):
+        filled[save]["inputs"]["title"] = job.name  # there the result is called by its key
     return filled, key
 
 

@@ -4,7 +4,7 @@ import io
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 from PIL import Image
@@ -16,7 +16,9 @@ from consislora_core.files import patiently
 
 ATTEMPTS = 3  # a job during which the server breaks down as often is given up
 
-Made = tuple[Result, bytes | None]  # an entry of the sheet, and the PNG if there is one
+SAVED = {".png": "PNG", ".webp": "WEBP", ".jpg": "JPEG", ".tif": "TIFF"}  # what Save Catalogue writes, for Pillow
+
+Made = tuple[Result, bytes | None]  # an entry of the sheet, and the picture's file if there is one
 Keep = Callable[[Result, bytes | None], None]  # gets every result as it comes
 Show = Callable[[str], None]  # gets what is going on
 
@@ -99,16 +101,18 @@ class JobRunner:
         return bool(missing)
 
     async def _fetch(self, order: Order) -> Made:
-        """The picture and its entry, under the name that the sheet gave the job."""
-        ours = order.result
-        data = await self.client.file(f"{ours.key}.png", order.folder)
-        sheet = await self.client.file(RESULTS, order.folder)
-        if data is None or sheet is None:
+        """The picture and its entry, under the name that the sheet gave the job; `files` is its name on the server."""
+        ours, data = order.result, None
+        if sheet := await self.client.file(RESULTS, order.folder):
+            theirs = read_results(RESULTS, sheet).get(ours.key, ours)
+            suffix = PurePosixPath(theirs.files.partition(";")[0]).suffix
+            data = await self.client.file(f"{ours.key}{suffix}", order.folder) if suffix in SAVED else None
+        if data is None:
             return replace(ours, error="the workflow ended without a picture. Look into the server's log."), None
-        with Image.open(io.BytesIO(data), formats=["PNG"]) as picture:
+        with Image.open(io.BytesIO(data), formats=[SAVED[suffix]]) as picture:
             picture.verify()
-        theirs = read_results(RESULTS, sheet).get(ours.key, ours)
-        return replace(theirs, name=ours.name, key=ours.key, content=ours.content, style=ours.style, files=""), data
+        files = f"{ours.key}{suffix}"
+        return replace(theirs, name=ours.name, key=ours.key, content=ours.content, style=ours.style, files=files), data
 
 
 def given_up_text(what: str) -> str:

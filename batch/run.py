@@ -28,6 +28,7 @@ from batch.job_runner import JobRunner, Order
 from batch.scheduler import Scheduler, WorkerLost
 from catalogue.names import as_spelled, inside
 from catalogue.pictures import SUFFIXES, open_picture, picture_key
+from catalogue.retry import SAVE
 from catalogue.review import newer_decisions
 from catalogue.sheets import RESULTS, Job, Result, ResultsSheet, error_text, read_jobs
 from catalogue.summary import SUMMARY, summarise, summary_text
@@ -37,6 +38,7 @@ ROOT = Path(__file__).resolve().parent.parent
 WORKFLOWS = ROOT / "workflows" / "api"
 COMFYUI = ROOT.parent.parent / "main.py"  # this pack is in its custom_nodes
 THIS = [sys.executable, str(COMFYUI)]
+SAVING = {"size": ["as made", "as the photo"], "format": ["PNG", "WebP", "JPEG", "TIFF"], "bits": ["8", "16"]}
 
 
 def main(arguments: list[str] | None = None) -> int | str:
@@ -77,6 +79,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         help="API form, with Load and Save Catalogue (default: %(default)s)",
     )
     parser.add_argument("--checkpoint", metavar="NAME", help="the base model, as Load Checkpoint lists it")
+    for name, values in SAVING.items():
+        parser.add_argument(f"--{name}", choices=values, help="of the results (default: as in the workflow)")
     parser.add_argument("--dry-run", action="store_true", help="only check every job, and report all problems")
     parser.add_argument(
         "--patience", type=float, default=3600, metavar="S", help="how long to wait for a server that does not answer"
@@ -111,7 +115,7 @@ def to_url(text: str) -> str:
 async def run(options: argparse.Namespace) -> int:
     """Runs all jobs. Raises ValueError that lists every problem, before any job is sent."""
     jobs = read_jobs(options.sheet)
-    workflow = read_workflow(options.workflow, options.checkpoint)
+    workflow = read_workflow(options.workflow, options.checkpoint, saving(options))
     output = options.output or options.sheet.with_name(f"{options.sheet.stem}_results")
     batch = Batch(workflow, options.sheet, output)
     if problems := batch.local_problems(jobs):
@@ -150,8 +154,16 @@ async def job_runner(options: argparse.Namespace) -> AsyncIterator[JobRunner | S
             yield JobRunner(client, tqdm.write)
 
 
-def read_workflow(path: Path, checkpoint: str | None) -> Workflow:
-    """A workflow in API form, with another checkpoint if one is named. Raises ValueError for another kind of file."""
+def saving(options: argparse.Namespace) -> dict[str, str]:
+    """The inputs of Save Catalogue that the command line names."""
+    return {name: getattr(options, name) for name in SAVING if getattr(options, name)}
+
+
+def read_workflow(path: Path, checkpoint: str | None, save_as: dict[str, str]) -> Workflow:
+    """A workflow in API form, with another checkpoint if one is named. save_as: other inputs of Save Catalogue.
+
+    Raises ValueError for another kind of file.
+    """
     try:
         workflow = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError):
@@ -161,6 +173,8 @@ def read_workflow(path: Path, checkpoint: str | None) -> Workflow:
     for node in workflow.values():
         if checkpoint and "ckpt_name" in node["inputs"]:
             node["inputs"]["ckpt_name"] = checkpoint
+        if node["class_type"] == SAVE:
+            node["inputs"] |= save_as
     return workflow
 
 
@@ -279,8 +293,8 @@ class Batch:
                     records[name] |= decision
 
     def saved(self, result: Result, picture: bytes) -> Result:
-        """Writes a picture; the result with its file's name. Raises OSError."""
-        path = inside(self.output, f"{result.name}.png")
+        """Writes a picture; the result with its file's name, whose suffix was in `result.files`. Raises OSError."""
+        path = inside(self.output, result.name + Path(result.files).suffix)
         path.parent.mkdir(parents=True, exist_ok=True)
         with written_whole(path) as unfinished:
             unfinished.write_bytes(picture)

@@ -1,4 +1,4 @@
-"""Picture files: finds, pairs, opens, names and writes them."""
+"""Picture files: finds, pairs, opens and names them."""
 
 import functools
 import hashlib
@@ -11,9 +11,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-from PIL import Image, ImageCms, ImageOps, PngImagePlugin
+from PIL import Image, ImageCms, ImageOps
 
-from . import escape_text, patiently, written_whole
+from . import escape_text, patiently
 from .backgrounds import STYLE, WHITE, Colour, border_colour, on_background
 from .names import as_spelled, by_number, inside, portable, result_name
 from .repair import repaired
@@ -223,21 +223,6 @@ def _in_srgb(picture: Image.Image) -> Image.Image:
         return picture.convert("RGB")
 
 
-def write_picture(picture: Image.Image, path: Path, texts: dict[str, str]) -> None:
-    """Writes a PNG with text chunks, whole or not at all. Raises OSError."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with written_whole(path) as unfinished:
-        picture.save(unfinished, "PNG", pnginfo=text_chunks(texts), compress_level=4)
-
-
-def text_chunks(texts: dict[str, str]) -> PngImagePlugin.PngInfo:
-    """Texts by name, for Pillow to write into a PNG."""
-    info = PngImagePlugin.PngInfo()
-    for name, text in texts.items():
-        info.add_text(name, text)
-    return info
-
-
 def picture_key(*paths: Path) -> str:
     """16 hex digits that name some files by their bytes."""
     digests = hashlib.sha256()
@@ -263,6 +248,7 @@ class PictureCache:
     background: of transparent pictures, a colour, or STYLE for the border colour of the style image of a pair, where a
     transparent style image has white. limit: bytes of all pictures. problems: why a file cannot be used, by
     `name_of(path)`; opening adds to it. left_over: pairs that had no room.
+    sizes: width and height of what was opened.
     """
 
     def __init__(
@@ -277,6 +263,7 @@ class PictureCache:
         self.background, self.limit = background, limit
         self.opened: dict[tuple[Path, Path | None], Any] = {}  # with the style image whose colour it lies on, if any
         self.borders: dict[Path, Colour] = {}
+        self.sizes: dict[Path, tuple[int, int]] = {}
         self.opaque: set[Path] = set()  # and what cannot be used
         self.bytes = self.left_over = 0
 
@@ -311,6 +298,7 @@ class PictureCache:
             self.opaque.add(path)
             self.opened[path, None] = None
             return None
+        self.sizes[path] = picture.size
         alpha = picture.getchannel("A") if picture.mode == "RGBA" else None
         if alpha is None:
             self.opaque.add(path)

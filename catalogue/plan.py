@@ -4,6 +4,7 @@ import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
+from itertools import count, islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,14 +15,15 @@ from .sheets import RESULTS, SHOWN, Entry, Result, ResultsSheet
 
 
 class CatalogueJob(NamedTuple):
-    """One pair to make. folder: of the catalogue. content, style: names of the picture files. in_run: how many pairs
-    the run makes."""
+    """One pair to make. folder: of the catalogue. content, style: names of the picture files. size: width and height of
+    the content picture, upright. in_run: how many pairs the run makes."""
 
     name: str
     key: str
     content: str
     style: str
     folder: Path
+    size: tuple[int, int]
     in_run: int = 1
 
 
@@ -77,7 +79,7 @@ class Plan(NamedTuple):
             inside(self.folder, f"{pair.name}.png")
             if cache.has_room(pair) and cache.open_pair(pair) is not None:
                 names = escape_text(pair.content.name), escape_text(pair.style.name)
-                jobs[CatalogueJob(pair.name, key, *names, self.folder)] = pair
+                jobs[CatalogueJob(pair.name, key, *names, self.folder, cache.sizes[pair.content])] = pair
         return jobs
 
     def record_bad_files(
@@ -147,3 +149,12 @@ def plan_catalogue(root: Path, folder: Path, contents: str, styles: str, name: s
     content_files, style_files = find_pictures(root, contents), find_pictures(root, styles)
     problems = content_files.problems | style_files.problems
     return Plan(root, folder, content_files.paths, style_files.paths, name, problems)
+
+
+def free_paths(job: CatalogueJob, entries: Mapping[str, Entry], suffix: str, number: int) -> list[Path]:
+    """Where the pictures of a pair go: a number is appended from the second on, and no other pair's are overwritten."""
+    others = {composed(file).casefold() for name, entry in entries.items() if name != job.name
+              for file in entry.files.split(";")}  # fmt: skip
+    names = (job.name + suffix if one == 1 else f"{job.name}_{one}{suffix}" for one in count(1))
+    free = (name for name in names if composed(name).casefold() not in others)
+    return [inside(job.folder, name) for name in islice(free, number)]

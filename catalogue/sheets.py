@@ -58,6 +58,9 @@ class Job(Settings):
     negative_prompt: str | None = None
     content_lora: str | None = None  # a file in models/loras, instead of a training
     style_lora: str | None = None
+    title: str | None = None  # of the result, in its XMP
+    creator: str | None = None
+    rights: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -432,3 +435,17 @@ def _entries(path: Path, mtime_ns: int, size: int) -> Mapping[str, Entry]:
 
 def _name_in(record: Record) -> str:
     return composed(str(record.get("name", "")).strip())
+
+
+@contextmanager
+def disk_errors_named(what: str, then: str) -> Iterator[None]:
+    """Raises a ValueError for an error of the disk. what: could not be done. then: to do after it is mended."""
+    try:
+        yield
+    except (OSError, NotImplementedError) as error:  # the second where a network folder has no locks
+        raise ValueError(
+            escape_text(
+                f"{what}: {error}. Free some space, make the folder writable, or close {RESULTS} in other programs; "
+                f"then {then}."
+            )
+        ) from error

@@ -1,12 +1,13 @@
 """The list of nodes, in the order a user meets them."""
 
-from .catalogue import CatalogLoad, CatalogSave
+from .catalogue import CatalogLoad
 from .demo import LoadDemoModel
 from .evaluate import Evaluate, Gate
 from .guide import Guider, Sampler
 from .keep_outside import KeepOutsideMask
 from .lora import Apply, Load, Save
 from .recolour import Recolour
+from .save_catalogue import CatalogSave
 from .sign import SaveSigned
 from .strength_grid import StrengthGrid
 from .train import TrainImage, TrainImages, TrainStyle

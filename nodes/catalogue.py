@@ -1,42 +1,31 @@
-"""A whole catalogue: every content image in every style, from folders, into a folder with a sheet of results."""
+"""A whole catalogue: every content image in every style, from folders."""
 
 import hashlib
-import json
 import logging
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from datetime import datetime, timezone
+from collections.abc import Callable
 from functools import partial
-from itertools import count, islice
-from pathlib import Path
 from shutil import disk_usage
 from typing import NamedTuple
 
 import torch
-from comfy.cli_args import args
 from comfy_api.latest import io
 from comfy_execution.graph_utils import ExecutionBlocker
 from PIL.Image import Image
 from torch import Tensor
 
 from ..catalogue.backgrounds import Colour, read_background
-from ..catalogue.names import as_spelled, composed, inside
-from ..catalogue.pictures import NAME, PictureCache, write_picture
-from ..catalogue.plan import CatalogueJob, Plan, plan_catalogue
-from ..catalogue.retry import first_try
-from ..catalogue.sheets import RESULTS, SETTINGS, Entry, Result, ResultsSheet, as_record, error_text
-from ..consislora_core.files import escape_text
-from ..consislora_core.lora_file import ImageLora
+from ..catalogue.names import as_spelled, inside
+from ..catalogue.pictures import NAME, PictureCache
+from ..catalogue.plan import Plan, plan_catalogue
+from ..catalogue.sheets import disk_errors_named, error_text
+from ..catalogue.sizes import latent_size
 from ..host import drawing
-from ..host.model_inputs import check_pictures
 from ..host.paths import input_folder, output_folder, temp_folder
-from ..host.progress import begin_run, seconds_of_run, show_text, stop_if_cancelled
-from ..host.prompt_graph import numbers_behind, workflow_texts
-from .sockets import CATEGORY, CatalogJob, ConsisLora, aliases
+from ..host.progress import begin_run, show_text, stop_if_cancelled
+from .sockets import CATEGORY, CatalogJob, aliases
 from .widget_values import checked
 
 ONE, ALL = "one pair per run", "all pairs in one run"
-FACTS = ("stage", "image_hash", "steps", "rank", "seed")  # of a LoRA's metadata, for the sheet
 
 
 class CatalogLoad(io.ComfyNode):
@@ -92,6 +81,16 @@ class CatalogLoad(io.ComfyNode):
                     tooltip="What transparent pictures are laid on: a colour by name, or as #f4f1ec; or style, for the "
                     "colour that the border of the style image mostly has.",
                 ),
+                io.Int.Input(
+                    "resolution",
+                    default=1024,
+                    min=64,
+                    max=4096,
+                    step=8,
+                    optional=True,
+                    tooltip="The side of the squares that the model makes: 1024 for SDXL, 256 for the demo model. "
+                    "width and height have the area of such a square.",
+                ),
             ],
             outputs=[
                 io.Image.Output(display_name="content", is_output_list=True, tooltip="The content image."),
@@ -109,12 +108,18 @@ class CatalogLoad(io.ComfyNode):
                     tooltip="1 where the content image is opaque, 0 where it is transparent, for the training nodes "
                     "and Keep Outside Mask. Load Image gives it the other way round.",
                 ),
+                io.Int.Output(
+                    display_name="width",
+                    is_output_list=True,
+                    tooltip="Of the latent, in pixels: with height it has the content image's proportions.",
+                ),
+                io.Int.Output(display_name="height", is_output_list=True, tooltip="Of the latent, in pixels."),
             ],
             hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
-    def fingerprint_inputs(cls, contents, styles, catalogue, name, run, index, background="white"):
+    def fingerprint_inputs(cls, contents, styles, catalogue, name, run, index, background="white", resolution=1024):
         begin_run()  # ComfyUI asks for fingerprints when a run begins, also where all nodes are cached
         state = make_plan(contents, styles, catalogue, name).state()
         # Hashed, because ComfyUI writes it into the picture's metadata.
@@ -122,13 +127,15 @@ class CatalogLoad(io.ComfyNode):
 
     @classmethod
     @checked
-    def execute(cls, contents, styles, catalogue, name, run, index, background="white") -> io.NodeOutput:
+    def execute(
+        cls, contents, styles, catalogue, name, run, index, background="white", resolution=1024
+    ) -> io.NodeOutput:
         plan = make_plan(contents, styles, catalogue, name)
         with disk_errors_named(f"The catalogue in {plan.folder} cannot be made", "queue again"):
-            return cls.next_pairs(plan, run, index, read_background(background))
+            return cls.next_pairs(plan, run, index, read_background(background), resolution)
 
     @classmethod
-    def next_pairs(cls, plan: Plan, run: str, index: int, background: Colour | str) -> io.NodeOutput:
+    def next_pairs(cls, plan: Plan, run: str, index: int, background: Colour | str, resolution: int) -> io.NodeOutput:
         pairs, entries = plan.pair_up(), plan.sheet.entries()
         if not pairs:
             problems = [f"{name}: {problem}" for name, problem in plan.problems.items()]
@@ -141,104 +148,13 @@ class CatalogLoad(io.ComfyNode):
         logging.info("ConsisLoRA catalogue: %s", report)
         show_text(cls.hidden, report)
         if not jobs:
-            return io.NodeOutput(*4 * [[ExecutionBlocker(None)]], report, [ExecutionBlocker(None)])
+            return io.NodeOutput(*4 * [[ExecutionBlocker(None)]], report, *3 * [[ExecutionBlocker(None)]])
         contents, styles = zip(*map(cache.open_pair, jobs.values()), strict=True)
         jobs = {job._replace(in_run=len(jobs)): pair for job, pair in jobs.items()}
         images, masks = map(list, zip(*contents, strict=True))
-        return io.NodeOutput(images, [style.image for style in styles], list(jobs), names, report, masks)
-
-
-class CatalogSave(io.ComfyNode):
-    @classmethod
-    def define_schema(cls):
-        return io.Schema(
-            node_id="ConsisLoRACatalogSave",
-            display_name="Save Catalogue",
-            category=CATEGORY,
-            **aliases("batch", "save images to folder"),
-            is_output_node=True,
-            description="Writes a result of the catalogue as PNG, with its workflow, and an entry in results.csv.",
-            inputs=[
-                io.Image.Input("images", tooltip="The result."),
-                CatalogJob.Input("job", tooltip="From Load Catalogue: name and folder of the result."),
-                ConsisLora.Input(
-                    "content", optional=True, tooltip="The LoRA of the content image, to record in sheet and picture."
-                ),
-                ConsisLora.Input(
-                    "style", optional=True, tooltip="The LoRA of the style image, to record in sheet and picture."
-                ),
-                io.String.Input(
-                    "report", optional=True, force_input=True, tooltip="The scores, from Evaluate, for the sheet."
-                ),
-                io.Boolean.Input(
-                    "accepted", optional=True, force_input=True, tooltip="Whether the result is good enough."
-                ),
-                io.String.Input(
-                    "reasons", optional=True, force_input=True, tooltip="Why it is not, from Accept or Reject."
-                ),
-            ],
-            outputs=[io.String.Output(display_name="files", tooltip="The files, inside ComfyUI's output folder.")],
-            hidden=[io.Hidden.prompt, io.Hidden.extra_pnginfo, io.Hidden.unique_id],
-        )
-
-    @classmethod
-    @checked
-    def execute(
-        cls, images: Tensor, job: CatalogueJob, content: ImageLora | None = None, style: ImageLora | None = None,
-        report: str = "", accepted: bool | None = None, reasons: str = "",
-    ) -> io.NodeOutput:  # fmt: skip
-        check_pictures(images, "images")
-        sheet = ResultsSheet(job.folder / RESULTS)
-        with disk_errors_named(f"{job.name} could not be saved to {job.folder}", "queue the pair again"):
-            paths = free_paths(job, sheet.entries(), len(images))
-        result = Result(
-            job.name,
-            job.key,
-            job.content,
-            job.style,
-            ";".join(path.relative_to(job.folder).as_posix() for path in paths),
-            describe_lora(content),
-            describe_lora(style),
-            **numbers_behind(cls.hidden, "images", SETTINGS),
-            scores=report,
-            accepted={None: "", True: "yes", False: "no"}[accepted],
-            reason=reasons,
-            finished=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            seconds=seconds_of_run(job.in_run),
-            retry_of=first_try(cls.hidden and cls.hidden.extra_pnginfo),
-        )
-        facts = {} if args.disable_metadata else {"consislora": facts_text(result, content, style)}
-        texts = workflow_texts(cls.hidden) | facts
-        with disk_errors_named(f"{job.name} could not be saved to {job.folder}", "queue the pair again"):
-            for image, path in zip(images, paths, strict=True):
-                write_picture(drawing.to_picture(image), path, texts)
-            sheet.record([result], waiting=stop_if_cancelled)
-        files = [path.relative_to(output_folder()) for path in paths]
-        shown = [{"filename": file.name, "subfolder": file.parent.as_posix(), "type": "output"} for file in files]
-        return io.NodeOutput("\n".join(file.as_posix() for file in files), ui={"images": shown})
-
-
-@contextmanager
-def disk_errors_named(what: str, then: str) -> Iterator[None]:
-    """Raises a ValueError for an error of the disk. what: could not be done. then: to do after it is mended."""
-    try:
-        yield
-    except (OSError, NotImplementedError) as error:  # the second where a network folder has no locks
-        raise ValueError(
-            escape_text(
-                f"{what}: {error}. Free some space, make the folder writable, or close {RESULTS} in other programs; "
-                f"then {then}."
-            )
-        ) from error
-
-
-def free_paths(job: CatalogueJob, entries: Mapping[str, Entry], number: int) -> list[Path]:
-    """Where the pictures of a pair go: a number is appended from the second on, and no other pair's are overwritten."""
-    others = {composed(file).casefold() for name, entry in entries.items() if name != job.name
-              for file in entry.files.split(";")}  # fmt: skip
-    names = (f"{job.name}.png" if one == 1 else f"{job.name}_{one}.png" for one in count(1))
-    free = (name for name in names if composed(name).casefold() not in others)
-    return [inside(job.folder, name) for name in islice(free, number)]
+        widths, heights = map(list, zip(*(latent_size(job.size, resolution) for job in jobs), strict=True))
+        styles = [style.image for style in styles]
+        return io.NodeOutput(images, styles, list(jobs), names, report, masks, widths, heights)
 
 
 def make_plan(contents: str, styles: str, catalogue: str, name: str) -> Plan:
@@ -269,18 +185,3 @@ def decode(picture: Image, alpha: Image | None, keep: Callable[[Tensor], Tensor]
     # Ones for a picture without alpha take the memory of one.
     mask = torch.ones(1, 1, 1).expand(image.shape[:3]) if alpha is None else keep(drawing.to_mask(alpha))
     return Opened(image, mask)
-
-
-def describe_lora(lora: ImageLora | None) -> str:
-    """A LoRA in a few words: its title if it came from a file, and how it was trained."""
-    metadata = lora.metadata if lora else {}
-    facts = [f"{name} {metadata[f'consislora.{name}']}" for name in FACTS if f"consislora.{name}" in metadata]
-    return ", ".join(filter(None, [metadata.get("modelspec.title"), *facts]))
-
-
-def facts_text(result: Result, content: ImageLora | None, style: ImageLora | None) -> str:
-    """The result and the LoRAs' metadata as JSON, for the picture."""
-    record = {name: value for name, value in as_record(result).items() if value not in ("", None)}
-    return json.dumps(
-        {**record, **{f"{role}_lora": lora.metadata for role, lora in [("content", content), ("style", style)] if lora}}
-    )

@@ -8,22 +8,20 @@ from pathlib import Path
 
 from comfy_api.latest import io, ui
 
-from ..catalogue.pictures import text_chunks
 from ..consislora_core import __version__
 from ..consislora_core.files import escape_text, write_numbered, written_whole
 from ..host import drawing, provenance
 from ..host.model_inputs import check_pictures
 from ..host.paths import new_picture_paths, output_folder
+from ..host.picture_files import Metadata, text_chunks
 from ..host.prompt_graph import workflow_texts
+from ..host.xmp import TRAINED_MODEL
 from .sockets import CATEGORY, aliases
 from .widget_values import checked
 
 # Named in the environment, because workflows are shared, and a key must not be.
 CERTIFICATE, KEY = "CONSISLORA_C2PA_CERTIFICATE", "CONSISLORA_C2PA_KEY"
-CREATED = {
-    "action": "c2pa.created",
-    "digitalSourceType": "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia",
-}
+CREATED = {"action": "c2pa.created", "digitalSourceType": TRAINED_MODEL}
 
 
 class SaveSigned(io.ComfyNode):
@@ -61,7 +59,7 @@ class SaveSigned(io.ComfyNode):
         saved = []
         for image in images:
             unsigned = BytesIO()
-            drawing.to_picture(image).save(unsigned, "png", pnginfo=text_chunks(texts))
+            drawing.to_picture(image).save(unsigned, "png", pnginfo=text_chunks(Metadata(texts, None)))
             # Without metadata, as with ComfyUI's option, the signature tells no more than the picture.
             write = partial(write_signed, unsigned.getvalue(), record if texts else {}, algorithm)
             try:

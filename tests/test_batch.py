@@ -76,10 +76,24 @@ def test_an_adapter_takes_the_place_of_its_training():
     assert nodes(fill(content_lora="c", style_lora="s"), "ConsisLoRATrainImage") == []
 
 
+def test_what_a_job_says_of_its_picture_goes_into_its_xmp_and_its_name_is_its_title():
+    save = inputs(fill(), "ConsisLoRACatalogSave")
+    assert (save["title"], save["creator"], save["rights"]) == ("cup", "", "")
+    save = inputs(fill(title="The cup", creator="A. Smith", rights="\u00a9 Shop"), "ConsisLoRACatalogSave")
+    assert (save["title"], save["creator"], save["rights"]) == ("The cup", "A. Smith", "\u00a9 Shop")
+
+
+def test_options_say_how_results_are_saved():
+    options = run.parse(["jobs.csv", "--format", "TIFF", "--bits", "16"])
+    workflow = run.read_workflow(run.WORKFLOWS / "catalogue_demo.json", None, run.saving(options))
+    save = inputs(workflow, "ConsisLoRACatalogSave")
+    assert (save["format"], save["bits"], save["size"]) == ("TIFF", "16", "as the photo")
+
+
 def test_a_job_has_a_key_of_its_own():
-    changes = [{}, {"seed": 8}, {"style_lora": "s"}, {"prompt": "x"}, {"name": "other"}]
+    changes = [{}, {"seed": 8}, {"style_lora": "s"}, {"prompt": "x"}, {"name": "other"}, {"rights": "A"}]
     keys = [inputs(fill(**change), "ConsisLoRACatalogLoad")["name"] for change in changes]
-    assert len(set(keys)) == 4 and keys[4] == keys[0]  # the name decides nothing
+    assert len(set(keys)) == 5 and keys[4] == keys[0]  # the name decides nothing
 
 
 def test_an_adapter_that_was_replaced_under_its_name_makes_another_job():
@@ -326,7 +340,7 @@ def test_the_header_and_the_query_go_with_every_request_and_into_no_message(tmp_
             return web.Response(status=404)
         info = {
             node["class_type"]: {"input": {}}
-            for node in run.read_workflow(run.WORKFLOWS / "catalogue_sdxl.json", None).values()
+            for node in run.read_workflow(run.WORKFLOWS / "catalogue_sdxl.json", None, {}).values()
         }
         answers = {"/proxy/object_info": info, "/proxy/queue": QUEUE, "/proxy/prompt": {"prompt_id": ID}}
         return web.json_response(answers.get(request.path, {ID: CANCELLED}))
@@ -444,11 +458,14 @@ def test_an_id_of_the_server_is_no_path():
 
 
 class Shelf:
-    """Answers as a Server does. outcomes: of every workflow in turn; an entry, or None for one that was lost."""
+    """Answers as a Server does. outcomes: of every workflow in turn; an entry, or None for one that was lost.
 
-    def __init__(self, *outcomes):
+    suffix: of the pictures that it makes.
+    """
+
+    def __init__(self, *outcomes, suffix=".png"):
         self.outcomes, self.prompts, self.files, self.uploads = list(outcomes), [], {}, []
-        self.inputs = set()
+        self.inputs, self.suffix = set(), suffix
 
     async def get(self, path, **query):
         raise AssertionError(path)
@@ -467,7 +484,8 @@ class Shelf:
             self.inputs.clear()
         if outcome == DONE:
             key = inputs(prompt, "ConsisLoRACatalogLoad")["name"]
-            self.files |= {f"{key}.png": png(), RESULTS: f"name,scores,files\n{key},good,../../evil.png".encode()}
+            files = f"{key}{self.suffix}", f"name,scores,files\n{key},good,../../evil{self.suffix}".encode()
+            self.files |= {files[0]: picture(self.suffix), RESULTS: files[1]}
         return outcome
 
     async def file(self, name, folder):
@@ -482,9 +500,9 @@ CANCELLED = {"status": {"messages": [["execution_interrupted", NODE]]}}
 FAILED = {"status": {"messages": [["execution_error", {**NODE, "exception_message": "no memory\n"}]]}}
 
 
-def png() -> bytes:
+def picture(suffix: str) -> bytes:
     data = io.BytesIO()
-    Image.new("RGB", (8, 8)).save(data, "PNG")
+    Image.new("RGB", (8, 8)).save(data, Image.registered_extensions()[suffix])
     return data.getvalue()
 
 
@@ -506,11 +524,19 @@ def made(tmp_path, capsys):
     return make
 
 
-def test_results_come_home_under_our_names_whatever_the_server_calls_them(made, tmp_path):
-    results, _ = made(["a/cup"], DONE)
+@pytest.mark.parametrize("suffix", [".png", ".webp", ".jpg", ".tif"])
+def test_results_come_home_under_our_names_whatever_the_server_calls_them(made, tmp_path, suffix):
+    results, _ = made(["a/cup"], server=Shelf(DONE, suffix=suffix))
     (result,) = results.values()
-    assert (result.name, result.files, result.scores, result.content) == ("a/cup", "a/cup.png", "good", "cup.png")
-    assert (tmp_path / "out" / "a" / "cup.png").read_bytes() == png()
+    assert (result.name, result.files) == ("a/cup", f"a/cup{suffix}")
+    assert (result.scores, result.content) == ("good", "cup.png")
+    assert (tmp_path / "out" / "a" / f"cup{suffix}").read_bytes() == picture(suffix)
+    assert len(made(["a/cup"], server=Shelf())[0]) == 1  # done
+
+
+def test_of_kinds_that_save_catalogue_does_not_write_no_file_comes_home(made, tmp_path):
+    results, _ = made(["cup"], server=Shelf(DONE, suffix=".gif"))
+    assert "without a picture" in results["cup"].error and not list((tmp_path / "out").glob("cup*"))
 
 
 def test_what_is_done_is_not_done_again_and_what_failed_is(made):
@@ -544,7 +570,7 @@ def test_what_people_did_on_the_servers_review_page_comes_along_once(server, tmp
     there = server.base / "output" / "consislora_batch" / "reviewed"
     there.mkdir(parents=True)
     for name in ("k1", "k1_seed5", "k2"):
-        (there / f"{name}.png").write_bytes(png() + name.encode())
+        (there / f"{name}.png").write_bytes(picture(".png") + name.encode())
     yes = dict(decision="accepted", decided_by="Maria", decided_at="2026-01-02T00:00:00.000+00:00")
     no = {**yes, "decision": "rejected", "decision_reason": "dark"}
     theirs = [Result("k1", "p", "a.png", "b.png", "k1.png", **no), Result("k2", "p", files="k2.png", **no)]
@@ -738,7 +764,7 @@ def wait_for_one_more(sheet: Path, process: subprocess.Popen) -> None:
 
 
 def test_a_server_tells_whether_it_has_a_whole_picture(server):
-    data = png()
+    data = picture(".png")
 
     async def ask():
         async with ComfyClient(server.url) as client:

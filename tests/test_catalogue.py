@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import sys
 import time
@@ -18,15 +19,17 @@ from batch.comfy_client import WorkflowError
 from catalogue import pictures
 from catalogue.pictures import open_cut_out, open_picture
 from catalogue.sheets import SETTINGS, Result, ResultsSheet
+from catalogue.sizes import latent_size
 from consislora_core.lora_file import ImageLora
 from demo.run import IMAGES
 
+FORMATS = {"PNG": ".png", "WebP": ".webp", "JPEG": ".jpg", "TIFF": ".tif"}
 LORA = ImageLora({}, {"consislora.stage": "image", "consislora.image_hash": "1a2b", "consislora.prompt": "A [c]"})
 
 
 @pytest.fixture
 def nodes(pack):
-    return pack.nodes.catalogue
+    return pack.nodes
 
 
 @pytest.fixture
@@ -49,7 +52,7 @@ def folders(pack):
 
 def load(nodes, **changes):
     inputs = dict(contents="catalogue/subjects", styles="catalogue/styles", catalogue="cat", name="{content}__{style}")
-    return nodes.CatalogLoad.execute(**{**inputs, "run": nodes.ALL, "index": 0, **changes}).result[:5]
+    return nodes.CatalogLoad.execute(**{**inputs, "run": nodes.catalogue.ALL, "index": 0, **changes}).result[:5]
 
 
 def save(nodes, job, **inputs):
@@ -64,7 +67,7 @@ def names(nodes, **changes) -> list[str]:
 
 def fingerprint(nodes, **changes):
     inputs = dict(contents="catalogue/subjects", styles="catalogue/styles", catalogue="cat", name="{content}__{style}")
-    return nodes.CatalogLoad.fingerprint_inputs(**{**inputs, "run": nodes.ALL, "index": 0, **changes})
+    return nodes.CatalogLoad.fingerprint_inputs(**{**inputs, "run": nodes.catalogue.ALL, "index": 0, **changes})
 
 
 def test_all_pairs_come_with_their_own_sizes(nodes, folders):
@@ -78,7 +81,11 @@ def test_all_pairs_come_with_their_own_sizes(nodes, folders):
 
 
 def test_one_pair_comes_by_its_index_and_after_the_last_the_first(nodes, folders):
-    assert [names(nodes, run=nodes.ONE, index=index)[0] for index in (0, 3, 4)] == ["cup__ink", "pot__oil", "cup__ink"]
+    assert [names(nodes, run=nodes.catalogue.ONE, index=index)[0] for index in (0, 3, 4)] == [
+        "cup__ink",
+        "pot__oil",
+        "cup__ink",
+    ]
 
 
 def test_a_report_lists_no_more_pairs_than_people_read(nodes, folders):
@@ -96,7 +103,7 @@ def test_what_is_saved_is_skipped_until_its_picture_or_source_changes(nodes, fol
     for job in jobs[:3]:
         save(nodes, job)
     assert names(nodes) == ["pot__oil"]
-    assert names(nodes, run=nodes.ONE, index=1) == []
+    assert names(nodes, run=nodes.catalogue.ONE, index=1) == []
     assert fingerprint(nodes) != before
     (output / "cat" / "cup__ink.png").unlink()
     Image.new("RGB", (3, 3)).save(root / "styles" / "oil.png")
@@ -135,7 +142,7 @@ def test_bad_files_are_listed_and_skipped_until_they_are_good(nodes, folders):
     assert "- catalogue/subjects/bad.png: bad.png is empty (0 bytes). Copy it again." in report
     sheet = ResultsSheet(output / "cat" / "results.csv")
     assert sorted(sheet.read()) == ["catalogue/none", "catalogue/styles/torn.jpg", "catalogue/subjects/bad.png"]
-    assert names(nodes, run=nodes.ONE, index=0) == []  # bad.png comes first
+    assert names(nodes, run=nodes.catalogue.ONE, index=0) == []  # bad.png comes first
     (root / "styles" / "torn.jpg").unlink()
     Image.new("RGB", (9, 9)).save(root / "subjects" / "bad.png")
     assert len(names(nodes)) == 6
@@ -171,11 +178,52 @@ def test_a_result_has_its_row_and_its_facts(nodes, folders):
     assert open_picture(output / "cat" / "ink" / "cup.png").size == (24, 16)
 
 
-def test_with_disable_metadata_a_picture_has_no_facts(nodes, folders, monkeypatch):
-    monkeypatch.setattr(nodes.args, "disable_metadata", True)
-    save(nodes, load(nodes)[2][0], content=LORA)
-    with Image.open(folders[1] / "cat" / "cup__ink.png") as picture:
-        assert not picture.text
+@pytest.mark.parametrize(("format", "suffix"), FORMATS.items())
+def test_with_disable_metadata_a_picture_has_no_facts(nodes, folders, monkeypatch, format, suffix):
+    monkeypatch.setattr(nodes.save_catalogue.args, "disable_metadata", True)
+    save(nodes, load(nodes)[2][0], content=LORA, format=format, title="a title", rights="all mine")
+    file = (folders[1] / "cat" / f"cup__ink{suffix}").read_bytes()
+    assert not re.search(b"a title|all mine|consislora|A .c.", file)
+
+
+@pytest.mark.parametrize(("format", "suffix"), FORMATS.items())
+def test_a_catalogue_goes_on_over_results_of_every_format(nodes, folders, format, suffix):
+    for job in load(nodes)[2][:3]:
+        save(nodes, job, format=format)
+    assert names(nodes) == ["pot__oil"]
+    (folders[1] / "cat" / f"cup__ink{suffix}").unlink()
+    assert names(nodes) == ["cup__ink", "pot__oil"]
+
+
+@pytest.mark.parametrize(("format", "suffix"), FORMATS.items())
+def test_a_result_gets_its_photos_size_though_the_photo_has_gone(nodes, folders, format, suffix):
+    root, output = folders
+    turned = Image.Exif()
+    turned[0x0112] = 6  # shown on its side
+    Image.new("CMYK", (123, 77)).save(root / "subjects" / "cup.jpg", exif=turned)
+    jobs = {job.name: job for job in load(nodes, contents="catalogue/subjects/cup.jpg")[2]}
+    (root / "subjects" / "cup.jpg").unlink()
+    save(nodes, jobs["cup__ink"], format=format, size="as the photo")
+    with Image.open(output / "cat" / f"cup__ink{suffix}") as picture:
+        assert picture.size == (77, 123)
+
+
+def test_xmp_has_the_results_name_and_the_rights_of_its_loras_unless_others_are_stated(nodes, folders):
+    lora = ImageLora({}, LORA.metadata | {"consislora.rights": "photo: A. Smith"})
+    jobs = load(nodes)[2]
+    save(nodes, jobs[0], content=lora, style=lora)
+    save(nodes, jobs[1], content=lora, title="The cup", creator="Studio", rights="\u00a9 Shop")
+    first, second = (
+        (folders[1] / "cat" / f"{job.name}.png").read_bytes().decode("utf-8", "replace") for job in jobs[:2]
+    )
+    assert ">cup__ink</rdf:li>" in first and ">photo: A. Smith</rdf:li>" in first and "dc:creator" not in first
+    assert all(f">{text}</rdf:li>" in second for text in ("The cup", "Studio", "\u00a9 Shop"))
+
+
+def test_a_tiff_is_shown_as_a_picture_that_browsers_know(nodes, folders, pack):
+    (shown,) = save(nodes, load(nodes)[2][0], format="TIFF").ui["images"]
+    assert shown["type"] == "temp"
+    assert (pack.host.paths.temp_folder() / shown["subfolder"] / shown["filename"]).suffix == ".png"
 
 
 def cut_out(folder, name: str, size=(20, 10)):
@@ -322,11 +370,11 @@ def test_a_run_of_a_large_catalogue_opens_its_own_pair_and_takes_half_a_second(n
             shutil.copy(root / "styles" / "ink.png", root / side / f"photo {number}.png")
     opened = []
     monkeypatch.setattr(pictures, "open_cut_out", lambda path: opened.append(path.name) or open_cut_out(path))
-    save(nodes, load(nodes, run=nodes.ONE, index=7)[2][0])
+    save(nodes, load(nodes, run=nodes.catalogue.ONE, index=7)[2][0])
     opened.clear()
     started = time.process_time()
     fingerprint(nodes)
-    (*_, jobs, _, report) = load(nodes, run=nodes.ONE, index=9_000)
+    (*_, jobs, _, report) = load(nodes, run=nodes.catalogue.ONE, index=9_000)
     assert time.process_time() - started < 0.5
     assert opened == [jobs[0].style, jobs[0].content]
     assert report.splitlines()[1] == "1 of 91204 pairs are done."
@@ -352,7 +400,7 @@ def test_all_pairs_together_hold_little_memory(nodes, folders):
 
 
 def test_all_pairs_come_in_as_many_runs_as_the_disk_needs(nodes, folders, monkeypatch):
-    monkeypatch.setattr(nodes, "disk_usage", lambda folder: SimpleNamespace(free=2 * 40 * 20 * 12))
+    monkeypatch.setattr(nodes.catalogue, "disk_usage", lambda folder: SimpleNamespace(free=2 * 40 * 20 * 12))
     (*_, jobs, found, report) = load(nodes)
     assert found == ["cup__ink"]
     assert "3 pairs come in the next run" in report
@@ -428,14 +476,17 @@ def test_a_picture_of_no_numbers_is_refused_and_not_done(nodes, folders):
     ],
     ids=["full disk", "read-only folder"],
 )
-def test_errors_of_the_disk_are_reported(nodes, folders, monkeypatch, fails, error, words):
+@pytest.mark.parametrize("format", FORMATS)
+def test_errors_of_the_disk_are_reported_and_leave_no_half_file(
+    nodes, folders, monkeypatch, fails, error, words, format
+):
     def refuse(*_, **__):
         raise error
 
     job = load(nodes)[2][0]
     monkeypatch.setattr(fails, refuse)
     with pytest.raises(ValueError, match=f"cup__ink could not be saved .*{words}"):
-        save(nodes, job)
+        save(nodes, job, format=format)
     assert not [path for path in job.folder.rglob("*") if path.suffix != ".lock"]
 
 
@@ -504,7 +555,7 @@ def test_the_shared_workflow_makes_the_catalogue_once(server):
     (picture,) = server.images(server.run(prompt))
     assert picture == output / "crown__ink.png"
     with Image.open(picture) as image:
-        assert image.size == (256, 128)
+        assert image.size == (128, 64)  # the photo's
         assert json.loads(image.text["prompt"]).keys() == prompt.keys()
         assert str(server.base) not in image.text["prompt"]  # what is shared tells nothing of the machine
         assert json.loads(image.text["consislora"])["style_lora"]["consislora.stage"] == "style"
@@ -517,3 +568,33 @@ def test_the_shared_workflow_makes_the_catalogue_once(server):
     assert server.images(server.run(prompt)) == []
     assert "Everything is done" not in server.log  # the bad one is not
     assert ResultsSheet(output / "results.csv").read() == results
+
+
+def test_every_result_has_its_photos_shape_and_size_through_the_shared_workflow(server):
+    """Odd sizes: a portrait on its side, a panorama in grey, and a photo of a few pixels in CMYK."""
+    root = server.base / "input" / "sizes"
+    (root / "styles").mkdir(parents=True)
+    (root / "subjects").mkdir()
+    shutil.copy(IMAGES / "umbrella-high-contrast.png", root / "styles" / "ink.png")
+    crown, turned = Image.open(IMAGES / "crown-flat.png").convert("RGB"), Image.Exif()
+    turned[0x0112] = 6
+    photos = {"portrait": (101, 177), "panorama": (1003, 97), "tiny": (5, 3)}
+    crown.resize((177, 101)).save(root / "subjects" / "portrait.jpg", exif=turned)
+    crown.resize((1003, 97)).convert("L").save(root / "subjects" / "panorama.png")
+    crown.resize((5, 3)).convert("CMYK").save(root / "subjects" / "tiny.jpg")
+    prompt = json.loads((ROOT / "workflows" / "api" / "catalogue_demo.json").read_text(encoding="utf-8"))
+    changes = {"contents": "sizes/subjects", "styles": "sizes/styles", "catalogue": "sizes", "bits": "16"}
+    changes |= {"run": "all pairs in one run", "steps": 2, "transition_step": 1, "rank": 4, "recolourings": 1}
+    for node in prompt.values():
+        node["inputs"] |= {name: value for name, value in changes.items() if name in node["inputs"]}
+    server.run(prompt)
+    for name, size in photos.items():
+        with Image.open(server.base / "output" / "sizes" / f"{name}__ink.png") as picture:
+            assert picture.size == size
+    (save,) = (node for node in prompt.values() if node["class_type"] == "ConsisLoRACatalogSave")
+    save["inputs"] |= {"size": "as made", "format": "TIFF"}
+    shutil.rmtree(server.base / "output" / "sizes")
+    server.run(prompt)
+    for name, size in photos.items():
+        with Image.open(server.base / "output" / "sizes" / f"{name}__ink.tif") as picture:
+            assert picture.size == latent_size(size, 256)

@@ -1,5 +1,6 @@
 """What people do in ComfyUI's frontend: run workflows, turn the pad, watch training, stop it, read the help."""
 
+import base64
 import json
 import re
 import shutil
@@ -74,6 +75,27 @@ def values(frontend, node: int, names: list[str]) -> list[float]:
 @pytest.mark.parametrize("name", [name for name in NAMES if name.endswith("_demo") and name != MAIN])
 def test_a_dropped_workflow_is_queued_and_ends_with_pictures_on_its_nodes(name, frontend, trained, catalogue):
     run_dropped(frontend, name)
+
+
+def test_a_webp_of_the_catalogue_opens_its_workflow_on_the_canvas(each_frontend, catalogue, server):
+    made = graph("catalogue_demo")
+    shutil.rmtree(server.base / "output" / "webp", ignore_errors=True)
+    folders = {"contents": "catalogue/contents", "styles": "catalogue/styles", "catalogue": "webp", "name": ""}
+    prompt = {
+        "1": {"class_type": "ConsisLoRACatalogLoad", "inputs": {**folders, "run": "one pair per run", "index": 0}},
+        "2": {"class_type": "ConsisLoRACatalogSave", "inputs": {"images": ["1", 0], "job": ["1", 2], "format": "WebP"}},
+    }
+    queued = server.post("/prompt", {"prompt": prompt, "extra_data": {"extra_pnginfo": {"workflow": made}}})
+    (file,) = server.images(server.wait(queued["prompt_id"], 600, lambda kind, data: None))
+    each_frontend.evaluate("app.graph.clear()")
+    each_frontend.evaluate(
+        """async data => {
+            const bytes = Uint8Array.from(atob(data), character => character.charCodeAt(0))
+            await app.handleFile(new File([bytes], "result.webp", { type: "image/webp" }))
+        }""",
+        base64.b64encode(file.read_bytes()).decode(),
+    )
+    each_frontend.wait_for_function("count => app.graph.nodes.length === count", arg=len(made["nodes"]))
 
 
 def test_each_frontend_does_the_main_job(each_frontend, trained):

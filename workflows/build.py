@@ -225,27 +225,29 @@ def catalogue(settings: Settings, note: str, cut_out: bool = False) -> Workflow:
     cut_out: of content pictures with alpha only what is opaque is learned, and results get their alpha.
     """
     loras = {"content": From("content_training", "consislora"), "style": From("stage_2_training", "consislora")}
-    size = {"width": From("size", "width"), "height": From("size", "height"), "batch_size": 1}
-    saved = {"images": From("decoded", "IMAGE"), "job": From("pairs", "job"), **loras}
+    size = {side: From("pairs", side) for side in ("width", "height")}
+    saved = {"images": From("decoded", "IMAGE"), "job": From("pairs", "job"), **loras, "size": "as the photo"}
     words = {
         **asked(BOTH, settings.side),
-        "size": Node("GetImageSize", "The subject's size", {"image": From("content_sized", "IMAGE")}),
-        "empty": Node("EmptyLatentImage", "Empty, in the subject's size", size),
+        "empty": Node("EmptyLatentImage", "Empty, in the subject's shape", {**size, "batch_size": 1}),
     }
     made = {
         "sampled": Node("ConsisLoRASampler", "Sample, guided", {"model": MODEL, **loras, **sampling(settings)}),
         "decoded": decoded(),
     }
-    masked, folder = {}, {}
+    masked, folder = {}, {"resolution": settings.side}
     if cut_out:
-        masked, folder = {"mask": From("pairs", "mask")}, {"catalogue": "catalogue_cut_out"}
+        masked, folder = {"mask": From("pairs", "mask")}, folder | {"catalogue": "catalogue_cut_out"}
         kept = {"images": From("decoded", "IMAGE"), "original": From("pairs", "content"), **masked}
         made["kept"] = Node("ConsisLoRAKeepOutsideMask", "Cut out again", {**kept, "outside": "transparent"})
         saved["images"] = From("kept", "images")
     made["result"] = Node("ConsisLoRACatalogSave", "Into the catalogue", saved)
-    columns = [{"pairs": Node("ConsisLoRACatalogLoad", "Every subject, every style", folder)}]
-    for image in loras:
-        columns.append({f"{image}_sized": scaled(From("pairs", image), settings.side), **latents(image, settings)})
+    fitted = {"image": From("pairs", "content"), "upscale_method": "lanczos", **size}
+    columns = [
+        {"pairs": Node("ConsisLoRACatalogLoad", "Every subject, every style", folder)},
+        {"content_sized": Node("ImageScale", "To the latent's size", fitted), **latents("content", settings)},
+        {"style_sized": scaled(From("pairs", "style"), settings.side), **latents("style", settings)},
+    ]
     return [
         [start_here(settings, note)],
         [Group("1. The folders", BLUE, columns)],
