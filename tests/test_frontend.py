@@ -79,8 +79,8 @@ def test_a_dropped_workflow_is_queued_and_ends_with_pictures_on_its_nodes(name, 
 
 def test_a_webp_of_the_catalogue_opens_its_workflow_on_the_canvas(each_frontend, catalogue, server):
     made = graph("catalogue_demo")
-    shutil.rmtree(server.base / "output" / "webp", ignore_errors=True)
-    folders = {"contents": "catalogue/contents", "styles": "catalogue/styles", "catalogue": "webp", "name": ""}
+    folder = f"webp {time.time_ns()}"  # another for each frontend
+    folders = {"contents": "catalogue/contents", "styles": "catalogue/styles", "catalogue": folder, "name": ""}
     prompt = {
         "1": {"class_type": "ConsisLoRACatalogLoad", "inputs": {**folders, "run": "one pair per run", "index": 0}},
         "2": {"class_type": "ConsisLoRACatalogSave", "inputs": {"images": ["1", 0], "job": ["1", 2], "format": "WebP"}},
