@@ -1,8 +1,12 @@
-"""The demo's real pictures as tensors."""
+"""The demo's real pictures as tensors, and as files."""
+
+import json
+from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw
+from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from demo.run import IMAGES
@@ -28,3 +32,11 @@ def cut_out(name: str, size: tuple[int, int] = (256, 256)) -> Image.Image:
     picture.paste((0, 0, 0), mask=Image.fromarray(((shadow & is_page) * 255).astype(np.uint8)))
     picture.putalpha(Image.fromarray(alpha))
     return picture
+
+
+def write_png(picture: Image.Image, path: Path, workflow: dict) -> None:
+    """A picture with the workflow in it, as ComfyUI writes it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    texts = PngInfo()
+    texts.add_text("prompt", json.dumps(workflow))
+    picture.save(path, "PNG", pnginfo=texts)

@@ -157,7 +157,7 @@ def take_review(page: Page, work: Path, url: str, catalogue: str = "review") -> 
     for scheme in ("dark", "light"):
         page.emulate_media(color_scheme=scheme)
         page.goto(f"{url}/consislora/review?catalogue={catalogue}")
-        page.evaluate("localStorage.setItem('consislora.review.name', JSON.stringify('Maria'))")
+        page.evaluate("localStorage.setItem('consislora.review.name', JSON.stringify('editor'))")
         page.reload()
         for key in ("r", "1", "a", "a") if scheme == "dark" else ("End", "c"):
             page.wait_for_timeout(2000)  # until its picture is there

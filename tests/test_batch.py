@@ -571,7 +571,7 @@ def test_what_people_did_on_the_servers_review_page_comes_along_once(server, tmp
     there.mkdir(parents=True)
     for name in ("k1", "k1_seed5", "k2"):
         (there / f"{name}.png").write_bytes(picture(".png") + name.encode())
-    yes = dict(decision="accepted", decided_by="Maria", decided_at="2026-01-02T00:00:00.000+00:00")
+    yes = dict(decision="accepted", decided_by="editor", decided_at="2026-01-02T00:00:00.000+00:00")
     no = {**yes, "decision": "rejected", "decision_reason": "dark"}
     theirs = [Result("k1", "p", "a.png", "b.png", "k1.png", **no), Result("k2", "p", files="k2.png", **no)]
     theirs += [Result("k1_seed5", "p", "a.png", "b.png", "k1_seed5.png", retry_of="k1", **yes), Result("other", **no)]
@@ -590,7 +590,7 @@ def test_what_people_did_on_the_servers_review_page_comes_along_once(server, tmp
     assert ours.keys() == {"cup", "pot", "cup_seed5"}
     assert (ours["cup"].decision_reason, ours["pot"].decision) == ("dark", "accepted")  # the later decision counts
     again = ours["cup_seed5"]
-    assert (again.retry_of, again.content, again.decision, again.decided_by) == ("cup", "cup.jpg", "accepted", "Maria")
+    assert (again.retry_of, again.content, again.decision, again.decided_by) == ("cup", "cup.jpg", "accepted", "editor")
     assert (tmp_path / "out" / "cup_seed5.png").read_bytes() == (there / "k1_seed5.png").read_bytes()
     before = sheet.path.stat().st_mtime_ns
     asyncio.run(bring())

@@ -234,8 +234,9 @@ def cut_out(folder, name: str, size=(20, 10)):
 
 
 def loaded(nodes, **changes):
-    inputs = dict(contents="catalogue/subjects", styles="catalogue/styles", catalogue="cat", name="", run=nodes.ALL)
-    return nodes.CatalogLoad.execute(**{**inputs, "index": 0, **changes}).result
+    inputs = dict(contents="catalogue/subjects", styles="catalogue/styles", catalogue="cat", name="")
+    inputs["run"] = nodes.catalogue.ALL
+    return nodes.CatalogLoad.execute(**{**inputs, "index": 0, **changes}).result[:6]
 
 
 def test_the_mask_is_one_where_the_content_picture_is_opaque(nodes, folders):
@@ -247,7 +248,7 @@ def test_the_mask_is_one_where_the_content_picture_is_opaque(nodes, folders):
     }  # fmt: skip
     assert masks["cut__ink"][0, 5].tolist() == 10 * [0] + 10 * [1]
     assert masks["cup__ink"].eq(1).all() and masks["pot__ink"].eq(1).all()
-    assert torch.equal(loaded(nodes, run=nodes.ONE, index=2)[-1][0], masks["cut__ink"])
+    assert torch.equal(loaded(nodes, run=nodes.catalogue.ONE, index=2)[-1][0], masks["cut__ink"])
 
 
 def left_edges(nodes, **changes) -> dict[str, list[float]]:
@@ -267,7 +268,7 @@ def test_what_is_transparent_lies_on_the_background_that_is_chosen(nodes, folder
     assert white == left_edges(nodes, contents=cut, background="#fff") == dict.fromkeys(white, [255, 255, 255])
     assert set(map(tuple, left_edges(nodes, contents=cut, background="#0a0b0c").values())) == {(10, 11, 12)}
     expected = {"cut__ink": ink, "cut__oil": oil, "cut__through": [255, 255, 255]}
-    for run in ({}, {"run": nodes.ONE, "index": 1}):
+    for run in ({}, {"run": nodes.catalogue.ONE, "index": 1}):
         own = left_edges(nodes, contents=cut, background="style", **run)
         assert own and all(own[name] == expected[name] for name in own)
     both = left_edges(nodes, contents=f"{cut}\ncatalogue/styles", background="style")
@@ -286,7 +287,7 @@ def test_a_picture_without_alpha_takes_memory_once_on_every_background(nodes, fo
 
 def test_cut_outs_on_the_colours_of_many_styles_come_in_as_many_runs_as_the_disk_needs(nodes, folders, monkeypatch):
     cut_out(folders[0] / "subjects", "cut")
-    monkeypatch.setattr(nodes, "disk_usage", lambda folder: SimpleNamespace(free=2 * 20 * 10 * 16))
+    monkeypatch.setattr(nodes.catalogue, "disk_usage", lambda folder: SimpleNamespace(free=2 * 20 * 10 * 16))
     *_, names, report, _ = loaded(nodes, contents="catalogue/subjects/cut.png", background="style")
     assert names == ["cut__ink"] and "1 pairs come in the next run" in report
 

@@ -6,9 +6,10 @@ import math
 import threading
 
 import pytest
+from images import write_png
 from PIL import Image
 
-from catalogue.pictures import picture_key, write_picture
+from catalogue.pictures import picture_key
 from catalogue.retry import embedded_workflow, find_sources, retry_workflow
 from catalogue.review import (
     Changed,
@@ -24,7 +25,7 @@ from catalogue.review import (
 from catalogue.sheets import RESULTS, Result, ResultsSheet
 from catalogue.summary import summarise, summary_text
 
-YES = Verdict("accepted", "", "Maria")
+YES = Verdict("accepted", "", "editor")
 LOAD = {"contents": "shop", "styles": "styles", "catalogue": "old", "name": "{content}", "run": "all", "index": 5}
 WORKFLOW = {
     "load": {"class_type": "ConsisLoRACatalogLoad", "inputs": LOAD, "is_changed": ["before"]},
@@ -44,7 +45,7 @@ def sheet(tmp_path) -> ResultsSheet:
 def save(sheet: ResultsSheet, *results: Result, workflow: dict = WORKFLOW, colour: str = "red") -> None:
     for result in results:
         path = sheet.path.parent / result.files
-        write_picture(Image.new("RGB", (8, 8), colour), path, {"prompt": json.dumps(workflow)})
+        write_png(Image.new("RGB", (8, 8), colour), path, workflow)
     sheet.record(results)
 
 
@@ -54,10 +55,10 @@ def version(sheet: ResultsSheet, name: str = "cup") -> str:
 
 def test_a_decision_stands_beside_the_gates_verdict_with_who_when_and_of_which_bytes(sheet):
     save(sheet, Result("cup", "k1", files="cup.png", accepted="no", reason="1: too far"))
-    decide(sheet, "cup", version(sheet), Verdict("rejected", "wrong\n colours ", " Maria "))
+    decide(sheet, "cup", version(sheet), Verdict("rejected", "wrong\n colours ", " editor "))
     row = sheet.read()["cup"]
     assert (row.accepted, row.reason) == ("no", "1: too far")
-    assert (row.decision, row.decision_reason, row.decided_by) == ("rejected", "wrong colours", "Maria")
+    assert (row.decision, row.decision_reason, row.decided_by) == ("rejected", "wrong colours", "editor")
     assert row.decided_at.endswith("+00:00") and len(row.decided_pictures) == 64
 
 

@@ -11,11 +11,11 @@ import pytest
 from browser import in_language
 from conftest import ROOT
 from filelock import FileLock
+from images import write_png
 from PIL import Image
 from prompts import quick
 from test_help import LANGUAGES, open_without_proxy
 
-from catalogue.pictures import write_picture
 from catalogue.sheets import RESULTS, Result, ResultsSheet
 from demo.run import IMAGES
 
@@ -41,7 +41,7 @@ def catalogue(server, name: str, results: list[Result]) -> ResultsSheet:
         "2": {"class_type": "ConsisLoRACatalogSave", "inputs": {"images": ["1", 1], "job": ["1", 2]}},
     }
     with Image.open(IMAGES / f"{SUBJECT}.png") as picture:
-        write_picture(picture.convert("RGB"), folder / "one.png", {"prompt": json.dumps(workflow)})
+        write_png(picture.convert("RGB"), folder / "one.png", workflow)
     data = (folder / "one.png").read_bytes()
     for result in results:
         (folder / result.files).write_bytes(data)
@@ -70,7 +70,7 @@ def page(chromium, server):
     page.errors = []
     page.on("pageerror", lambda error: page.errors.append(str(error)))
     page.goto(f"{server.url}/consislora/review")
-    page.evaluate("localStorage.setItem('consislora.review.name', JSON.stringify('Maria'))")
+    page.evaluate("localStorage.setItem('consislora.review.name', JSON.stringify('editor'))")
     yield page
     assert not page.errors
     page.close()
@@ -118,12 +118,12 @@ def test_keys_decide_and_take_back_and_all_is_there_after_a_reload(page, server,
     row = three.read()["b"]
     assert (row.decision_reason, row.decided_by, row.reason) == (
         "Wrong colours",
-        "Maria",
+        "editor",
         "1: edges 0.10 is below 0.30",
     )
     page.reload()
     wait_for(page, "b")
-    page.get_by_text("Rejected by Maria").wait_for()
+    page.get_by_text("Rejected by editor").wait_for()
 
 
 def test_filters_show_what_they_say_and_a_decision_leaves_the_undecided(page, server, three):
@@ -156,7 +156,7 @@ def test_of_two_who_decide_at_once_the_second_is_told(page, chromium, server, th
     page.unroute("**/results?*")
     page.get_by_text("Rejected by Bo").wait_for()
     assert three.read()["b"].decision_reason == "too dark"
-    page.evaluate("localStorage.setItem('consislora.review.name', JSON.stringify('Maria'))")
+    page.evaluate("localStorage.setItem('consislora.review.name', JSON.stringify('editor'))")
 
 
 def test_nothing_is_lost_while_a_batch_writes_into_the_same_sheet(page, server, three):
@@ -238,13 +238,13 @@ def test_the_name_is_asked_once(page, server, three):
     page.evaluate("localStorage.removeItem('consislora.review.name')")
     look(page, server, three, "b")
     page.keyboard.press("a")
-    page.get_by_role("textbox").fill("Maria")
+    page.get_by_role("textbox").fill("editor")
     page.keyboard.press("Enter")
     wait_for(page, "c")
     page.keyboard.press("a")
     wait_for(page, "a")
     assert decided(page, three) == {"b": "accepted", "c": "accepted"}
-    assert {three.read()[name].decided_by for name in "bc"} == {"Maria"}
+    assert {three.read()[name].decided_by for name in "bc"} == {"editor"}
 
 
 def test_making_again_gives_another_picture_and_leaves_the_first(page, server):
@@ -317,7 +317,7 @@ def posted(server, sheet: ResultsSheet, **changes) -> dict:
     """A decision that the server takes, but for the changes."""
     name = sheet.path.parent.name
     (row, *_) = json.loads(ask(server, "results", catalogue=name)[1])["results"]
-    given = dict(catalogue=name, name=row["name"], version=row["version"], decision="accepted", reason="", by="Eve")
+    given = dict(catalogue=name, name=row["name"], version=row["version"], decision="accepted", reason="", by="editor")
     return given | changes
 
 
@@ -422,7 +422,7 @@ def test_a_workflow_in_a_picture_leads_to_no_file_outside_the_input_folder(serve
     for contents in ("..", str(tmp_path), "../output/lured/good.png", 7, ["1", 0]):
         load = {"class_type": "ConsisLoRACatalogLoad", "inputs": {"contents": contents, "styles": contents}}
         with Image.open(IMAGES / f"{SUBJECT}.png") as picture:
-            write_picture(picture.convert("RGB"), sheet.path.parent / "good.png", {"prompt": json.dumps({"1": load})})
+            write_png(picture.convert("RGB"), sheet.path.parent / "good.png", {"1": load})
         for role in ("content", "style"):
             assert ask(server, "picture", catalogue="lured", name="good", of=role)[0] == 400
 
