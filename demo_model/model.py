@@ -165,8 +165,11 @@ def build_unet(dtype: torch.dtype, device, manual_cast: torch.dtype | None = Non
     return widen_groups(config.get_model({"v_pred": torch.ones(1)}, device=device))
 
 
-def load(path: Path = WEIGHTS):
-    """(MODEL, CLIP, VAE) as ComfyUI's CheckpointLoaderSimple would give them."""
+def load(path: Path = WEIGHTS, disable_dynamic: bool = True):
+    """(MODEL, CLIP, VAE) as ComfyUI's CheckpointLoaderSimple would give them.
+
+    disable_dynamic: as ComfyUI's loaders take it; the weights are never moved in a step.
+    """
     with safe_open(path, "pt") as file:
         preview = [float(x) for x in file.metadata()["preview_rgb"].split()]
         weights = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - the file is no dict
@@ -184,4 +187,6 @@ def load(path: Path = WEIGHTS):
     clip.cond_stage_model.load_state_dict(parts["clip"])
     vae = comfy.sd.VAE(sd=parts["vae"], config={"params": {"ddconfig": VAE, "embed_dim": 4}})
     widen_groups(vae.first_stage_model)
-    return comfy.model_patcher.ModelPatcher(model, device, offload), clip, vae
+    patcher = comfy.model_patcher.ModelPatcher(model, device, offload)
+    patcher.cached_patcher_init = load, (path,), 0  # Train LoRA of newer ComfyUI loads the model again by this
+    return patcher, clip, vae
