@@ -4,6 +4,7 @@ from .catalogue import CatalogLoad, CatalogSave
 from .demo import LoadDemoModel
 from .evaluate import Evaluate, Gate
 from .guide import Guider, Sampler
+from .keep_colours import KeepColours
 from .lora import Apply, Load, Save
 from .recolour import Recolour
 from .sign import SaveSigned
@@ -21,6 +22,7 @@ NODES = [
     Guider,
     Sampler,
     StrengthGrid,
+    KeepColours,
     Evaluate,
     Gate,
     SaveSigned,

@@ -223,7 +223,7 @@ def catalogue(settings: Settings, note: str) -> Workflow:
     """Folders in, folders out: the whole method for every pair of a content and a style picture."""
     loras = {"content": From("content_training", "consislora"), "style": From("stage_2_training", "consislora")}
     size = {"width": From("size", "width"), "height": From("size", "height"), "batch_size": 1}
-    saved = {"images": From("decoded", "IMAGE"), "job": From("pairs", "job"), **loras}
+    saved = {"images": From("coloured", "images"), "job": From("pairs", "job"), **loras}
     words = {
         **asked(BOTH, settings.side),
         "size": Node("GetImageSize", "The subject's size", {"image": From("content_sized", "IMAGE")}),
@@ -232,6 +232,11 @@ def catalogue(settings: Settings, note: str) -> Workflow:
     made = {
         "sampled": Node("ConsisLoRASampler", "Sample, guided", {"model": MODEL, **loras, **sampling(settings)}),
         "decoded": decoded(),
+        "coloured": Node(
+            "ConsisLoRAKeepColours",
+            "The product's own colours, where wanted",
+            {"images": From("decoded", "IMAGE"), "content_image": From("pairs", "content")},
+        ),
         "result": Node("ConsisLoRACatalogSave", "Into the catalogue", saved),
     }
     columns = [{"pairs": Node("ConsisLoRACatalogLoad", "Every subject, every style")}]
