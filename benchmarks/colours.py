@@ -1,7 +1,7 @@
 """`python benchmarks/colours.py [--work DIR] [--few]`: what keeping the content image's colours costs in style.
 
 The pictures of `benchmarks/fidelity/report.py --tune --images 4 --scale 0.2 --seeds 1`, contender "quality", are given
-the colours of their content images by three methods at rising strengths. The pack has the first; the others are here.
+the colours of their content images by four methods at rising strengths. The pack has the first; the others are here.
 
 A stopped run continues, as the report does, in the same folder. `--few` takes two by two images, and leaves its results
 in DIR.
@@ -30,11 +30,12 @@ from benchmarks.fidelity.judges import SIDE
 from benchmarks.fidelity.pairs import PAIRS
 from benchmarks.fidelity.report import TRIED, Bench, bold, first_pairs
 from benchmarks.fidelity.studio import Studio
-from consislora_core.colours import keep_colours, to_oklab, to_srgb
-from consislora_core.metrics import silhouette
+from consislora_core.colours import SMOOTH, WIDE, guided_filter, keep_colours, to_oklab, to_srgb
+from consislora_core.metrics import COARSE, silhouette
 from demo.server import PACK
 
-STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
+STRENGTHS = (0.0, 0.25, 0.5, 0.75, 0.8, 1.0)
+ADVISED = 0.8
 CELLS = 32  # a side, in which colours are compared
 SLICES = 20
 INTRODUCTION, CURVE_TEXT, STYLES_TEXT, SHEET_TEXT = template("colours")
@@ -44,6 +45,13 @@ SCORES = ("colour error", "lightness error", "style", "content")
 def guided(pictures: Tensor, contents: Tensor, strength: float) -> Tensor:
     moved = keep_colours(*(rearrange(batch, "b c h w -> b h w c") for batch in (pictures, contents)), strength)
     return rearrange(moved, "b h w c -> b c h w")
+
+
+def with_lightness(pictures: Tensor, contents: Tensor, strength: float) -> Tensor:
+    """As `guided`, but lightness moves too."""
+    lab, mask = to_oklab(pictures), F.interpolate(silhouette(contents).float(), pictures.shape[-2:])
+    radius = WIDE * pictures.shape[-1] // COARSE
+    return to_srgb(lab + strength * mask * guided_filter(lab, lab, to_oklab(contents) - lab, radius, SMOOTH))
 
 
 def by_palette(pictures: Tensor, contents: Tensor, strength: float, transport: Callable) -> Tensor:
@@ -89,6 +97,7 @@ METHODS = {
     "chroma within outlines": guided,
     "palette, Monge-Kantorovich": lambda *inputs: by_palette(*inputs, monge_kantorovich),
     "palette, sliced transport": lambda *inputs: by_palette(*inputs, sliced),
+    "lightness too": with_lightness,
 }
 
 
@@ -123,14 +132,26 @@ def curve_section(bench: Bench, found: dict[str, list[dict[str, Tensor]]], truth
                 [method if strength else "none", f"{strength:g}", *(bench.estimate(scores[n]) for n in SCORES), moved]
             )
     plot(found, file)
+    advised = found["chroma within outlines"][STRENGTHS.index(ADVISED)]
     return CURVE_TEXT.format(
-        table=table(["", "strength", *SCORES, "style, less that of none"], rows), file=file.name, cells=CELLS
+        table=table(["", "strength", *SCORES, "style, less that of none"], rows),
+        file=file.name,
+        cells=CELLS,
+        verdict=verdict(bench, none, advised),
     )
+
+
+def verdict(bench: Bench, none: dict[str, Tensor], advised: dict[str, Tensor]) -> str:
+    """How much of the colour error is left, and whether the style score is as without."""
+    left = (advised["colour error"].mean() / none["colour error"].mean()).item()
+    style, usual = bench.estimate(advised["style"]), bench.estimate(none["style"])
+    place = "inside" if usual.low <= style.mean <= usual.high else "outside"
+    return f"{left:.0%} of the colour error are left; its style score is {place} the interval of none."
 
 
 def plot(found: dict[str, list[dict[str, Tensor]]], file: Path) -> None:
     figure, (axis,) = chart_axes(1)
-    for (method, curve), colour in zip(found.items(), COLOURS, strict=True):
+    for (method, curve), colour in zip(found.items(), (*COLOURS, "gray"), strict=True):
         points = [(scores["colour error"].mean().item(), scores["style"].mean().item()) for scores in curve]
         axis.plot(*zip(*points, strict=True), color=colour, label=method, marker=".")
     axis.set(xlabel="colour error", ylabel="style score")
@@ -145,7 +166,7 @@ def styles_section(bench: Bench, found: dict[str, list[dict[str, Tensor]]]) -> s
         chosen = [i for i, pair in enumerate(bench.pairs) if pair.style[0] == emoji]
         cells = [f"{s['colour error'][chosen].mean():.3f}, {s['style'][chosen].mean():.3f}" for s in curve]
         rows.append([emoji, *cells])
-    return STYLES_TEXT.format(table(["style image of", *(f"{strength:g}" for strength in STRENGTHS)], rows))
+    return STYLES_TEXT.format(styles=table(["style image of", *(f"{strength:g}" for strength in STRENGTHS)], rows))
 
 
 def sheet_section(bench: Bench, pictures: Tensor, contents: Tensor, file: Path) -> str:
@@ -154,7 +175,7 @@ def sheet_section(bench: Bench, pictures: Tensor, contents: Tensor, file: Path) 
     columns = {"content": contents, "style": styles, "0": pictures}
     columns |= {f"{strength:g}": guided(pictures, contents, strength) for strength in STRENGTHS[1:]}
     columns |= {
-        name: method(pictures, contents, 1.0) for name, method in zip("MS", [*METHODS.values()][1:], strict=True)
+        name: method(pictures, contents, 1.0) for name, method in zip("MSL", [*METHODS.values()][1:], strict=True)
     }
     page = Image.new("RGB", (136 * len(columns), 24 + 136 * len(pairs)), "white")
     for i, (name, batch) in enumerate(columns.items()):
@@ -163,7 +184,7 @@ def sheet_section(bench: Bench, pictures: Tensor, contents: Tensor, file: Path) 
             pixels = (255 * rearrange(F.adaptive_avg_pool2d(batch[j], SIDE), "c h w -> h w c")).round().byte().numpy()
             page.paste(Image.fromarray(pixels), (136 * i + 4, 24 + 136 * j))
     page.quantize(256, dither=Image.Dither.NONE).save(file, optimize=True)
-    return SHEET_TEXT.format(file=file.name)
+    return SHEET_TEXT.format(sheet=file.name)
 
 
 def main() -> None:

@@ -107,7 +107,7 @@ def to_oklab(x: Tensor) -> Tensor:
 
 
 def to_srgb(lab: Tensor) -> Tensor:
-    """OKLab (b 3 h w) as sRGB, 0 to 1. A colour out of gamut gets the largest chroma that its hue and lightness have."""
+    """OKLab (b 3 h w) as sRGB, 0 to 1. A colour out of gamut gets the largest chroma of its hue and lightness."""
     light, chroma = lab[:, :1].clamp(0, 1), lab[:, 1:]
     scale, step = torch.ones_like(light), 1.0
     is_out = _is_out_of_gamut(_to_linear(light, chroma))
