@@ -1,7 +1,7 @@
 """`python benchmarks/colours.py [--work DIR] [--few]`: what keeping the content image's colours costs in style.
 
 The pictures of `benchmarks/fidelity/report.py --tune --images 4 --scale 0.2 --seeds 1`, contender "quality", are given
-the colours of their content images by four methods at rising strengths. The pack has the first; the others are here.
+the colours of their content images by three methods at rising strengths. The pack has the first; the others are here.
 
 A stopped run continues, as the report does, in the same folder. `--few` takes two by two images, and leaves its results
 in DIR.
@@ -30,12 +30,12 @@ from benchmarks.fidelity.judges import SIDE
 from benchmarks.fidelity.pairs import PAIRS
 from benchmarks.fidelity.report import TRIED, Bench, bold, first_pairs
 from benchmarks.fidelity.studio import Studio
-from consislora_core.colours import SMOOTH, WIDE, guided_filter, keep_colours, to_oklab, to_srgb
-from consislora_core.metrics import COARSE, silhouette
+from consislora_core.colours import keep_colours, to_oklab, to_srgb
+from consislora_core.metrics import silhouette
 from demo.server import PACK
 
-STRENGTHS = (0.0, 0.25, 0.5, 0.75, 0.8, 1.0)
-ADVISED = 0.8
+STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
+ADVISED = 0.75
 CELLS = 32  # a side, in which colours are compared
 SLICES = 20
 INTRODUCTION, CURVE_TEXT, STYLES_TEXT, SHEET_TEXT = template("colours")
@@ -45,13 +45,6 @@ SCORES = ("colour error", "lightness error", "style", "content")
 def guided(pictures: Tensor, contents: Tensor, strength: float) -> Tensor:
     moved = keep_colours(*(rearrange(batch, "b c h w -> b h w c") for batch in (pictures, contents)), strength)
     return rearrange(moved, "b h w c -> b c h w")
-
-
-def with_lightness(pictures: Tensor, contents: Tensor, strength: float) -> Tensor:
-    """As `guided`, but lightness moves too."""
-    lab, mask = to_oklab(pictures), F.interpolate(silhouette(contents).float(), pictures.shape[-2:])
-    radius = WIDE * pictures.shape[-1] // COARSE
-    return to_srgb(lab + strength * mask * guided_filter(lab, lab, to_oklab(contents) - lab, radius, SMOOTH))
 
 
 def by_palette(pictures: Tensor, contents: Tensor, strength: float, transport: Callable) -> Tensor:
@@ -97,7 +90,6 @@ METHODS = {
     "chroma within outlines": guided,
     "palette, Monge-Kantorovich": lambda *inputs: by_palette(*inputs, monge_kantorovich),
     "palette, sliced transport": lambda *inputs: by_palette(*inputs, sliced),
-    "lightness too": with_lightness,
 }
 
 
@@ -151,7 +143,7 @@ def verdict(bench: Bench, none: dict[str, Tensor], advised: dict[str, Tensor]) -
 
 def plot(found: dict[str, list[dict[str, Tensor]]], file: Path) -> None:
     figure, (axis,) = chart_axes(1)
-    for (method, curve), colour in zip(found.items(), (*COLOURS, "gray"), strict=True):
+    for (method, curve), colour in zip(found.items(), COLOURS, strict=True):
         points = [(scores["colour error"].mean().item(), scores["style"].mean().item()) for scores in curve]
         axis.plot(*zip(*points, strict=True), color=colour, label=method, marker=".")
     axis.set(xlabel="colour error", ylabel="style score")
@@ -175,7 +167,7 @@ def sheet_section(bench: Bench, pictures: Tensor, contents: Tensor, file: Path) 
     columns = {"content": contents, "style": styles, "0": pictures}
     columns |= {f"{strength:g}": guided(pictures, contents, strength) for strength in STRENGTHS[1:]}
     columns |= {
-        name: method(pictures, contents, 1.0) for name, method in zip("MSL", [*METHODS.values()][1:], strict=True)
+        name: method(pictures, contents, 1.0) for name, method in zip("MS", [*METHODS.values()][1:], strict=True)
     }
     page = Image.new("RGB", (136 * len(columns), 24 + 136 * len(pairs)), "white")
     for i, (name, batch) in enumerate(columns.items()):

@@ -32,7 +32,7 @@ class KeepColours(io.ComfyNode):
                     min=0.0,
                     max=1.0,
                     step=0.05,
-                    tooltip="0: the style's colours, the result unchanged. 1: the content image's. 0.8 takes about "
+                    tooltip="0: the style's colours, the result unchanged. 1: the content image's. 0.75 takes about "
                     "half of the difference away, for little style.",
                 ),
                 io.Mask.Input(
