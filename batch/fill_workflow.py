@@ -14,6 +14,8 @@ INPUTS = "consislora_batch"  # in the server's input folder; pictures there are 
 PROMPTS = {"prompt": "positive", "negative_prompt": "negative"}
 LORAS = {"content_lora": "content", "style_lora": "style"}
 CREDITS = ("title", "creator", "rights")
+# Inputs of the nodes that balance content and style.
+BALANCES = {"content_strength", "content_guidance", "keep_colours"}
 
 Workflow = dict[str, dict]  # ComfyUI's API form: nodes by id
 
@@ -73,14 +75,14 @@ def fill_workflow(
 
 
 def nodes_taking(workflow: Workflow, job: Job, column: str, name: str) -> list[dict]:
-    """The nodes that mix or guide content and style and have an input `name`; none if the job leaves `column` empty.
+    """The nodes that balance content and style and have an input `name`; none if the job leaves `column` empty.
 
     Raises ValueError if there are none though the job has a value.
     """
     if getattr(job, column) is None:
         return []
-    mixers = [node for node in workflow.values() if {"content_strength", "content_guidance"} & node["inputs"].keys()]
-    found = [node for node in mixers if name in node["inputs"]]
+    balancing = [node for node in workflow.values() if BALANCES & node["inputs"].keys()]
+    found = [node for node in balancing if name in node["inputs"]]
     if not found:
         raise ValueError(f"no node of the workflow takes {column}. Leave the column empty, or choose another workflow.")
     return found

@@ -42,6 +42,7 @@ class Settings:
     cfg: float | None = None
     steps: int | None = None
     seed: int | None = None
+    keep_colours: float | None = None
 
 
 SETTINGS = tuple(field.name for field in fields(Settings))

@@ -66,7 +66,7 @@ def silhouette_overlap(picture: Tensor, truth: Tensor) -> Tensor:
 
     Intersection over union (Jaccard 1901) of all that the background does not reach from the border, holes filled.
     """
-    ours, theirs = torch.broadcast_tensors(_silhouette(picture), _silhouette(truth))
+    ours, theirs = torch.broadcast_tensors(silhouette(picture), silhouette(truth))
     union = (ours | theirs).sum((1, 2, 3))
     return torch.where(union > 0, (ours & theirs).sum((1, 2, 3)) / union.clamp(min=1), 1.0)
 
@@ -109,8 +109,8 @@ def _cosines(features: Tensor, others: Tensor) -> Tensor:
     return F.normalize(features, dim=1) @ F.normalize(others, dim=1).T
 
 
-def _silhouette(picture: Tensor) -> Tensor:
-    """A mask b 1 h w, true inside the silhouette; large pictures at about COARSE pixels."""
+def silhouette(picture: Tensor) -> Tensor:
+    """Of pictures b 3 h w a mask b 1 h w, true inside the silhouette; of large pictures at about COARSE pixels."""
     picture = F.avg_pool2d(picture, max(1, min(picture.shape[-2:]) // COARSE))
     frame = [picture[..., 0], picture[..., -1], picture[..., 0, :], picture[..., -1, :]]
     median = torch.cat(frame, -1).median(-1).values  # b 3

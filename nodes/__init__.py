@@ -4,6 +4,7 @@ from .catalogue import CatalogLoad
 from .demo import LoadDemoModel
 from .evaluate import Evaluate, Gate
 from .guide import Guider, Sampler
+from .keep_colours import KeepColours
 from .keep_outside import KeepOutsideMask
 from .lora import Apply, Load, Save
 from .recolour import Recolour
@@ -23,6 +24,7 @@ NODES = [
     Guider,
     Sampler,
     StrengthGrid,
+    KeepColours,
     Evaluate,
     Gate,
     KeepOutsideMask,

@@ -67,6 +67,11 @@ def test_a_job_fills_the_workflow_and_leaves_the_rest(monkeypatch):
     assert before == WORKFLOW
 
 
+def test_a_job_says_how_far_its_colours_are_kept_and_else_they_are_the_styles():
+    assert inputs(fill(keep_colours=0.75), "ConsisLoRAKeepColours")["keep_colours"] == 0.75
+    assert inputs(fill(), "ConsisLoRAKeepColours")["keep_colours"] == 0
+
+
 def test_an_adapter_takes_the_place_of_its_training():
     made = fill(content_lora="cup.safetensors")
     sampler, save = inputs(made, "ConsisLoRASampler"), inputs(made, "ConsisLoRACatalogSave")

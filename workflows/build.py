@@ -226,7 +226,7 @@ def catalogue(settings: Settings, note: str, cut_out: bool = False) -> Workflow:
     """
     loras = {"content": From("content_training", "consislora"), "style": From("stage_2_training", "consislora")}
     size = {side: From("pairs", side) for side in ("width", "height")}
-    saved = {"images": From("decoded", "IMAGE"), "job": From("pairs", "job"), **loras, "size": "as the photo"}
+    saved = {"images": From("coloured", "images"), "job": From("pairs", "job"), **loras, "size": "as the photo"}
     words = {
         **asked(BOTH, settings.side),
         "empty": Node("EmptyLatentImage", "Empty, in the subject's shape", {**size, "batch_size": 1}),
@@ -234,11 +234,16 @@ def catalogue(settings: Settings, note: str, cut_out: bool = False) -> Workflow:
     made = {
         "sampled": Node("ConsisLoRASampler", "Sample, guided", {"model": MODEL, **loras, **sampling(settings)}),
         "decoded": decoded(),
+        "coloured": Node(
+            "ConsisLoRAKeepColours",
+            "The product's own colours, where wanted",
+            {"images": From("decoded", "IMAGE"), "content_image": From("pairs", "content")},
+        ),
     }
     masked, folder = {}, {"resolution": settings.side}
     if cut_out:
         masked, folder = {"mask": From("pairs", "mask")}, folder | {"catalogue": "catalogue_cut_out"}
-        kept = {"images": From("decoded", "IMAGE"), "original": From("pairs", "content"), **masked}
+        kept = {"images": From("coloured", "images"), "original": From("pairs", "content"), **masked}
         made["kept"] = Node("ConsisLoRAKeepOutsideMask", "Cut out again", {**kept, "outside": "transparent"})
         saved["images"] = From("kept", "images")
     made["result"] = Node("ConsisLoRACatalogSave", "Into the catalogue", saved)

@@ -1,0 +1,161 @@
+"""Keep Colours gives a result its content image's hue and chroma, and leaves the style lightness, lines and page."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from images import loaded
+
+from consislora_core.colours import keep_colours, to_oklab, to_srgb
+from consislora_core.metrics import silhouette
+
+
+def drawn(name: str, side: int = 128) -> torch.Tensor:
+    """1 h w 3"""
+    return loaded(name, side).movedim(1, -1)
+
+
+def lab(pictures: torch.Tensor) -> torch.Tensor:
+    """b h w 3"""
+    return to_oklab(pictures.float().movedim(-1, 1)).movedim(1, -1)
+
+
+@pytest.fixture(scope="module")
+def crown():
+    return drawn("crown-flat")
+
+
+@pytest.fixture(scope="module")
+def blue(crown):
+    """The crown in other colours, as a style would have them."""
+    return crown.flip(-1).contiguous()
+
+
+def distance(pictures, content) -> float:
+    """Of the mean hue and chroma inside the content image's silhouette."""
+    inside = silhouette(content.movedim(-1, 1))[0, 0]
+    return (lab(pictures)[0, inside, 1:].mean(0) - lab(content)[0, inside, 1:].mean(0)).norm().item()
+
+
+def test_oklab_is_its_authors_and_goes_back(crown):
+    red = to_oklab(torch.tensor([1.0, 0.0, 0.0]).view(1, 3, 1, 1)).flatten()
+    assert red.tolist() == pytest.approx([0.62796, 0.22486, 0.12585], abs=1e-4)  # the CSS Color 4 value of red
+    x = crown.movedim(-1, 1)
+    assert (to_srgb(to_oklab(x)) - x).abs().max() < 2e-3
+
+
+def test_at_0_the_result_is_the_very_picture(crown, blue):
+    assert torch.equal(keep_colours(blue, crown, 0.0), blue)
+
+
+def test_at_1_the_colours_are_the_contents_and_between_they_move_evenly(crown, blue):
+    distances = [distance(keep_colours(blue, crown, strength), crown) for strength in (0.0, 0.25, 0.5, 0.75, 1.0)]
+    assert distances == sorted(distances, reverse=True)
+    assert distances[-1] < 0.15 * distances[0]
+
+
+def test_lightness_stays_the_styles(crown, blue):
+    assert (lab(keep_colours(blue, crown, 1.0)) - lab(blue))[..., 0].abs().max() < 5e-3
+
+
+def test_the_page_stays_what_the_style_made_it_to_the_bit(crown, blue):
+    outside = ~silhouette(crown.movedim(-1, 1))[0, 0]
+    far = -F.max_pool2d(-outside[None].float(), 13, 1, 6)[0] > 0  # not at the outline
+    for page in ((1.0, 1.0, 1.0), (0.95, 0.9, 0.7)):
+        picture = torch.where(outside[..., None], torch.tensor(page), blue)
+        moved = keep_colours(picture, crown, 1.0)
+        assert far.any() and torch.equal(moved[0, far], picture[0, far])
+
+
+def test_black_and_white_stay_black_and_white(crown):
+    lines = (crown.mean(-1, keepdim=True) > 0.5).float().expand(-1, -1, -1, 3)
+    assert (keep_colours(lines, crown, 1.0) - lines).abs().max() < 0.02
+
+
+def test_a_grey_content_image_makes_the_subject_grey(crown):
+    grey = lab(crown) * torch.tensor([1.0, 0.0, 0.0])
+    grey = to_srgb(grey.movedim(-1, 1)).movedim(1, -1)
+    assert distance(keep_colours(crown, grey, 1.0), grey) < 0.15 * distance(crown, grey)
+
+
+def test_a_colour_that_srgb_lacks_keeps_hue_and_lightness():
+    wild = torch.tensor([0.7, 0.3, 0.2]).view(1, 3, 1, 1)
+    got = to_oklab(to_srgb(wild)).flatten()
+    assert got[0] == pytest.approx(0.7, abs=5e-3)
+    assert torch.atan2(got[2], got[1]).item() == pytest.approx(torch.atan2(wild[0, 2], wild[0, 1]).item(), abs=0.02)
+    assert 0.1 < got[1:].norm() < 0.3
+
+
+def test_only_inside_a_mask_do_colours_change(crown, blue):
+    mask = torch.zeros(1, 32, 32)
+    mask[:, :, 16:] = 1.0
+    moved = keep_colours(blue, crown, 1.0, mask)
+    assert torch.equal(moved[:, :, :56], blue[:, :, :56])
+    assert (moved - blue)[:, :, 72:].abs().max() > 0.2
+    assert torch.equal(keep_colours(blue, crown, 1.0, torch.zeros(1, 8, 8)), blue)
+
+
+def test_colours_do_not_run_over_the_results_outlines():
+    content, picture = torch.full((1, 128, 128, 3), 0.5), torch.full((1, 128, 128, 3), 0.3)
+    content[:, :, :64], content[:, :, 64:] = torch.tensor([0.8, 0.2, 0.2]), torch.tensor([0.2, 0.2, 0.8])
+    picture[:, :, 70:] = 0.7  # its own outline lies elsewhere
+    moved = lab(keep_colours(picture, content, 1.0, torch.ones(1, 1, 1)))
+    own, contents = ((moved[0, 64, edge, 1:] - moved[0, 64, edge - 1, 1:]).norm() for edge in (70, 64))
+    assert own > 3 * contents
+
+
+@pytest.mark.parametrize("size", [(1, 1), (7, 300), (128, 96), (500, 333)])
+def test_any_size_and_any_size_of_the_content_image(crown, size):
+    picture = F.interpolate(crown.flip(-1).movedim(-1, 1), size).movedim(1, -1)
+    moved = keep_colours(picture, crown[:, 10:, :], 1.0)
+    assert moved.shape == picture.shape and moved.isfinite().all() and moved.min() >= 0 and moved.max() <= 1
+
+
+def test_an_enlargement_gets_the_colours_of_the_picture(crown, blue):
+    large = drawn("crown-flat", 512).flip(-1)
+    moved = F.avg_pool2d(keep_colours(large, crown, 1.0).movedim(-1, 1), 4).movedim(1, -1)
+    assert (moved - keep_colours(blue, crown, 1.0)).abs().mean() < 0.02
+
+
+def test_a_batch_gets_one_content_image_or_one_each(crown, blue):
+    owl = drawn("owl-flat")
+    results = torch.cat([blue, owl])
+    one = keep_colours(results, crown, 0.5)
+    each = keep_colours(results, torch.cat([crown, owl.flip(-1)]), 0.5)
+    assert torch.equal(one[:1], keep_colours(blue, crown, 0.5)) and torch.equal(each[:1], one[:1])
+    assert torch.equal(each[1:], keep_colours(owl, owl.flip(-1), 0.5))
+    with pytest.raises(ValueError, match="content_image has a batch of 2"):
+        keep_colours(torch.cat([results, blue]), results, 0.5)
+    with pytest.raises(ValueError, match="mask has a batch of 3"):
+        keep_colours(results, crown, 0.5, torch.ones(3, 8, 8))
+
+
+def test_half_precision_comes_back_as_it_was_and_right(crown, blue):
+    moved = keep_colours(blue.half(), crown.half(), 1.0)
+    assert moved.dtype == torch.float16
+    assert (moved - keep_colours(blue, crown, 1.0)).abs().max() < 0.02
+
+
+def node(pack, *inputs, **others) -> torch.Tensor:
+    return pack.nodes.keep_colours.KeepColours.execute(*inputs, **others).args[0]
+
+
+def test_the_node_keeps_alpha_and_takes_grey_pictures(pack, crown, blue):
+    alpha = torch.rand(1, 128, 128, 1)
+    cut_out = torch.cat([blue, alpha], -1)
+    assert torch.equal(node(pack, cut_out, crown, 0.0), cut_out)
+    moved = node(pack, cut_out, torch.cat([crown, alpha], -1), 1.0)
+    assert torch.equal(moved[..., 3:], alpha) and torch.equal(moved[..., :3], keep_colours(blue, crown, 1.0))
+    grey = crown.mean(-1, keepdim=True)
+    assert distance(node(pack, grey, crown, 1.0), crown) < 0.5 * distance(grey.expand(-1, -1, -1, 3), crown)
+
+
+def test_the_node_takes_a_mask_without_a_batch(pack, crown, blue):
+    assert torch.equal(
+        node(pack, blue, crown, 1.0, torch.ones(8, 8)), node(pack, blue, crown, 1.0, torch.ones(1, 8, 8))
+    )
+
+
+@pytest.mark.parametrize("mask", [torch.zeros(0, 8, 8), torch.full((1, 8, 8), float("nan")), torch.ones(1, 3, 8, 8)])
+def test_the_node_refuses_what_is_no_mask(pack, crown, mask):
+    with pytest.raises(ValueError, match="mask"):
+        node(pack, crown, crown, 1.0, mask)
