@@ -11,10 +11,11 @@ async def comfy_entrypoint():
     from comfy_api.latest import ComfyExtension
 
     from .host import provenance
-    from .nodes import NODES, review
+    from .nodes import NODES
+    from .review import routes
 
     provenance.listen()
-    review.add_routes()
+    routes.add_routes()
 
     class ConsisLoRA(ComfyExtension):
         async def get_node_list(self):

@@ -156,7 +156,8 @@ CONTENDERS = {
     "quality": Contender("Muon, rates fade; recolourings; guidance 0.5", QUALITY, settings=HALF),
     "fast": Contender("quality in half of the steps, at twice the rates", FAST, settings=HALF),
 }
-DIFFERENCES = ("c-b", "b-a", "c-a", "c-d", "c-e", "c-f", "g-c", "h-c", "i-c", "quality-c", "fast-c", "quality-fast")
+DIFFERENCES = ("c-b", "b-a", "c-a", "c-d", "c-e", "c-f", "g-c", "h-c", "i-c", "quality-c", "quality-b", "quality-a",
+               "fast-c", "quality-fast")  # fmt: skip
 TRADED = ("content", "style")
 
 # For the base model prompted by name: subjects and drawings that it has learned.
@@ -495,11 +496,12 @@ def main() -> None:
     bench = Bench(Studio(options.work), pairs, scale, seeds)
     measured = {name: bench.measured(contender) for name, contender in contenders.items()}
     against_c = [f"{name}-c" for name in contenders if name != "c"]
+    wanted = [pair for pair in DIFFERENCES if contenders.keys() >= set(pair.split("-"))]
     name = f"fidelity{'_tuning' * options.tune}"
     sections = [
         introduction(bench, shlex.join(["", *sys.argv[1:]]).removeprefix("''")),
         scores_section(bench, measured, contenders),
-        differences_section(bench, measured, DIFFERENCES if is_whole else against_c),
+        differences_section(bench, measured, against_c if options.tune else wanted),
         own_section(bench, contenders),
     ]
     if is_whole:

@@ -18,7 +18,7 @@ from ..consislora_core.files import escape_text
 from ..host.paths import input_folder, output_folder
 from ..host.progress import running_server
 
-PAGE = Path(__file__).resolve().parent.parent / "review"
+PAGE = Path(__file__).resolve().parent / "page"
 ROOT = "/consislora/review"
 SIZES = (192, 1600)  # pixels of the longer side in which pictures are sent, besides their own
 SHOWN_BY_BROWSERS = {".png", ".jpg", ".jpeg", ".webp", ".gif", ".avif"}

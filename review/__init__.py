@@ -1,0 +1,1 @@
+"""The review page: where people accept and reject the results of a catalogue."""
