@@ -6,7 +6,7 @@ import json
 import os
 import shlex
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -159,7 +159,7 @@ def saving(options: argparse.Namespace) -> dict[str, str]:
     return {name: getattr(options, name) for name in SAVING if getattr(options, name)}
 
 
-def read_workflow(path: Path, checkpoint: str | None, save_as: dict[str, str]) -> Workflow:
+def read_workflow(path: Path, checkpoint: str | None, save_as: Mapping[str, str] = {}) -> Workflow:
     """A workflow in API form, with another checkpoint if one is named. save_as: other inputs of Save Catalogue.
 
     Raises ValueError for another kind of file.
@@ -255,6 +255,7 @@ class Batch:
         if isinstance(runner, JobRunner):  # the folders of workers end with them
             await self.bring_review(sheet, runner, stop_if_cancelled)
         summary = summarise(sheet.read().values())
+        self.output.mkdir(parents=True, exist_ok=True)
         with written_whole(self.output / SUMMARY) as unfinished:
             unfinished.write_text(json.dumps(summary, ensure_ascii=False, indent=1), encoding="utf-8")
         print(

@@ -45,20 +45,27 @@ def keep_outside(images: Tensor, original: Tensor, mask: Tensor, feather: int = 
     check_pictures(images, "images")
     check_pictures(original, "original")
     images, original = (pixels[..., :3].expand(-1, -1, -1, 3).movedim(-1, 1).float() for pixels in (images, original))
-    masks, size = _checked(mask, "nothing of the result would show").to(images.device), original.shape[-2:]
-    for name, batch in (("original", original), ("mask", masks)):
-        if len(batch) not in (1, len(images)):
-            raise ValueError(
-                f"{name} holds {len(batch)} for {len(images)} pictures in images. Connect one for all of them, or one "
-                "for each."
-            )
+    size = original.shape[-2:]
+    _check_count("original", len(original), len(images))
     _check_shape("images", images.shape[-2:], "original", size)
-    if masks.amin() < masks.amax():
-        _check_shape("mask", masks.shape[-2:], "original", size)
+    masks = picture_masks(mask, len(images), "original", size, "nothing of the result would show").to(images.device)
     masks = feathered(_resized(masks, size), feather).expand(len(images), -1, -1, -1)
     images = _resized(images, size)
     joined = torch.cat([images, masks], 1) if transparent else torch.lerp(original.to(images), images, masks)
     return joined.movedim(1, -1)
+
+
+def picture_masks(mask: Tensor, count: int, other: str, size: tuple[int, int], if_empty: str) -> Tensor:
+    """A mask for `count` pictures, one for all or one for each: b 1 h w, fp32, within 0 and 1.
+
+    Raises ValueError for one that is empty, for too many or too few, and for another shape than `other` has, of this
+    size (height, width). if_empty: what would follow from an empty one.
+    """
+    masks = _checked(mask, if_empty)
+    _check_count("mask", len(masks), count)
+    if masks.amin() < masks.amax():
+        _check_shape("mask", masks.shape[-2:], other, size)
+    return masks
 
 
 def feathered(mask: Tensor, pixels: int) -> Tensor:
@@ -95,6 +102,13 @@ def _checked(mask: Tensor, if_empty: str) -> Tensor:
             "where a picture is transparent: put Invert Mask behind it."
         )
     return masks
+
+
+def _check_count(name: str, found: int, count: int) -> None:
+    if found not in (1, count):
+        raise ValueError(
+            f"{name} holds {found} for {count} pictures in images. Connect one for all of them, or one for each."
+        )
 
 
 def _check_shape(name: str, size: tuple[int, int], other: str, expected: tuple[int, int]) -> None:

@@ -2,10 +2,10 @@
 
 import torch
 from comfy_api.latest import io
-from torch import Tensor
 
 from ..consislora_core.colours import keep_colours as with_colours
-from ..host.model_inputs import check_finite, check_pictures
+from ..host.masks import picture_masks
+from ..host.model_inputs import check_pictures
 from .sockets import CATEGORY, aliases
 from .widget_values import checked
 
@@ -51,17 +51,9 @@ class KeepColours(io.ComfyNode):
         for name, batch in {"images": images, "content_image": content_image}.items():
             check_pictures(batch, name)
         if mask is not None:
-            mask = checked_mask(mask)
+            mask = picture_masks(mask, len(images), "images", images.shape[1:3], "no colour would change")[:, 0]
         if keep_colours == 0:
             return io.NodeOutput(images)
         colours, alpha = images[..., :3].expand(-1, -1, -1, 3), images[..., 3:]
         moved = with_colours(colours, content_image[..., :3].expand(-1, -1, -1, 3), keep_colours, mask)
         return io.NodeOutput(torch.cat([moved, alpha], -1))
-
-
-def checked_mask(mask: Tensor) -> Tensor:
-    """As b h w. Raises ValueError for what is no mask, and for values not finite."""
-    if not torch.is_tensor(mask) or mask.ndim not in (2, 3) or not mask.numel():
-        raise ValueError("mask is no mask of (batch, height, width). Connect a node that gives a MASK.")
-    check_finite(mask, "mask", "draw it again")
-    return mask.reshape(-1, *mask.shape[-2:])

@@ -156,8 +156,8 @@ CONTENDERS = {
     "quality": Contender("Muon, rates fade; recolourings; guidance 0.5", QUALITY, settings=HALF),
     "fast": Contender("quality in half of the steps, at twice the rates", FAST, settings=HALF),
 }
-DIFFERENCES = ("c-b", "b-a", "c-a", "c-d", "c-e", "c-f", "g-c", "h-c", "i-c", "quality-c", "quality-b", "quality-a",
-               "fast-c", "quality-fast")  # fmt: skip
+DIFFERENCES = ("c-b", "b-a", "c-a", "c-d", "c-e", "c-f", "g-c", "h-c", "i-c", "quality-c", "quality-i", "quality-b",
+               "quality-a", "fast-c", "quality-fast")  # fmt: skip
 TRADED = ("content", "style")
 
 # For the base model prompted by name: subjects and drawings that it has learned.
