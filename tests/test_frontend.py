@@ -17,6 +17,7 @@ from demo.run import IMAGES
 GUIDANCE, STRENGTH = (["content_" + what, "style_" + what] for what in ("guidance", "strength"))
 # The nodes on which a workflow ends, each with its pictures.
 ENDS = {
+    "catalogue_cut_out_demo": ["ConsisLoRACatalogSave"],
     "catalogue_demo": ["ConsisLoRACatalogSave"],
     "content_only_demo": ["SaveImage"],
     "dual_guidance_demo": ["SaveImage"],
