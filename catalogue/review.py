@@ -14,7 +14,8 @@ from typing import NamedTuple
 
 from . import escape_text
 from .names import as_spelled, by_number, composed, inside
-from .sheets import RESULTS, SETTINGS, Record, Result, ResultsSheet, decision_in
+from .sheets import RESULTS, SETTINGS, Result, ResultsSheet, decision_in
+from .tables import Record
 
 DEEPEST = 4  # folders inside the output folder in which a catalogue is found
 DECISIONS = ("accepted", "rejected", "")  # the last one: undone

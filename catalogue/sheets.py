@@ -1,34 +1,26 @@
-"""Job sheets and the sheet of results, as CSV or JSON."""
+"""Job sheets and the sheet of results: what their columns mean."""
 
-import csv
 import functools
-import io
-import json
 import math
 import re
 import typing
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import MISSING, Field, dataclass, fields, replace
 from decimal import Decimal
-from itertools import compress
 from pathlib import Path
 from typing import NamedTuple
 
-from . import escape_text, locked, patiently, written_whole
+from . import escape_text, locked
 from .names import as_spelled, composed, inside, portable, result_name
 from .pictures import NAME, filled_name
+from .tables import Record, Table, parsed_table, read_table, write_table
 
-MAX_ROWS, MAX_SHEET_BYTES = 200_000, 200_000_000
 LARGEST = 10**20  # of whole numbers: seeds have 64 bits
 THOUSANDS = re.compile(r"\s*[+-]?\d{1,3}(,\d{3})+\s*")  # in some countries, thousandths in others
-FORMULA = re.compile(r"'*[=+\-@]")  # at the beginning of a cell, for a spreadsheet
 SHOWN = 30  # problems that an error text lists
 RESULTS = "results.csv"
-
-Record = dict[str, object]  # the cells of a spreadsheet's row, by column
-Table = list[tuple[int, Record]]  # with the row's number as a spreadsheet shows it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,12 +125,13 @@ def cell_type(field: Field) -> type:
     return (typing.get_args(field.type) or (field.type,))[0]
 
 
+COLUMNS = [field.name for field in columns(Result)]
 TEXTS = {field.name for field in fields(Result) if cell_type(field) is str}
 
 
 def read_jobs(path: Path) -> list[Job]:
     """The jobs of a CSV or JSON sheet. Raises ValueError that lists all problems of the sheet."""
-    table = _read_table(path)
+    table = read_table(path)
     jobs, problems = [], _unknown_columns(table)
     for number, record in table:
         job, found = _parsed(Job, record)
@@ -244,105 +237,9 @@ def _whole_number(value: str | float) -> int:
     return int(number)
 
 
-def _read_table(path: Path, only: Collection[str] = ()) -> Table:
-    """The records of a CSV or JSON file that are not blank. Raises ValueError for a file that is not such a sheet.
-
-    only: columns of a CSV file that are wanted, if not all.
-    """
-    try:
-        with patiently(path.open, "rb") as file:
-            data = file.read(MAX_SHEET_BYTES + 1)
-    except OSError as error:
-        raise ValueError(f"{escape_text(path)} cannot be read: {error.strerror or error}.") from error
-    return _parsed_table(escape_text(path.name), data, only)
-
-
-def _parsed_table(name: str, data: bytes, only: Collection[str] = ()) -> Table:
-    if len(data) > MAX_SHEET_BYTES:
-        raise ValueError(f"{name} is larger than {MAX_SHEET_BYTES // 10**6} MB. Split it into several sheets.")
-    try:
-        text = data.decode("utf-8-sig")
-        table = _json_table(text) if name.lower().endswith(".json") else _csv_table(text, only)
-    except UnicodeDecodeError:
-        raise ValueError(f"{name} is not UTF-8 text. Save it as CSV UTF-8.") from None
-    except (ValueError, csv.Error, RecursionError) as error:
-        raise ValueError(f"{name} cannot be read as a sheet: {error}.") from None
-    if len(table) > MAX_ROWS:
-        raise ValueError(f"{name} has more than {MAX_ROWS} rows. Split it into several sheets.")
-    return table
-
-
-def _json_table(text: str) -> Table:
-    records = json.loads(text)
-    if not isinstance(records, list) or not all(isinstance(record, dict) for record in records):
-        raise ValueError("a list of objects was expected, one a job")
-    return list(enumerate(records, 1))
-
-
-def _csv_table(text: str, only: Collection[str]) -> Table:
-    header, rows = _csv_rows(text)
-    is_wanted = [not only or column in only for column in header]
-    wanted = list(compress(header, is_wanted))
-    return [
-        (number, {column: _unquoted(value) for column, value in zip(wanted, cells, strict=False) if value})
-        for number, cells in ((number, compress(cells, is_wanted)) for number, cells in rows)
-    ]
-
-
-def _csv_rows(text: str) -> tuple[list[str], Iterator[tuple[int, list[str]]]]:
-    """The columns, and the rows that are not blank.
-
-    Columns are separated by commas, semicolons or tabs, depending on a spreadsheet's country.
-    """
-    first_line = text.partition("\n")[0]
-    delimiter = max(",;\t", key=first_line.count)
-    lines = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
-    header = [column.strip().lower().replace(" ", "_") for column in next(lines, [])]
-    duplicates = [column for column, count in Counter(header).items() if column and count > 1]
-    if duplicates:
-        raise ValueError(f"the column {duplicates[0]} is there twice")
-    return header, _filled_rows(lines, len(header))
-
-
-def _filled_rows(lines: Iterator[list[str]], width: int) -> Iterator[tuple[int, list[str]]]:
-    for number, cells in enumerate(lines, 2):
-        if len(cells) > width and any(value.strip() for value in cells[width:]):
-            raise ValueError(f"row {number} has more cells than the first row has columns")
-        if any(value.strip() for value in cells):
-            yield number, cells
-
-
-def _quoted(value: object) -> object:
-    """A text that no spreadsheet takes for a formula."""
-    return f"'{value}" if isinstance(value, str) and FORMULA.match(value) else value
-
-
-def _unquoted(value: str) -> str:
-    return value[1:] if value[0] == "'" and FORMULA.match(value) else value
-
-
-def _write_table(path: Path, records: list[Record]) -> None:
-    """Writes a CSV or JSON sheet whole or not at all: our columns, then those of people. Raises OSError."""
-    ours = (field.name for field in columns(Result))
-    header = list(dict.fromkeys([*ours, *(column for record in records for column in record)]))
-    as_json = path.suffix.lower() == ".json"
-    # Spreadsheets recognise UTF-8 by its byte order mark. File names from other systems may have no encoding.
-    encoding = dict(encoding="utf-8" if as_json else "utf-8-sig", errors="backslashreplace", newline="")
-    with written_whole(path) as unfinished, unfinished.open("w", **encoding) as file:
-        if as_json:
-            json.dump(records, file, ensure_ascii=False, indent=1)
-        else:
-            writer = csv.writer(file)
-            writer.writerow(header)
-            writer.writerows(
-                [_quoted(record.get(column)) if column in TEXTS else record.get(column) for column in header]
-                for record in records
-            )
-
-
 def read_results(name: str, data: bytes) -> dict[str, Result]:
     """Results by name from the bytes of a sheet. Raises ValueError that lists all problems of the sheet."""
-    return _parsed_results(name, _parsed_table(name, data))
+    return _parsed_results(name, parsed_table(name, data))
 
 
 def _parsed_results(name: str, table: Table) -> dict[str, Result]:
@@ -359,7 +256,7 @@ def _parsed_results(name: str, table: Table) -> dict[str, Result]:
 
 def as_record(result: Result) -> Record:
     """The cells of a result, by column."""
-    return {field.name: getattr(result, field.name) for field in columns(Result)}
+    return {column: getattr(result, column) for column in COLUMNS}
 
 
 def decision_in(record: Record | Result) -> Record:
@@ -413,21 +310,18 @@ class ResultsSheet:
         with locked(Path(f"{self.path}.lock"), waiting, f"another program writes {self.path.name}"):
             records = {_name_in(record): record for _, record in self._table()}
             yield records
-            if len(records) > MAX_ROWS:
-                raise ValueError(f"{escape_text(self.path)} has {MAX_ROWS} rows already. Go on in another folder.")
-            _write_table(self.path, list(records.values()))
+            write_table(self.path, list(records.values()), COLUMNS, TEXTS)
 
     def _added(self, record: Record) -> Record:
-        ours = as_record(Result(""))
-        return {column: value for column, value in record.items() if column not in ours}
+        return {column: value for column, value in record.items() if column not in COLUMNS}
 
     def _table(self) -> Table:
-        return _read_table(self.path) if self.path.exists() else []
+        return read_table(self.path) if self.path.exists() else []
 
 
 @functools.lru_cache(1)  # runs that find their pair done, one after another, read a large sheet once
 def _entries(path: Path, mtime_ns: int, size: int) -> Mapping[str, Entry]:
-    table = _read_table(path, {"name", *Entry._fields})
+    table = read_table(path, {"name", *Entry._fields})
     entries = {_name_in(row): Entry(row.get("key", ""), row.get("files", ""), row.get("error", "")) for _, row in table}
     if "" in entries:
         ResultsSheet(path).read()

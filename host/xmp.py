@@ -20,7 +20,7 @@ PACKET = """<?xpacket begin="\ufeff" id="W5M0MpCehiHzreSzNTczkc9d"?>
     xmlns:dc="http://purl.org/dc/elements/1.1/"
     xmlns:xmp="http://ns.adobe.com/xap/1.0/"
     xmlns:Iptc4xmpExt="http://iptc.org/std/Iptc4xmpExt/2008-02-29/"
-    xmlns:consislora="http://consislora.github.io/xmp/1.0/">
+    xmlns:consislora="urn:consislora:xmp:1.0:">
 {properties}
   </rdf:Description>
  </rdf:RDF>

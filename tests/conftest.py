@@ -3,6 +3,7 @@
 import importlib
 import os
 import pkgutil
+import shutil
 import signal
 import subprocess
 import sys
@@ -117,6 +118,14 @@ def in_full_fp32(monkeypatch):
     import torch
 
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+
+
+@pytest.fixture
+def store(pack):
+    """The store of trainings in this process, empty, or a test would get what another one has trained."""
+    store = pack.host.paths.training_store()
+    shutil.rmtree(store.folder, ignore_errors=True)
+    return store
 
 
 @pytest.fixture(scope="module")

@@ -16,11 +16,7 @@ HALF = torch.cat([torch.ones(1, 128, 64), torch.zeros(1, 128, 64)], 2)  # of a p
 LATENT = TENSORS["z_0"].shape[-2:]
 
 
-@pytest.fixture(autouse=True)
-def store(pack):
-    store = pack.host.paths.training_store()
-    shutil.rmtree(store.folder, ignore_errors=True)
-    return store
+pytestmark = pytest.mark.usefixtures("store")
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import pytest
 from filelock import FileLock
 from test_pictures import CASES
 
-from catalogue import sheets
+from catalogue import tables
 from catalogue.sheets import Job, Result, ResultsSheet, read_jobs
 
 
@@ -142,10 +142,10 @@ def test_another_encoding_a_missing_and_a_huge_sheet_are_reported(tmp_path, monk
         read_jobs(sheet(tmp_path, "content,style\n\u732b,b", encoding="shift_jis"))
     with pytest.raises(ValueError, match="none.csv cannot be read: No such file"):
         read_jobs(tmp_path / "none.csv")
-    monkeypatch.setattr(sheets, "MAX_ROWS", 2)
+    monkeypatch.setattr(tables, "MAX_ROWS", 2)
     with pytest.raises(ValueError, match="more than 2 rows"):
         read_jobs(sheet(tmp_path, "content,style\n" + "a,b\n" * 3))
-    monkeypatch.setattr(sheets, "MAX_SHEET_BYTES", 10)
+    monkeypatch.setattr(tables, "MAX_SHEET_BYTES", 10)
     with pytest.raises(ValueError, match="is larger than"):
         read_jobs(sheet(tmp_path, "content,style\n"))
 
@@ -261,6 +261,6 @@ def test_a_refused_write_leaves_the_earlier_sheet(results, monkeypatch):
 
 def test_a_full_sheet_is_reported(results, monkeypatch):
     results.record([CUP])
-    monkeypatch.setattr(sheets, "MAX_ROWS", 1)
+    monkeypatch.setattr(tables, "MAX_ROWS", 1)
     with pytest.raises(ValueError, match="Go on in another folder"):
         results.record([POT])

@@ -16,12 +16,7 @@ TENSORS = run("stage1_content")
 FEW_STEPS = dict(steps=3, transition_step=2, learning_rate=1e-3, reconstruction_learning_rate=1e-3, rank=2, seed=0)
 
 
-@pytest.fixture(autouse=True)
-def store(pack):
-    """Empty, or a test would get what another one has trained."""
-    store = pack.host.paths.training_store()
-    shutil.rmtree(store.folder, ignore_errors=True)
-    return store
+pytestmark = pytest.mark.usefixtures("store")
 
 
 @pytest.fixture

@@ -63,7 +63,12 @@ async function refresh() {
 }
 
 async function watch() {
-  await Promise.all([refresh(), showQueue()]).catch((error) => say(error.message));
+  try {
+    await refresh();
+    await showQueue();
+  } catch (error) {
+    find("#queue").textContent = error.message; // what is said about a decision stays readable
+  }
   setTimeout(watch, WATCH);
 }
 
@@ -268,7 +273,7 @@ function post(item, decision, reason, by) {
       state.etag = "";
     }
     setUnderWay(underWay - 1);
-    await refresh().catch((error) => say(error.message));
+    await refresh().catch(() => {}); // `watch` tells it
   });
 }
 

@@ -1,0 +1,120 @@
+"""Tables as people keep them: CSV as spreadsheets write it, or JSON."""
+
+import csv
+import io
+import json
+import re
+from collections import Counter
+from collections.abc import Collection, Iterator
+from itertools import compress
+from pathlib import Path
+
+from . import escape_text, patiently, written_whole
+
+MAX_ROWS, MAX_SHEET_BYTES = 200_000, 200_000_000
+FORMULA = re.compile(r"'*[=+\-@]")  # at the beginning of a cell, for a spreadsheet
+
+Record = dict[str, object]  # the cells of a spreadsheet's row, by column
+Table = list[tuple[int, Record]]  # with the row's number as a spreadsheet shows it
+
+
+def read_table(path: Path, only: Collection[str] = ()) -> Table:
+    """The records of a CSV or JSON file that are not blank. Raises ValueError for a file that is not such a sheet.
+
+    only: columns of a CSV file that are wanted, if not all.
+    """
+    try:
+        with patiently(path.open, "rb") as file:
+            data = file.read(MAX_SHEET_BYTES + 1)
+    except OSError as error:
+        raise ValueError(f"{escape_text(path)} cannot be read: {error.strerror or error}.") from error
+    return parsed_table(escape_text(path.name), data, only)
+
+
+def parsed_table(name: str, data: bytes, only: Collection[str] = ()) -> Table:
+    """The records in the bytes of a file of this name, as `read_table` gives them. Raises as it does."""
+    if len(data) > MAX_SHEET_BYTES:
+        raise ValueError(f"{name} is larger than {MAX_SHEET_BYTES // 10**6} MB. Split it into several sheets.")
+    try:
+        text = data.decode("utf-8-sig")
+        table = _json_table(text) if name.lower().endswith(".json") else _csv_table(text, only)
+    except UnicodeDecodeError:
+        raise ValueError(f"{name} is not UTF-8 text. Save it as CSV UTF-8.") from None
+    except (ValueError, csv.Error, RecursionError) as error:
+        raise ValueError(f"{name} cannot be read as a sheet: {error}.") from None
+    if len(table) > MAX_ROWS:
+        raise ValueError(f"{name} has more than {MAX_ROWS} rows. Split it into several sheets.")
+    return table
+
+
+def _json_table(text: str) -> Table:
+    records = json.loads(text)
+    if not isinstance(records, list) or not all(isinstance(record, dict) for record in records):
+        raise ValueError("a list of objects was expected, one a job")
+    return list(enumerate(records, 1))
+
+
+def _csv_table(text: str, only: Collection[str]) -> Table:
+    header, rows = _csv_rows(text)
+    is_wanted = [not only or column in only for column in header]
+    wanted = list(compress(header, is_wanted))
+    return [
+        (number, {column: _unquoted(value) for column, value in zip(wanted, cells, strict=False) if value})
+        for number, cells in ((number, compress(cells, is_wanted)) for number, cells in rows)
+    ]
+
+
+def _csv_rows(text: str) -> tuple[list[str], Iterator[tuple[int, list[str]]]]:
+    """The columns, and the rows that are not blank.
+
+    Columns are separated by commas, semicolons or tabs, depending on a spreadsheet's country.
+    """
+    first_line = text.partition("\n")[0]
+    delimiter = max(",;\t", key=first_line.count)
+    lines = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    header = [column.strip().lower().replace(" ", "_") for column in next(lines, [])]
+    duplicates = [column for column, count in Counter(header).items() if column and count > 1]
+    if duplicates:
+        raise ValueError(f"the column {duplicates[0]} is there twice")
+    return header, _filled_rows(lines, len(header))
+
+
+def _filled_rows(lines: Iterator[list[str]], width: int) -> Iterator[tuple[int, list[str]]]:
+    for number, cells in enumerate(lines, 2):
+        if len(cells) > width and any(value.strip() for value in cells[width:]):
+            raise ValueError(f"row {number} has more cells than the first row has columns")
+        if any(value.strip() for value in cells):
+            yield number, cells
+
+
+def _quoted(value: object) -> object:
+    """A text that no spreadsheet takes for a formula."""
+    return f"'{value}" if isinstance(value, str) and FORMULA.match(value) else value
+
+
+def _unquoted(value: str) -> str:
+    return value[1:] if value[0] == "'" and FORMULA.match(value) else value
+
+
+def write_table(path: Path, records: list[Record], ours: Collection[str], texts: Collection[str]) -> None:
+    """Writes a CSV or JSON sheet whole or not at all: our columns, then those of people.
+
+    texts: the columns of texts, in which no spreadsheet may find a formula. Raises OSError, and ValueError for more
+    rows than `read_table` takes.
+    """
+    if len(records) > MAX_ROWS:
+        raise ValueError(f"{escape_text(path)} has {MAX_ROWS} rows already. Go on in another folder.")
+    header = list(dict.fromkeys([*ours, *(column for record in records for column in record)]))
+    as_json = path.suffix.lower() == ".json"
+    # Spreadsheets recognise UTF-8 by its byte order mark. File names from other systems may have no encoding.
+    encoding = dict(encoding="utf-8" if as_json else "utf-8-sig", errors="backslashreplace", newline="")
+    with written_whole(path) as unfinished, unfinished.open("w", **encoding) as file:
+        if as_json:
+            json.dump(records, file, ensure_ascii=False, indent=1)
+        else:
+            writer = csv.writer(file)
+            writer.writerow(header)
+            writer.writerows(
+                [_quoted(record.get(column)) if column in texts else record.get(column) for column in header]
+                for record in records
+            )
