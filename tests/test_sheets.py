@@ -98,8 +98,8 @@ def test_all_problems_are_reported_together(tmp_path):
     assert str(caught.value).splitlines() == [
         "jobs.csv has 7 problems:",
         "- column sead: there is no such column. Known are content, style, name, prompt, negative_prompt, "
-        "content_lora, style_lora, content_strength, style_strength, content_guidance, style_guidance, "
-        "cfg, steps, seed, keep_colours.",
+        "content_lora, style_lora, title, creator, rights, content_strength, style_strength, content_guidance, "
+        "style_guidance, cfg, steps, seed, keep_colours.",
         "- row 2, column content_strength: 'strong' is not a number, such as 0.8.",
         "- row 2, column seed: '1.5' is not a whole number, such as 42.",
         "- row 3, column content: it is empty, and it is needed.",
