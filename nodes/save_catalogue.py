@@ -75,7 +75,7 @@ class CatalogSave(io.ComfyNode):
                     options=["8", "16"],
                     default="8",
                     optional=True,
-                    tooltip="Of a channel, in PNG and TIFF; WebP and JPEG have 8. A VAE in bf16 gives about 10: for "
+                    tooltip="Of a channel, in PNG and TIFF; WebP and JPEG have 8. A VAE in bf16 gives fewer: for "
                     "all 16, start ComfyUI with --fp32-vae.",
                 ),
                 io.String.Input(
