@@ -6,8 +6,8 @@ import json
 from collections.abc import Iterator
 from pathlib import PurePosixPath
 
+from catalogue.api_form import LOAD, SAVE, Workflow, single_node, with_upstream
 from catalogue.names import portable
-from catalogue.retry import LOAD, SAVE, single_node
 from catalogue.sheets import SETTINGS, Job
 
 INPUTS = "consislora_batch"  # in the server's input folder; pictures there are named by their bytes
@@ -17,28 +17,10 @@ CREDITS = ("title", "creator", "rights")
 # Inputs of the nodes that balance content and style.
 BALANCES = {"content_strength", "content_guidance", "keep_colours"}
 
-Workflow = dict[str, dict]  # ComfyUI's API form: nodes by id
-
 
 def catalogue_folder(name: str) -> str:
     """Where the results of a sheet go, inside the server's output folder."""
     return f"consislora_batch/{portable(name)}"
-
-
-def is_workflow(data: object) -> bool:
-    """Whether this is a workflow in API form, with every node that others are linked to."""
-    return isinstance(data, dict) and all(
-        isinstance(node, dict)
-        and isinstance(node.get("class_type"), str)
-        and isinstance(node.get("inputs"), dict)
-        and all(len(link) == 2 and isinstance(link[0], str) and link[0] in data for link in links(node))
-        for node in data.values()
-    )
-
-
-def links(node: dict) -> list[list]:
-    """The links into a node: each the id of a node and the number of its output."""
-    return [value for value in node["inputs"].values() if isinstance(value, list)]
 
 
 def fill_workflow(
@@ -85,15 +67,6 @@ def nodes_taking(workflow: Workflow, job: Job, column: str, name: str) -> list[d
     found = [node for node in balancing if name in node["inputs"]]
     if not found:
         raise ValueError(f"no node of the workflow takes {column}. Leave the column empty, or choose another workflow.")
-    return found
-
-
-def with_upstream(workflow: Workflow, last: str) -> list[str]:
-    """A node and all nodes upstream of it."""
-    found = [last]
-    for node in found:
-        origins = dict.fromkeys(origin for origin, _ in links(workflow[node]))
-        found += [origin for origin in origins if origin not in found]
     return found
 
 

@@ -10,7 +10,8 @@ from typing import NamedTuple
 from PIL import Image
 
 from batch.comfy_client import ComfyClient, Denied, Refused, failure_text
-from batch.fill_workflow import INPUTS, Workflow
+from batch.fill_workflow import INPUTS
+from catalogue.api_form import Workflow
 from catalogue.sheets import RESULTS, Result, read_results
 from consislora_core.files import patiently
 

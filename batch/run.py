@@ -15,20 +15,12 @@ from urllib.parse import urlsplit
 from tqdm import tqdm
 
 from batch.comfy_client import HEADER, ComfyClient, Denied, Refused, Unreachable, headers_in
-from batch.fill_workflow import (
-    LORAS,
-    Workflow,
-    catalogue_folder,
-    fill_workflow,
-    is_workflow,
-    lora_problems,
-    server_problems,
-)
+from batch.fill_workflow import LORAS, catalogue_folder, fill_workflow, lora_problems, server_problems
 from batch.job_runner import JobRunner, Order
 from batch.scheduler import Scheduler, WorkerLost
+from catalogue.api_form import SAVE, Workflow, is_workflow
 from catalogue.names import as_spelled, inside
 from catalogue.pictures import SUFFIXES, open_picture, picture_key
-from catalogue.retry import SAVE
 from catalogue.review import newer_decisions
 from catalogue.sheets import RESULTS, Job, Result, ResultsSheet, error_text, read_jobs
 from catalogue.summary import SUMMARY, summarise, summary_text

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from batch.fill_workflow import Workflow
+from catalogue.api_form import Workflow
 from catalogue.sheets import Job
 from consislora_core.schedule import FAST, PAPER, QUALITY
 

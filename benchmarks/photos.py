@@ -41,7 +41,7 @@ from batch.comfy_client import (
     failure_text,
     headers_in,
 )
-from batch.fill_workflow import INPUTS, Workflow, server_problems
+from batch.fill_workflow import INPUTS, server_problems
 from batch.job_runner import JobRunner
 from batch.run import Batch, server_name, to_url
 from benchmarks.common import table
@@ -60,6 +60,7 @@ from benchmarks.photo_graphs import (
     sdxl,
 )
 from benchmarks.photo_report import REPORT, Report
+from catalogue.api_form import Workflow
 from catalogue.names import portable
 from catalogue.pictures import SUFFIXES, open_picture
 from catalogue.sheets import RESULTS, Result, ResultsSheet, error_text

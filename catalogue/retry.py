@@ -7,17 +7,15 @@ from pathlib import Path
 from PIL import Image
 
 from . import escape_text
+from .api_form import LOAD, SAVE, Workflow, is_workflow, single_node, with_upstream
 from .names import inside, result_name
 from .pictures import FORMATS, MAX_PIXELS, find_pictures, picture_key
 from .sheets import Result
 
-LOAD, SAVE = "ConsisLoRACatalogLoad", "ConsisLoRACatalogSave"
 ONE = "one pair per run"
 RETRY = "consislora_retry_of"  # in a queued workflow's extra_pnginfo: the name of the first try
 SEEDS = 2**48  # which every node takes, and every spreadsheet keeps
 EXIF_MODEL = 0x0110  # where ComfyUI's WebP files have their workflow, after "prompt:"
-
-Workflow = dict[str, dict]  # ComfyUI's API form: nodes by id
 
 
 def embedded_workflow(picture: Path) -> Workflow:
@@ -28,11 +26,9 @@ def embedded_workflow(picture: Path) -> Workflow:
                 raise ValueError("too large")
             text = opened.info.get("prompt") or str(opened.getexif().get(EXIF_MODEL, "")).removeprefix("prompt:")
         workflow = json.loads(text)
-        if not all(
-            isinstance(node["inputs"], dict) and isinstance(node["class_type"], str) for node in workflow.values()
-        ):
+        if not is_workflow(workflow):
             raise ValueError("another form")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, SyntaxError, RecursionError):
+    except (OSError, ValueError, SyntaxError, RecursionError):
         raise ValueError(
             f"{escape_text(picture.name)} has no workflow in it, as ComfyUI writes it unless started with "
             "--disable-metadata. Queue the pair in ComfyUI itself."
@@ -56,14 +52,6 @@ def find_sources(root: Path, workflow: Workflow, result: Result) -> tuple[Path |
 def _candidates(root: Path, listed: object, name: str) -> list[Path]:
     paths = find_pictures(root, listed).paths if isinstance(listed, str) else []
     return [path for path in paths if escape_text(path.name) == name] or (paths if len(paths) == 1 else [])
-
-
-def single_node(workflow: Workflow, kind: str) -> str:
-    """The id of the one node of a class. Raises ValueError if there is another number of them."""
-    found = [node_id for node_id, node in workflow.items() if node["class_type"] == kind]
-    if len(found) != 1:
-        raise ValueError(f"the workflow has {len(found)} nodes of the kind {kind}; it needs exactly one.")
-    return found[0]
 
 
 def retry_workflow(root: Path, catalogue: str, picture: Path, result: Result) -> dict:
@@ -100,13 +88,14 @@ def first_try(extra_pnginfo: object) -> str:
 
 def _seed_input(workflow: Workflow, save: str) -> tuple[str, str]:
     """The node and input with the seed from which the picture was sampled; no seed of a training."""
-    links, seen, seeds = [workflow[save]["inputs"].get("images")], set(), []
-    for link in links:
-        if isinstance(link, list) and link and link[0] in workflow and link[0] not in seen:
-            seen.add(link[0])
-            inputs = workflow[link[0]]["inputs"]
-            links += inputs.values()
-            seeds += [(link[0], name) for name in ("seed", "noise_seed") if type(inputs.get(name)) is int]
+    link = workflow[save]["inputs"].get("images")
+    upstream = with_upstream(workflow, link[0]) if isinstance(link, list) else []
+    seeds = [
+        (node, name)
+        for node in upstream
+        for name in ("seed", "noise_seed")
+        if type(workflow[node]["inputs"].get(name)) is int
+    ]
     ours = [(node, name) for node, name in seeds if "content_guidance" in workflow[node]["inputs"]]
     samplers = [
         (node, name) for node, name in seeds if not {"rank", "recolourings"} & workflow[node]["inputs"].keys()

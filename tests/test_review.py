@@ -208,7 +208,7 @@ def test_the_seed_is_that_of_the_first_sampler_not_of_a_training_or_a_second_pas
         ({}, "needs exactly one"),
         ({"a": 7}, "has no workflow in it"),
         ({**WORKFLOW, "other": WORKFLOW["load"]}, "has 2 nodes"),
-        ({**WORKFLOW, "sampler": {"class_type": "X", "inputs": {"seed": ["a", 0]}}}, "no sampler with a seed"),
+        ({**WORKFLOW, "sampler": {"class_type": "X", "inputs": {"seed": ["load", 0]}}}, "no sampler with a seed"),
         ({**WORKFLOW, "load": {**WORKFLOW["load"], "inputs": {**LOAD, "contents": "none"}}}, "content image is not"),
     ],
 )
