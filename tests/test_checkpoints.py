@@ -10,11 +10,13 @@ from in_process import COMFYUI, ROOT
 from odd_models import gguf_like, quantised
 from PIL import Image
 from reference import INDEX, comfy_model, flat, relative_error
-from test_training_nodes import FEW_STEPS, inputs, key, picture, store, train_image  # noqa: F401
+from test_training_nodes import FEW_STEPS, inputs, key, picture, train_image
 
 from batch.comfy_client import WorkflowError
 from consislora_core.losses import add_noise, noise_from_x0, noise_loss, reconstruction_loss
 from demo.server import ComfyServer
+
+pytestmark = pytest.mark.usefixtures("store")
 
 
 @pytest.fixture
@@ -99,7 +101,7 @@ def test_quantised_models_that_differ_have_keys_of_their_own(nodes, comfy):
     assert key(nodes, gguf_like(comfy_model())) == keys[2]
 
 
-def test_layers_for_fast_fp8_train_as_layers_that_cast(nodes, comfy, store):  # noqa: F811
+def test_layers_for_fast_fp8_train_as_layers_that_cast(nodes, comfy, store):
     import comfy.ops
 
     def fp8(linear):
@@ -117,7 +119,7 @@ def test_layers_for_fast_fp8_train_as_layers_that_cast(nodes, comfy, store):  # 
     assert losses[0] == losses[1]
 
 
-def test_weights_that_the_next_layer_overwrites_train_the_same(nodes, pack, comfy, store, monkeypatch):  # noqa: F811
+def test_weights_that_the_next_layer_overwrites_train_the_same(nodes, pack, comfy, store, monkeypatch):
     """As with dynamic VRAM: a layer's weights are in a buffer, and gone when the next layer has run."""
     import comfy.ops
 
