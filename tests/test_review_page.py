@@ -143,14 +143,13 @@ def test_filters_show_what_they_say_and_a_decision_leaves_the_undecided(page, se
 def test_of_two_who_decide_at_once_the_second_is_told(page, chromium, server, three):
     look(page, server, three, "b")
     page.route("**/results?*", lambda route: route.abort())  # as on a slow line: it does not hear of the other
-    other = chromium.new_page()
-    look(other, server, three, "b")
-    other.evaluate("localStorage.setItem('consislora.review.name', JSON.stringify('another'))")
-    other.keyboard.press("r")
-    other.get_by_role("textbox").fill("too dark")
-    other.keyboard.press("Enter")
-    assert decided(other, three) == {"b": "rejected"}
-    other.close()
+    with chromium.new_page() as other:
+        look(other, server, three, "b")
+        other.evaluate("localStorage.setItem('consislora.review.name', JSON.stringify('another'))")
+        other.keyboard.press("r")
+        other.get_by_role("textbox").fill("too dark")
+        other.keyboard.press("Enter")
+        assert decided(other, three) == {"b": "rejected"}
     page.bring_to_front()  # a page behind others draws nothing
     page.keyboard.press("a")
     page.get_by_text("b: It has changed meanwhile.").wait_for()
@@ -224,6 +223,18 @@ def test_names_and_reasons_are_text(page, server):
     assert page.evaluate("window.hacked") is None
     assert page.locator("img[onerror]").count() == 0
     page.evaluate("localStorage.removeItem('consislora.review.reasons')")
+
+
+def test_a_key_that_follows_a_decision_at_once_does_not_lose_it(page, server, three):
+    look(page, server, three, "b")
+    page.evaluate("""() => {
+        const press = (key) => document.body.dispatchEvent(new KeyboardEvent("keydown", { key, bubbles: true }))
+        press("r")
+        document.querySelector("#reasons .take").click()
+        press("r")
+    }""")
+    page.keyboard.press("Escape")
+    assert decided(page, three) == {"b": "rejected"}
 
 
 def test_a_picture_that_nobody_can_see_is_not_accepted(page, server, three):

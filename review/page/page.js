@@ -322,7 +322,7 @@ function chooseReason() {
         take.prepend(element("kbd", "", index < 9 ? String(index + 1) : ""));
         take.type = remove.type = "button";
         remove.setAttribute("aria-label", `${words.removeReason}: ${reason}`);
-        take.addEventListener("click", () => dialog.close(reason));
+        take.addEventListener("click", () => dialog.answer(reason));
         remove.addEventListener("click", () => {
           reasons = reasons.filter((one) => one !== reason);
           keep(KEPT.reasons, reasons);
@@ -339,7 +339,7 @@ function chooseReason() {
     const reason = reasons[Number(event.key) - 1];
     if (!reason || input.value) return;
     event.preventDefault();
-    dialog.close(reason);
+    dialog.answer(reason);
   };
   return opened(dialog, () => {
     const reason = input.value.trim();
@@ -359,16 +359,21 @@ async function nameOfPerson(anew = false) {
   return name;
 }
 
-// What a dialog gives; empty if it was cancelled.
+// What a dialog gives; empty if it was cancelled. `dialog.answer` gives it at once: by the time of the event `close` the
+// next key may have opened the dialog again.
 function opened(dialog, valueOf) {
   return new Promise((answer) => {
-    dialog.returnValue = "";
+    dialog.answer = (value) => {
+      dialog.close();
+      answer(value);
+    };
     dialog.querySelector("form").onsubmit = (event) => {
       event.preventDefault();
-      if (valueOf()) dialog.close(valueOf());
+      const value = valueOf();
+      if (value) dialog.answer(value);
     };
-    dialog.onclose = () => answer(dialog.returnValue);
-    dialog.querySelector(".cancel").onclick = () => dialog.close("");
+    dialog.oncancel = () => answer("");
+    dialog.querySelector(".cancel").onclick = () => dialog.answer("");
     dialog.showModal();
     dialog.querySelector("input").focus();
   });
