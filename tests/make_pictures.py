@@ -20,12 +20,13 @@ from PIL import Image, ImageDraw, ImageFont
 from playwright.sync_api import Page
 from prompts import FOLDER, api, graph
 
-from demo.run import IMAGES, Clock, nodes
+from demo.run import IMAGES, STYLES, Clock, nodes
 from demo.server import ComfyServer
+from demo.sheet import CELL, GAP, LABEL
 
 ROOT = Path(__file__).resolve().parent.parent
 HELP = ROOT / "web" / "docs"
-PAGE, GAP, CAPTION = (480, 320), 12, "drawn by the demo model"
+PAGE, CAPTION = (480, 320), "drawn by the demo model"
 SUBJECT, STYLE, STYLE_2, SUBJECT_2 = "crown-flat", "balloon-halftone", "cherry-blossom-halftone", "owl-flat"
 # For each use what goes in, and the nodes that show what comes out.
 SHOWN = {
@@ -107,6 +108,30 @@ def checks(size: tuple[int, int]) -> Image.Image:
         for y in range(x // CHECK % 2 * CHECK, size[1], 2 * CHECK):
             draw.rectangle((x, y, x + CHECK - 1, y + CHECK - 1), GREYS[1])
     return page
+
+
+def draw_strip(contact_sheet: Image.Image) -> Image.Image:
+    """The first picture of the README: content image + style image = result; below it, style strengths 0 to 1.3."""
+    between, small = 30, (3 * CELL + 60 - 5 * GAP) // 6
+    page = Image.new("RGB", (3 * CELL + 2 * between, CELL + small + 2 * LABEL + GAP), "white")
+    draw, below = ImageDraw.Draw(page), CELL + LABEL + GAP
+    for i, (column, label, sign) in enumerate([(0, "content image", "+"), (1, "style image", "="), (4, "result", "")]):
+        x = i * (CELL + between)
+        draw.text((x, 4), label, "black", ImageFont.load_default(18))
+        draw.text((x + CELL + between // 2, LABEL + CELL // 2), sign, "#3f789e", ImageFont.load_default(34), "mm")
+        page.paste(cut_cell(contact_sheet, 0, column), (x, LABEL))
+    for column, strength in enumerate(STYLES):
+        x = column * (small + GAP)
+        draw.text((x, below + 4), f"style {strength:g}", "black", ImageFont.load_default(16))
+        page.paste(
+            cut_cell(contact_sheet, 2, column).resize((small, small), Image.Resampling.LANCZOS), (x, below + LABEL)
+        )
+    return page
+
+
+def cut_cell(contact_sheet: Image.Image, line: int, column: int) -> Image.Image:
+    x, y = GAP + column * (CELL + GAP), GAP + LABEL + line * (CELL + LABEL + GAP)
+    return contact_sheet.crop((x, y, x + CELL, y + CELL))
 
 
 def save(picture: Image.Image, path: Path, widest: int = 640) -> None:
@@ -223,6 +248,7 @@ def main(work: Path) -> None:
         cut_out(SUBJECT).save(cut_outs / f"{SUBJECT}-cut-out.png")
         for use in ("catalogue", "catalogue_cut_out", "review"):  # or it is done, and draws nothing
             shutil.rmtree(server.base / "output" / use, ignore_errors=True)
+        save(draw_strip(Image.open(ROOT / "demo" / "contact_sheet.png")), ROOT / "demo" / "strip.jpg", widest=1000)
         make_thumbnails(server)
         fill_review(server)
         with browser() as context:
