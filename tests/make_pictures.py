@@ -51,6 +51,16 @@ WORKFLOW = """() => {
     const most = (pick, i) => pick(...sides.map(side => side[i]))
     return [[most(Math.min, 0) - 10, most(Math.min, 1) - 10], [most(Math.max, 2) + 10, most(Math.max, 3) + 10]]
 }"""
+SAMPLER_AND_RESULT = """() => {
+    const [sampler, result] = ["ConsisLoRASampler", "SaveImage"].map(kind =>
+        app.graph.nodes.find(({ type }) => type === kind))
+    const [x, y] = sampler.pos, right = result.pos[0] + result.size[0]
+    return [[x - 10, y - 40], [right + 10, y + sampler.size[1] + 10]]
+}"""
+AT_STEP = """step => {
+    const words = document.querySelector('.consislora-loss .words')?.textContent
+    return Number(words?.match(/([0-9]+) [/] /)?.[1]) >= step
+}"""
 CATALOGUE = {"contents": [SUBJECT, SUBJECT_2], "styles": [STYLE]}
 CHECK, GREYS = 12, ("#fff", "#d8d8d8")  # what shows through a transparent picture: squares of so many pixels
 
@@ -214,6 +224,38 @@ def take_screenshots(page: Page, work: Path) -> None:
     cancel(page)
 
 
+def take_clips(page: Page, work: Path) -> None:
+    """The README's clips: a result while its style is turned up, and a LoRA while it learns."""
+    drop(page, "dual_guidance_demo", graph("dual_guidance_demo"))
+    page.locator(".consislora-pad select").select_option("strength")
+    look_at(page, "ConsisLoRASampler", scale=1.0, top=110)
+    frames = []
+    for strength in STYLES:
+        turn(page, {"style_strength": strength})
+        page.evaluate("app.graph.nodes.find(({ type }) => type === 'SaveImage').imgs = null")
+        finish(page)
+        frames.append(cut_screenshot(page, work, SAMPLER_AND_RESULT).convert("RGB"))
+    save_clip(frames, ROOT / "demo" / "pad.webp")
+
+    drop(page, "train_content_demo", graph("train_content_demo"))
+    turn(page, {"seed": 2, "transition_step": 60})
+    look_at(page, "ConsisLoRATrainImage", scale=1.0, top=110)
+    queue(page)
+    frames = []
+    for step in range(10, 300, 32):
+        page.wait_for_function(AT_STEP, arg=step, timeout=3_600_000)
+        frames.append(cut_screenshot(page, work, NODE, "ConsisLoRATrainImage").convert("RGB"))
+    save_clip(frames, ROOT / "demo" / "training.webp")
+    cancel(page)
+
+
+def save_clip(frames: list[Image.Image], path: Path) -> None:
+    """As an animated WebP that stays a little longer at its end."""
+    lasting = [700] * (len(frames) - 1) + [1800]  # milliseconds
+    frames[0].save(path, save_all=True, append_images=frames[1:], duration=lasting, loop=0, quality=70, method=6)
+    print(f"{path.relative_to(ROOT)}: {path.stat().st_size / 1000:.0f} kB", flush=True)
+
+
 def finish(page: Page) -> None:
     queue(page)
     page.wait_for_function("app.graph.nodes.find(({ type }) => type === 'SaveImage').imgs?.[0]?.naturalWidth")
@@ -252,7 +294,9 @@ def main(work: Path) -> None:
         make_thumbnails(server)
         fill_review(server)
         with browser() as context:
-            take_screenshots(opened(context, server), work)
+            page = opened(context, server)
+            take_screenshots(page, work)
+            take_clips(page, work)
             take_review(context.new_page(), work, server.url)
 
 
