@@ -55,7 +55,11 @@ SAMPLER_AND_RESULT = """() => {
     const [sampler, result] = ["ConsisLoRASampler", "SaveImage"].map(kind =>
         app.graph.nodes.find(({ type }) => type === kind))
     const [x, y] = sampler.pos, right = result.pos[0] + result.size[0]
-    return [[x - 10, y - 40], [right + 10, y + sampler.size[1] + 10]]
+    return [[x - 10, y + 65], [right + 10, y + sampler.size[1] + 10]]  // below what the frontend lays over the canvas
+}"""
+SHOWN_PICTURE = """() => {
+    const picture = app.graph.nodes.find(({ type }) => type === "SaveImage").imgs?.[0]
+    return picture?.naturalWidth ? picture.src : undefined
 }"""
 AT_STEP = """step => {
     const words = document.querySelector('.consislora-loss .words')?.textContent
@@ -232,7 +236,6 @@ def take_clips(page: Page, work: Path) -> None:
     frames = []
     for strength in STYLES:
         turn(page, {"style_strength": strength})
-        page.evaluate("app.graph.nodes.find(({ type }) => type === 'SaveImage').imgs = null")
         finish(page)
         frames.append(cut_screenshot(page, work, SAMPLER_AND_RESULT).convert("RGB"))
     save_clip(frames, ROOT / "demo" / "pad.webp")
@@ -257,8 +260,10 @@ def save_clip(frames: list[Image.Image], path: Path) -> None:
 
 
 def finish(page: Page) -> None:
+    """Queues, and waits for a new picture."""
+    before = page.evaluate(SHOWN_PICTURE)
     queue(page)
-    page.wait_for_function("app.graph.nodes.find(({ type }) => type === 'SaveImage').imgs?.[0]?.naturalWidth")
+    page.wait_for_function(f"before => ![undefined, before].includes(({SHOWN_PICTURE})())", arg=before)
 
 
 def cut_screenshot(page: Page, work: Path, box: str, kind: str = "") -> Image.Image:
