@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from einops import rearrange
 from PIL import Image
 from safetensors.torch import load_file, save
@@ -82,14 +83,14 @@ class Studio:
         return self.drawings.batch([self.place[drawing] for drawing in drawings])
 
     @torch.inference_mode()
-    def latents(self, *drawings: Drawing) -> dict[str, Tensor]:
-        return {"samples": self.vae.encode(rearrange(self.drawn(*drawings), "b c h w -> b h w c"))}
+    def latents(self, *drawings: Drawing, size: float = 1.0) -> dict[str, Tensor]:
+        return {"samples": self.vae.encode(resized(rearrange(self.drawn(*drawings), "b c h w -> b h w c"), size))}
 
     @torch.inference_mode()
-    def recoloured_latents(self, drawing: Drawing, count: int) -> Tensor:
+    def recoloured_latents(self, drawing: Drawing, count: int, size: float = 1.0) -> Tensor:
         """As the nodes Recolour and VAE Encode give them."""
         picture = rearrange(self.drawn(drawing), "b c h w -> b h w c")
-        return self.vae.encode(self.pack.nodes.recolour.Recolour.execute(picture, count, 0).result[0])
+        return self.vae.encode(resized(self.pack.nodes.recolour.Recolour.execute(picture, count, 0).result[0], size))
 
     @torch.inference_mode()
     def patched_latents(self, drawing: Drawing, count: int) -> Tensor:
@@ -113,30 +114,28 @@ class Studio:
         together: bool = False,
         recolourings: int = 0,
         patches: int = 0,
+        sizes: tuple[float, ...] = (),
     ) -> Learned:
         """An ImageLora for each drawing, all trained as one batch; together: one LoRA for all, a drawing a step.
 
         frozen: a training on the same drawings, whose content parts are frozen. recolourings: of each drawing, of which
-        a step takes one. patches: the same, of pictures in the drawing's place that `style_patches` makes. Stages that
-        begin with the same phases share them.
+        a step takes one. patches: the same, of pictures in the drawing's place that `style_patches` makes. sizes: the
+        side of all pictures in each phase, as a part of theirs. Stages that begin with the same phases share them.
         """
         names = frozen and [own.name for own in frozen.owns.values()]
         facts = [self.base, stage.facts(), prompt, drawings, names, *["together"] * together]
-        name = fingerprint(facts + [recolourings] * bool(recolourings) + ["patches", patches] * bool(patches))
+        facts += [recolourings] * bool(recolourings) + ["patches", patches] * bool(patches)
+        name = fingerprint(facts + ["sizes", sizes] * bool(sizes))
         if kept := self._kept(name, drawings, from_state_dict):
             return kept
         *earlier, phase = stage.phases
-        before = (
-            earlier
-            and self.learned(
-                replace(stage, phases=tuple(earlier)), prompt, drawings, frozen, together, recolourings, patches
-            ).state
-        )
+        first, variant = replace(stage, phases=tuple(earlier)) if earlier else None, (recolourings, patches, sizes[:-1])
+        before = first and self.learned(first, prompt, drawings, frozen, together, *variant).state
         held = frozen and [{"content": own.lora.part("content")} for own in frozen.owns.values()]
         loras = 1 if together else len(drawings)
-        what = f"{stage.name} stage, {phase.loss} loss"
+        what, size = f"{stage.name} stage, {phase.loss} loss", sizes[-1] if sizes else 1.0
         with (
-            self._training(what, prompt, drawings, recolourings, patches) as (denoiser, z_0, cond),
+            self._training(what, prompt, drawings, recolourings, patches, size) as (denoiser, z_0, cond),
             Trainer(denoiser, z_0, cond, stage, held and held[0] if loras == 1 else held, loras=loras) as trainer,
         ):
             if before:
@@ -172,15 +171,21 @@ class Studio:
 
     @contextmanager
     def _training(
-        self, what: str, prompt: str, drawings: list[Drawing], recolourings: int = 0, patches: int = 0
+        self,
+        what: str,
+        prompt: str,
+        drawings: list[Drawing],
+        recolourings: int = 0,
+        patches: int = 0,
+        size: float = 1.0,
     ) -> Iterator[tuple]:
         print(f"Training {len(drawings)} LoRAs, {what} ...", file=sys.stderr, flush=True)
-        host, latents = self.pack.host.training_model, self.latents(*drawings)
+        host, latents = self.pack.host.training_model, self.latents(*drawings, size=size)
         if recolourings:
-            latents = {"samples": torch.cat([self.recoloured_latents(one, recolourings) for one in drawings])}
+            latents = {"samples": torch.cat([self.recoloured_latents(one, recolourings, size) for one in drawings])}
         if patches:
             latents = {"samples": torch.cat([self.patched_latents(one, patches) for one in drawings])}
-        shape = (len(drawings), CHANNELS, SIDE, SIDE)
+        shape = (len(drawings), *latents["samples"].shape[1:])
         with host.open_for_training(self.model, shape, torch.float32) as denoiser:
             z_0 = host.clean_latents(self.model, latents)
             yield denoiser, z_0, host.encoded_conditioning(self.model, self.text(prompt), z_0)
@@ -209,14 +214,19 @@ class Studio:
         prompt: str = "a [c] in the style of [v]",
         start: Drawing | None = None,
         denoise: float = 1.0,
+        size: float = 1.0,
         **settings,
     ) -> Tensor:
-        """1 3 h w, 0 to 1. start: the drawing to noise, instead of an empty latent. settings: other than DEFAULTS."""
+        """1 3 h w, 0 to 1. start: the drawing to noise, instead of an empty latent. size: of the empty latent, as a
+        part of the drawings'. settings: other than DEFAULTS.
+        """
         settings = DEFAULTS | settings
         names = [own and own.name for own in (content, style)]
-        name = fingerprint([self.whole, *names, seed, prompt, start, denoise, settings])
+        sized = ["size", size] if size != 1 else []
+        name = fingerprint([self.whole, *names, seed, prompt, start, denoise, settings, *sized])
         if not (file := self.pictures / f"{name}.png").exists():
-            latent = self.latents(start) if start else {"samples": torch.zeros(1, CHANNELS, SIDE, SIDE)}
+            empty = {"samples": torch.zeros(1, CHANNELS, round(size * SIDE), round(size * SIDE))}
+            latent = self.latents(start) if start else empty
             sampling = self.pack.host.sampling
             sigmas = sampling.ksampler_sigmas(self.model, STEPS, SAMPLER, SCHEDULER, denoise)
             with torch.inference_mode(), self._guider(content, style, self.text(prompt), settings) as guider:
@@ -243,6 +253,16 @@ class Studio:
             for lora in owns.values():
                 stack.enter_context(everywhere(self.model.model.diffusion_model, lora))
             yield guider
+
+
+def resized(pictures: Tensor, size: float) -> Tensor:
+    """Pictures (b h w c) with both sides times `size`."""
+    if size == 1:
+        return pictures
+    smaller = F.interpolate(
+        rearrange(pictures, "b h w c -> b c h w"), scale_factor=size, mode="bicubic", antialias=True
+    )
+    return rearrange(smaller.clamp(0, 1), "b c h w -> b h w c")
 
 
 def _everywhere_of(ends: dict[str, Tensor]) -> Everywhere:
