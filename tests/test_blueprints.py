@@ -131,10 +131,6 @@ def test_a_cell_makes_the_pair_of_its_index(empty, server):
             assert not failed(server)
 
 
-ut(200)
-            assert not failed(server)
-
-
 def failed(server) -> bool:
     """Whether the last workflow ended with an error."""
     return any(last["status"]["status_str"] == "error" for last in server.get("/history?max_items=1").values())

@@ -5,9 +5,9 @@
 asks a running ComfyUI that has this pack, at that address, which widgets and sockets every node has.
 The form for a browser goes to workflows/, where ComfyUI looks for templates; the API form to workflows/api/.
 
-The folder keeps its name although ComfyUI recommends example_workflows: every version reads and serves both names alike,
-pictures too (app/custom_node_manager.py, the same in 0.3.75 and 0.33), and says so to nobody but a debug log. Two names
-for the same files would need a link, which a checkout on Windows and the registry's archive do not keep, or copies.
+The folder keeps its name although ComfyUI recommends example_workflows: every version reads and serves both alike,
+pictures too (app/custom_node_manager.py, the same in 0.3.75 and 0.33), and says so in a debug log alone. Two names for
+the same files would need a link, which a checkout on Windows and the registry's archive do not keep, or copies.
 """
 
 import json
