@@ -1,4 +1,4 @@
-"""`python tests/make_pictures.py WORK`: makes the pictures of the template browser, the help pages and the README.
+"""`python tests/make_pictures.py WORK`: makes the pictures of the template browser, help pages, README and registry.
 
 It runs every demo workflow as it is, in a real ComfyUI, and looks at some of them in a real browser. WORK keeps
 ComfyUI's folders, so that a second run trains nothing anew; the first takes some fifteen minutes on one CPU core.
@@ -65,6 +65,7 @@ AT_STEP = """step => {
     const words = document.querySelector('.consislora-loss .words')?.textContent
     return Number(words?.match(/([0-9]+) [/] /)?.[1]) >= step
 }"""
+ICON, BANNER = (400, 400), (1260, 540)  # what the registry takes: at most 400 pixels; 21:9
 CATALOGUE = {"contents": [SUBJECT, SUBJECT_2], "styles": [STYLE]}
 CHECK, GREYS = 12, ("#fff", "#d8d8d8")  # what shows through a transparent picture: squares of so many pixels
 
@@ -112,6 +113,40 @@ def paste_grid(page: Image.Image, files: list[Path], box: tuple[int, int, int, i
         x, y = left + i % columns * width, top + i // columns * height
         shown = Image.alpha_composite(checks(picture.size), picture).convert("RGB")
         page.paste(shown, (x + (width - picture.width) // 2, y + (height - picture.height) // 2))
+
+
+def draw_icon(content: Path, result: Path) -> Image.Image:
+    """The subject, below a diagonal in the style."""
+    sides = [Image.open(file).convert("RGB").resize(ICON, Image.Resampling.LANCZOS) for file in (content, result)]
+    below = Image.new("L", ICON, 0)
+    ImageDraw.Draw(below).polygon([(ICON[0], 0), ICON, (0, ICON[1])], fill=255)
+    icon = Image.composite(sides[1], sides[0], below)
+    ImageDraw.Draw(icon).line([(ICON[0], 0), (0, ICON[1])], fill="white", width=6)
+    return icon
+
+
+def draw_banner(images: list[Path], result: Path) -> Image.Image:
+    """The name, what goes in, and what comes out."""
+    page = Image.new("RGB", BANNER, "white")
+    width, height = BANNER
+    paste_grid(page, images, (width // 2 - 60, GAP, width // 2 + 200, height - GAP), columns=1)
+    paste_grid(page, [result], (width // 2 + 220, GAP, width - GAP, height - GAP), columns=1)
+    draw, middle = ImageDraw.Draw(page), height // 2
+    arrow = [(width // 2 + 202, middle - 18), (width // 2 + 202, middle + 18), (width // 2 + 226, middle)]
+    draw.polygon(arrow, fill="#3f789e")
+    draw.text((50, middle - 24), "ConsisLoRA", "#222", ImageFont.load_default(88), anchor="ls")
+    draw.text(
+        (52, middle + 30), "Style transfer that keeps the shape,", "#555", ImageFont.load_default(29), anchor="ls"
+    )
+    draw.text((52, middle + 68), "trained and drawn in ComfyUI", "#555", ImageFont.load_default(29), anchor="ls")
+    draw.text((52, height - 24), CAPTION, "#888", ImageFont.load_default(16), anchor="ls")
+    return page
+
+
+def save_exactly(picture: Image.Image, path: Path) -> None:
+    """As a PNG in the size that it has, with few colours."""
+    picture.quantize(128, dither=Image.Dither.NONE).save(path, optimize=True)
+    print(f"{path.relative_to(ROOT)}: {path.stat().st_size / 1000:.0f} kB", flush=True)
 
 
 def checks(size: tuple[int, int]) -> Image.Image:
@@ -164,6 +199,9 @@ def make_thumbnails(server: ComfyServer) -> None:
         drawn = drawn[:1] if use == "evaluate_and_gate" else drawn
         save(draw_thumbnail(images, drawn), FOLDER / f"{use}_demo.jpg")
         save(draw_thumbnail(images, drawn, CAPTION), FOLDER / f"{use}_sdxl.jpg")
+        if use == "train_and_stylise":
+            save_exactly(draw_icon(images[0], drawn[0]), ROOT / "demo" / "icon.png")
+            save_exactly(draw_banner(images, drawn[0]), ROOT / "demo" / "banner.png")
         if use == "strength_grid":
             save(Image.open(drawn[0]), HELP / "ConsisLoRAStrengthGrid" / "grid.jpg")
         if use == "evaluate_and_gate":

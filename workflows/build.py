@@ -4,6 +4,10 @@
 
 asks a running ComfyUI that has this pack, at that address, which widgets and sockets every node has.
 The form for a browser goes to workflows/, where ComfyUI looks for templates; the API form to workflows/api/.
+
+The folder keeps its name although ComfyUI recommends example_workflows: every version reads and serves both alike,
+pictures too (app/custom_node_manager.py, the same in 0.3.75 and 0.33), and says so in a debug log alone. Two names for
+the same files would need a link, which a checkout on Windows and the registry's archive do not keep, or copies.
 """
 
 import json
@@ -30,10 +34,11 @@ CONTENTS |= {"ConsisLoRAEvaluate": 240, "PreviewAny": 120, "PreviewImage": 300}
 
 
 class From(NamedTuple):
-    """The output of another node, as the value of an input."""
+    """The output of another node, as the value of an input; value: what its widget holds, if not the default."""
 
     node: str
     output: str
+    value: str | int | float | None = None
 
 
 class Node(NamedTuple):
@@ -634,10 +639,17 @@ def widget_values(node: Node, object_info: dict) -> list:
     for name, value in input_values(node, object_info).items():
         spec = specs(node.type, object_info)[name]
         if is_widget(spec):
-            values.append(default(spec) if isinstance(value, From) else value)
+            values.append(held(value, spec))
             values += [CONTROLS.get(name, "fixed")] * bool(spec[1:] and spec[1].get("control_after_generate"))
             values += ["image"] * bool(spec[1:] and spec[1].get("image_upload"))
     return values
+
+
+def held(value, spec: list):
+    """What a widget holds, which a link overrides."""
+    if isinstance(value, From):
+        return default(spec) if value.value is None else value.value
+    return value
 
 
 def laid_out(workflow: Workflow, object_info: dict) -> tuple[dict[str, list], list[dict]]:
