@@ -15,6 +15,7 @@ USES = ["content_only", "dual_guidance", "style_only"]  # of saved LoRAs
 OTHERS = ["catalogue", "catalogue_cut_out", "evaluate_and_gate", "multi_reference", "strength_grid"]
 OTHERS += ["train_and_stylise", "train_content", "train_style"]
 NAMES = sorted(f"{use}_{base}" for use in [*USES, *OTHERS] for base in ("demo", "sdxl"))
+MADE_BESIDE = "0.3.75"
 # Newer frontends mark these when the server lacks the file, as it does the checkpoint and what nobody has trained yet.
 FILE_LOADERS = ["CheckpointLoaderSimple", "CLIPVisionLoader", "ConsisLoRALoad", "LoadImage"]
 
@@ -29,7 +30,9 @@ def object_info(server):
     return server.get("/object_info")
 
 
-def test_the_files_are_what_the_generator_makes(build, object_info):
+def test_the_files_are_what_the_generator_makes(build, object_info, server):
+    if server.get("/system_stats")["system"]["comfyui_version"] != MADE_BESIDE:
+        pytest.skip(f"the files are made beside ComfyUI {MADE_BESIDE}; newer nodes have outputs that nothing here uses")
     stale = [path.name for path, text in build.files(object_info).items() if path.read_text(encoding="utf-8") != text]
     assert not stale, "run `python workflows/build.py` beside a running ComfyUI"
 
