@@ -103,13 +103,13 @@ def test_of_two_servers_at_the_same_training_one_trains_and_the_other_waits_and_
     with ComfyServer(base, COMFYUI) as other:
         queued = []
         for number, one in enumerate((server, other)):
-            queued.append((one, one.queue(job(f"shared{number}", seed=100, steps=60))))
+            queued.append((one, one.queue(job(f"shared{number}", seed=100, steps=24, transition_step=8))))
         for number, one in enumerate((server, other)):
-            queued.append((one, one.queue(job(f"own{number}", seed=101 + number, steps=60))))
+            queued.append((one, one.queue(job(f"own{number}", seed=101 + number, steps=24, transition_step=8))))
         for one, prompt_id in queued:
             assert one.wait(prompt_id)["status"]["status_str"] == "success"
         logs = server.log.removeprefix(before), other.log
-    assert sorted(log.count("step 60 of 60") for log in logs) == [1, 2]
+    assert sorted(log.count("step 24 of 24") for log in logs) == [1, 2]
     (waited,) = (log for log in logs if "another process is at the same training; waiting" in log)
     assert "image stage: trained before, taken from " in waited
     check_every_file_is_whole(server.base / "models" / "loras" / "consislora")  # beside it are broken ones, for tests
