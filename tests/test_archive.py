@@ -57,4 +57,5 @@ def test_it_trains_and_draws_in_an_empty_comfyui(tmp_path):
             node["inputs"] |= {name: value for name, value in FEW.items() if name in node["inputs"]}
         assert server.images(server.run(prompt))
         assert len(server.get("/workflow_templates")["ComfyUI-ConsisLoRA"]) == 22
-        assert len(server.get("/global_subgraphs")) == 3
+        blueprints = [entry["info"]["node_pack"] for entry in server.get("/global_subgraphs").values()]
+        assert sum("ConsisLoRA" in pack for pack in blueprints) == 3  # newer ComfyUIs have many of their own
