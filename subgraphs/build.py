@@ -8,7 +8,6 @@ ComfyUI finds them in this folder and offers them in its node library, under the
 
 import json
 import sys
-import urllib.request
 import uuid
 from pathlib import Path
 from typing import NamedTuple
@@ -40,6 +39,7 @@ from workflows.build import (
     scaled,
     specs,
     text,
+    write,
 )
 
 FOLDER = Path(__file__).resolve().parent
@@ -338,14 +338,5 @@ def identity(*names: str) -> str:
     return str(uuid.uuid5(uuid.NAMESPACE_OID, "/".join(["consislora", *names])))
 
 
-def main() -> None:
-    address = sys.argv[1] if len(sys.argv) > 1 else "http://127.0.0.1:8188"
-    with urllib.request.urlopen(f"{address}/object_info") as answer:
-        object_info = json.load(answer)
-    for path, json_text in files(object_info).items():
-        path.write_text(json_text, encoding="ascii")
-        print(path)
-
-
 if __name__ == "__main__":
-    main()
+    write(files)

@@ -70,7 +70,17 @@ def setting(page: Page, name: str, value) -> None:
     page.evaluate(SETTING, [name, value])
 
 
-def in_language(page: Page, language: str) -> None:
+@contextmanager
+def in_language(page: Page, language: str) -> Iterator[None]:
+    """The frontend in a language, and in English again afterwards, for the tests that follow."""
+    _choose_language(page, language)
+    try:
+        yield
+    finally:
+        _choose_language(page, "en")
+
+
+def _choose_language(page: Page, language: str) -> None:
     setting(page, "Comfy.Locale", language)
     page.reload()
     page.wait_for_function(UP)

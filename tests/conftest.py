@@ -40,6 +40,12 @@ def server(tmp_path_factory, pytestconfig):
         yield server
 
 
+@pytest.fixture(scope="session")
+def object_info(server):
+    """What the server says of every node."""
+    return server.get("/object_info")
+
+
 def front_end_root(chosen: str | None, work: Path) -> list[str]:
     """ComfyUI's option for another frontend than the one it comes with: in a folder, or the newest published."""
     if chosen == "newest":

@@ -43,11 +43,6 @@ def build():
     return load_script(FOLDER / "build.py")
 
 
-@pytest.fixture(scope="module")
-def object_info(server):
-    return server.get("/object_info")
-
-
 @pytest.fixture
 def empty(each_frontend):
     each_frontend.complaints.clear()

@@ -255,13 +255,12 @@ def test_the_loss_of_every_step_is_there_in_the_end(frontend, trained):
 
 @pytest.mark.parametrize("language", LANGUAGES)
 def test_help_opens_for_each_node(language, frontend, server):
-    in_language(frontend, language)
     ours = sorted(path.stem for path in (ROOT / "web" / "docs").glob("*.md"))
-    for name in ours:
-        page = (ROOT / "web" / "docs" / file(name, language)).read_text(encoding="utf-8")
-        frontend.wait_for_function(SHOWS_HELP, arg=[name, plain(page.splitlines()[0])], polling=200)
-        frontend.wait_for_function(PICTURES_SHOW, arg=page.count("!["))
-    in_language(frontend, "en")
+    with in_language(frontend, language):
+        for name in ours:
+            page = (ROOT / "web" / "docs" / file(name, language)).read_text(encoding="utf-8")
+            frontend.wait_for_function(SHOWS_HELP, arg=[name, plain(page.splitlines()[0])], polling=200)
+            frontend.wait_for_function(PICTURES_SHOW, arg=page.count("!["))
 
 
 def plain(markdown: str) -> str:

@@ -279,15 +279,14 @@ def test_making_again_gives_another_picture_and_leaves_the_first(page, server):
 
 @pytest.mark.parametrize("language", LANGUAGES)
 def test_the_menu_opens_the_page_in_the_language_of_comfyui(language, frontend, server, three):
-    in_language(frontend, language)
     label = json.loads((ROOT / "locales" / language / "commands.json").read_text(encoding="utf-8"))
-    with frontend.expect_popup() as opened:
-        open_from_menu(frontend, label["ConsisLoRA_Review"]["label"])
-    opened.value.wait_for_load_state()
-    opened.value.wait_for_function("language => document.documentElement.lang === language", arg=language)
-    opened.value.locator("#accept kbd").wait_for()
-    opened.value.close()
-    in_language(frontend, "en")
+    with in_language(frontend, language):
+        with frontend.expect_popup() as opened:
+            open_from_menu(frontend, label["ConsisLoRA_Review"]["label"])
+        opened.value.wait_for_load_state()
+        opened.value.wait_for_function("language => document.documentElement.lang === language", arg=language)
+        opened.value.locator("#accept kbd").wait_for()
+        opened.value.close()
 
 
 def test_each_frontend_has_the_entry_in_its_menu(each_frontend):

@@ -25,11 +25,6 @@ def build():
     return load_script(FOLDER / "build.py")
 
 
-@pytest.fixture(scope="module")
-def object_info(server):
-    return server.get("/object_info")
-
-
 def test_the_files_are_what_the_generator_makes(build, object_info, server):
     if server.get("/system_stats")["system"]["comfyui_version"] != MADE_BESIDE:
         pytest.skip(f"the files are made beside ComfyUI {MADE_BESIDE}; newer nodes have outputs that nothing here uses")

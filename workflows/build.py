@@ -13,6 +13,7 @@ the same files would need a link, which a checkout on Windows and the registry's
 import json
 import sys
 import urllib.request
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -684,7 +685,8 @@ def node_height(node: Node, object_info: dict) -> int:
     return SLOT * slots + WIDGET * len(widget_values(node, object_info)) + CONTENTS.get(node.type, 0) + 10
 
 
-def main() -> None:
+def write(files: Callable[[dict], dict[Path, str]]) -> None:
+    """Writes the files that a generator makes from what a running ComfyUI says of its nodes."""
     address = sys.argv[1] if len(sys.argv) > 1 else "http://127.0.0.1:8188"
     with urllib.request.urlopen(f"{address}/object_info") as answer:
         object_info = json.load(answer)
@@ -694,4 +696,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    write(files)
