@@ -1,4 +1,7 @@
-"""`python tests [pytest's arguments]`: gets everything ready, then runs pytest in the root of the repository."""
+"""`python tests [pytest's arguments]`: gets everything ready, then runs pytest in the root of the repository.
+
+Without arguments it runs all tests, in two processes: most of a test's time one core waits for a server or a browser.
+"""
 
 import os
 import runpy
@@ -6,6 +9,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+PROCESSES = 2
 
 
 def main() -> int:
@@ -14,7 +18,10 @@ def main() -> int:
 
     del sys.path[0]  # python put tests/ there, which a plain `pytest` would not
     os.chdir(ROOT)
-    return pytest.main(sys.argv[1:])
+    if arguments := sys.argv[1:]:
+        return pytest.main(arguments)
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // PROCESSES)))
+    return pytest.main([f"--numprocesses={PROCESSES}", "--dist=loadfile"])
 
 
 if __name__ == "__main__":

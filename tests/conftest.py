@@ -1,5 +1,6 @@
 """The fixtures: a real server, ComfyUI in this process, the pack loaded as ComfyUI loads it, a browser."""
 
+import contextlib
 import importlib
 import os
 import pkgutil
@@ -7,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import zipfile
 from pathlib import Path
 
@@ -57,10 +59,13 @@ def fetch_frontend(package: str, work: Path) -> Path:
     """The files of a published frontend, which are kept in `work`. Raises CalledProcessError if pip gets none."""
     static = work / "comfyui_frontend_package" / "static"
     if not static.exists():
-        pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(work)]
-        subprocess.run([*pip, package], check=True)
-        (wheel,) = work.glob("*.whl")
-        zipfile.ZipFile(wheel).extractall(work)
+        with tempfile.TemporaryDirectory(dir=work) as unfinished:
+            pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", unfinished]
+            subprocess.run([*pip, package], check=True)
+            (wheel,) = Path(unfinished).glob("*.whl")
+            zipfile.ZipFile(wheel).extractall(unfinished)
+            with contextlib.suppress(OSError):  # another process of the same run was quicker
+                (Path(unfinished) / static.parent.name).rename(static.parent)
     return static
 
 
