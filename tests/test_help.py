@@ -11,6 +11,7 @@ from prompts import load_script
 ROOT = Path(__file__).resolve().parent.parent
 LANGUAGES = ["en", "ja", "zh"]
 SLOTS = ["inputs", "outputs"]
+LONGEST_PAGE = 420  # words
 MARKUP = set("{}@|")  # what the frontend's translations do not take as plain text
 
 Defs = dict[str, dict]  # node texts by node id, as in a nodeDefs.json
@@ -88,6 +89,12 @@ def test_every_node_has_help_where_the_frontend_asks_for_it(language, nodes, pag
 def test_there_is_no_help_for_a_node_or_a_language_that_is_not_ours(nodes):
     pages = {path.relative_to(ROOT / "web" / "docs").as_posix() for path in (ROOT / "web" / "docs").rglob("*.md")}
     assert pages == {file(name, language) for name in nodes for language in LANGUAGES}
+
+
+def test_a_help_page_keeps_to_about_a_screen():
+    pages = {path.stem: path.read_text(encoding="utf-8") for path in (ROOT / "web" / "docs").glob("*.md")}
+    words = {name: len(re.findall(r"[^\s|]+", page)) for name, page in pages.items()}
+    assert {name: count for name, count in words.items() if count > LONGEST_PAGE} == {}
 
 
 @pytest.mark.parametrize("language", LANGUAGES)
