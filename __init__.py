@@ -8,6 +8,8 @@ WEB_DIRECTORY = "./web"  # its docs/ is the nodes' help
 
 async def comfy_entrypoint():
     """What ComfyUI calls to get the nodes."""
+    import logging
+
     from comfy_api.latest import ComfyExtension
 
     from .host import provenance
@@ -16,6 +18,7 @@ async def comfy_entrypoint():
 
     provenance.listen()
     routes.add_routes()
+    logging.info("ConsisLoRA: %d nodes", len(NODES))
 
     class ConsisLoRA(ComfyExtension):
         async def get_node_list(self):
