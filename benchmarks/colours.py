@@ -1,7 +1,7 @@
 """`python benchmarks/colours.py [--work DIR] [--few]`: what keeping the content image's colours costs in style.
 
 The pictures of `benchmarks/fidelity/report.py --tune --images 4 --scale 0.2 --seeds 1`, contender "quality", are given
-the colours of their content images by three methods at rising strengths. The pack has the first; the others are here.
+the colours of their content images by four methods at rising strengths. The pack has the first; the others are here.
 
 A stopped run continues, as the report does, in the same folder. `--few` takes two by two images, and leaves its results
 in DIR.
@@ -27,9 +27,9 @@ from torch import Tensor
 
 from benchmarks.common import COLOURS, RESULTS, chart_axes, comfyui_version, joined, table, template
 from benchmarks.fidelity.judges import SIDE
-from benchmarks.fidelity.pairs import PAIRS
+from benchmarks.fidelity.pairs import PAIRS, Drawing
 from benchmarks.fidelity.report import TRIED, Bench, bold, first_pairs
-from benchmarks.fidelity.studio import Studio
+from benchmarks.fidelity.studio import PostCfg, Studio
 from consislora_core.colours import keep_colours, to_oklab, to_srgb
 from consislora_core.metrics import silhouette
 from demo.server import PACK
@@ -38,6 +38,8 @@ STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 ADVISED = 0.75
 CELLS = 32  # a side, in which colours are compared
 SLICES = 20
+WINDOW = 5  # cells a side, over which latents are smoothed
+QUALITY = TRIED["quality"]
 INTRODUCTION, CURVE_TEXT, STYLES_TEXT, SHEET_TEXT = template("colours")
 SCORES = ("colour error", "lightness error", "style", "content")
 
@@ -86,11 +88,50 @@ def sliced(x: Tensor, y: Tensor) -> Tensor:
     return x
 
 
+def while_sampling(bench: Bench, strength: float) -> Tensor:
+    """The pairs' pictures drawn again: after classifier-free guidance, latents inside the content image's silhouette
+    move to those of the content image, smoothed, along the two directions that hold hue and chroma."""
+    if not strength:
+        return bench.pictures(QUALITY, bench.pairs)
+    studio, owns, to_ab = bench.studio, bench.loras(QUALITY), hue_and_chroma(bench)
+    along = torch.linalg.pinv(to_ab) @ to_ab  # 4 4
+    pictures = []
+    for seed, pair in enumerate(bench.pairs):
+        z_content = cells_of(studio, pair.content)
+        weight = F.adaptive_avg_pool2d(silhouette(studio.drawn(pair.content)).float(), CELLS)
+
+        def steered(args: dict, z_content: Tensor = z_content, weight: Tensor = weight) -> Tensor:
+            z_0_hat = args["denoised"]
+            missing = F.avg_pool2d(z_content - z_0_hat, WINDOW, 1, WINDOW // 2, count_include_pad=False)
+            return z_0_hat + strength * weight * torch.einsum("ij,bjhw->bihw", along, missing)
+
+        facts = ["colours", pair.content, strength, WINDOW]
+        post_cfg = PostCfg(steered, facts)
+        pictures.append(
+            studio.picture(owns[pair.content], owns[pair.style], seed, post_cfg=post_cfg, **QUALITY.settings)
+        )
+    return torch.cat(pictures)
+
+
+def hue_and_chroma(bench: Bench) -> Tensor:
+    """(2 4): a and b of OKLab by latent, the least squares over all cells of all content and style images."""
+    drawings = [*bench.contents, *bench.styles]
+    z = rearrange(torch.cat([cells_of(bench.studio, drawing) for drawing in drawings]), "n c h w -> (n h w) c")
+    ab = rearrange(to_oklab(means(bench.studio.drawn(*drawings)))[:, 1:], "n c h w -> (n h w) c")
+    return torch.linalg.lstsq(F.pad(z, (0, 1), value=1.0), ab).solution[:-1].T
+
+
+def cells_of(studio: Studio, drawing: Drawing) -> Tensor:
+    """The latent of a drawing (1 4 CELLS CELLS) as the model sees it."""
+    return studio.model.model.process_latent_in(studio.latents(drawing)["samples"])
+
+
 METHODS = {
     "chroma within outlines": guided,
     "palette, Monge-Kantorovich": lambda *inputs: by_palette(*inputs, monge_kantorovich),
     "palette, sliced transport": lambda *inputs: by_palette(*inputs, sliced),
 }
+WHILE_SAMPLING = "latents, while sampling"
 
 
 def colour_errors(pictures: Tensor, contents: Tensor) -> tuple[Tensor, Tensor]:
@@ -161,7 +202,7 @@ def styles_section(bench: Bench, found: dict[str, list[dict[str, Tensor]]]) -> s
     return STYLES_TEXT.format(styles=table(["style image of", *(f"{strength:g}" for strength in STRENGTHS)], rows))
 
 
-def sheet_section(bench: Bench, pictures: Tensor, contents: Tensor, file: Path) -> str:
+def sheet_section(bench: Bench, pictures: Tensor, contents: Tensor, steered: Tensor, file: Path) -> str:
     pairs = range(len(bench.pairs))[: 3 * len(bench.styles)]  # of three content images
     styles = bench.studio.drawn(*(pair.style for pair in bench.pairs))
     columns = {"content": contents, "style": styles, "0": pictures}
@@ -169,6 +210,7 @@ def sheet_section(bench: Bench, pictures: Tensor, contents: Tensor, file: Path) 
     columns |= {
         name: method(pictures, contents, 1.0) for name, method in zip("MS", [*METHODS.values()][1:], strict=True)
     }
+    columns["W"] = steered
     page = Image.new("RGB", (136 * len(columns), 24 + 136 * len(pairs)), "white")
     for i, (name, batch) in enumerate(columns.items()):
         ImageDraw.Draw(page).text((136 * i + 68, 2), name, "black", font_size=18, anchor="mt")
@@ -186,7 +228,7 @@ def main() -> None:
     options = parser.parse_args()
     images, results = (2, options.work) if options.few else (4, RESULTS)
     bench = Bench(Studio(options.work), first_pairs(PAIRS["tune"], images, images), 0.2, 1)
-    pictures = bench.pictures(TRIED["quality"], bench.pairs)
+    pictures = bench.pictures(QUALITY, bench.pairs)
     contents, truths = (
         bench.studio.drawn(*drawings) for drawings in zip(*((p.content, p.truth) for p in bench.pairs), strict=True)
     )
@@ -194,6 +236,8 @@ def main() -> None:
         name: [measure(bench, method(pictures, contents, strength), contents) for strength in STRENGTHS]
         for name, method in METHODS.items()
     }
+    steered = {strength: while_sampling(bench, strength) for strength in STRENGTHS}
+    found[WHILE_SAMPLING] = [measure(bench, drawn, contents) for drawn in steered.values()]
     text = joined(
         [
             INTRODUCTION.format(
@@ -205,7 +249,7 @@ def main() -> None:
             ),
             curve_section(bench, found, measure(bench, truths, contents), results / "colours_curve.png"),
             styles_section(bench, found),
-            sheet_section(bench, pictures, contents, results / "colours_sheet.png"),
+            sheet_section(bench, pictures, contents, steered[1.0], results / "colours_sheet.png"),
         ]
     )
     (results / "colours.md").write_text(text, encoding="utf-8")

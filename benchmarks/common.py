@@ -15,7 +15,7 @@ from typing import NamedTuple
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 RESAMPLES = 10_000
-COLOURS = ("#3f789e", "#c0562b", "#5b8c5a")
+COLOURS = ("#3f789e", "#c0562b", "#5b8c5a", "#8a6bab")
 # What glibc does with freed memory: keep it, as a GPU's allocator does, for allocating it again costs time; or return
 # it at once, for otherwise it would count as resident.
 KEEP = {"MALLOC_MMAP_THRESHOLD_": "4000000000", "MALLOC_TRIM_THRESHOLD_": "4000000000"}

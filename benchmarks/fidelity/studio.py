@@ -53,6 +53,13 @@ class Own(NamedTuple):
     lora: ImageLora | Everywhere
 
 
+class PostCfg(NamedTuple):
+    """A function that ComfyUI calls after classifier-free guidance, and all that it depends on."""
+
+    function: Callable[[dict], Tensor]
+    facts: list
+
+
 class Learned(NamedTuple):
     """The result of a training. state: of the trainer, from which a next phase continues."""
 
@@ -215,6 +222,7 @@ class Studio:
         start: Drawing | None = None,
         denoise: float = 1.0,
         size: float = 1.0,
+        post_cfg: PostCfg | None = None,
         **settings,
     ) -> Tensor:
         """1 3 h w, 0 to 1. start: the drawing to noise, instead of an empty latent. size: of the empty latent, as a
@@ -222,14 +230,17 @@ class Studio:
         """
         settings = DEFAULTS | settings
         names = [own and own.name for own in (content, style)]
-        sized = ["size", size] if size != 1 else []
-        name = fingerprint([self.whole, *names, seed, prompt, start, denoise, settings, *sized])
+        more = (["size", size] if size != 1 else []) + (["post_cfg", *post_cfg.facts] if post_cfg else [])
+        name = fingerprint([self.whole, *names, seed, prompt, start, denoise, settings, *more])
         if not (file := self.pictures / f"{name}.png").exists():
             empty = {"samples": torch.zeros(1, CHANNELS, round(size * SIDE), round(size * SIDE))}
             latent = self.latents(start) if start else empty
             sampling = self.pack.host.sampling
             sigmas = sampling.ksampler_sigmas(self.model, STEPS, SAMPLER, SCHEDULER, denoise)
-            with torch.inference_mode(), self._guider(content, style, self.text(prompt), settings) as guider:
+            model = self.model.clone()
+            if post_cfg:
+                model.set_model_sampler_post_cfg_function(post_cfg.function)
+            with torch.inference_mode(), self._guider(model, content, style, self.text(prompt), settings) as guider:
                 (picture,) = self.decoded(sampling.sample(guider, latent, seed, SAMPLER, sigmas))
             with written_whole(file) as unfinished:
                 pixels = (255 * rearrange(picture, "c h w -> h w c")).round().byte().cpu().numpy()
@@ -238,20 +249,22 @@ class Studio:
             return rearrange(torch.tensor(np.asarray(image)), "h w c -> 1 c h w") / 255
 
     @contextmanager
-    def _guider(self, content: Own | None, style: Own | None, positive: list, settings: dict) -> Iterator[Any]:
+    def _guider(
+        self, model: Any, content: Own | None, style: Own | None, positive: list, settings: dict
+    ) -> Iterator[Any]:
         import comfy.samplers
 
         owns = {role: own.lora for role, own in (("content", content), ("style", style)) if own}
         if any(isinstance(lora, ImageLora) for lora in owns.values()):
             guider = self.pack.nodes.guide.Guider
-            yield guider.execute(self.model, positive, self.text(""), **owns, **settings).result[0]
+            yield guider.execute(model, positive, self.text(""), **owns, **settings).result[0]
             return
-        guider = comfy.samplers.CFGGuider(self.model)
+        guider = comfy.samplers.CFGGuider(model)
         guider.set_conds(positive, self.text(""))
         guider.set_cfg(settings["cfg"])
         with ExitStack() as stack:
             for lora in owns.values():
-                stack.enter_context(everywhere(self.model.model.diffusion_model, lora))
+                stack.enter_context(everywhere(model.model.diffusion_model, lora))
             yield guider
 
 
