@@ -2,23 +2,26 @@
 
 import asyncio
 import contextlib
+import html
 import json
 import re
 import socket
 import time
 import uuid
 from collections.abc import Awaitable, Callable
+from typing import Any
 from urllib.parse import parse_qsl, urlsplit
 
 import aiohttp
 
+from batch.comfy_answers import as_json, is_comfyuis, read_event
+
 LIMIT = 500_000_000  # bytes of an answer
-# Of a proxy, a tunnel or a pod that starts, in ComfyUI's place; and every 5xx, to which Cloudflare adds its own.
-PASSING = (404, 408, 425, 429)
 HEADER = "CONSISLORA_HEADER"  # in the environment
 FIRST_DELAY, LONGEST_DELAY = 1.0, 30.0  # seconds between two tries
+CONNECTING = 10.0  # seconds
 LISTENING = 5.0  # seconds without the message that a workflow has ended, after which queue and history are read
-PREVIEW_FRAME = 1  # BinaryEventTypes.PREVIEW_IMAGE in ComfyUI's protocol.py
+REDIRECTS = (301, 302, 303, 307, 308)
 
 OnEvent = Callable[[str, "dict | bytes"], None]
 
@@ -57,14 +60,15 @@ class ComfyClient:
         self.url = parts._replace(path=parts.path.rstrip("/"), query="", fragment="").geturl()
         self.name = urlsplit(self.url)._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()  # without a password
         self.query = parse_qsl(parts.query, keep_blank_values=True)
-        self.patience, self.report, self.headers = patience, report, headers
+        self.patience, self.report, self.headers = patience, report, headers or {}
         self.client_id = uuid.uuid4().hex
         self.socket: aiohttp.ClientWebSocketResponse | None = None
-        self.has_answered = False  # as ComfyUI does
 
     async def __aenter__(self) -> "ComfyClient":
-        timeout = aiohttp.ClientTimeout(sock_connect=10, sock_read=120)
-        self.session = aiohttp.ClientSession(timeout=timeout, headers=self.headers)
+        timeout = aiohttp.ClientTimeout(sock_connect=CONNECTING, sock_read=120)
+        trace = aiohttp.TraceConfig()
+        trace.on_request_redirect.append(_stay)
+        self.session = aiohttp.ClientSession(timeout=timeout, headers=self.headers, trace_configs=[trace])
         return self
 
     async def __aexit__(self, *_) -> None:
@@ -81,28 +85,29 @@ class ComfyClient:
         is_done: Callable[[], Awaitable] | None = None,
         headers: dict[str, str] | None = None,
         **query: str,
-    ) -> bytes | None:
-        """The body of the server's answer. Tries again until patience ends.
+    ):
+        """What ComfyUI answers: JSON, or the bytes of a file. Tries again until patience ends.
 
         body: makes the request's body, anew for each try. lacking: return None if ComfyUI answers that it has no such
-        file; otherwise status 404 is a proxy's. is_done: asked before another try; if so, return None.
+        file; otherwise that is a proxy's word. is_done: asked before another try; if so, return None.
         Raises Refused, Denied, and Unreachable when patience ends.
         """
         deadline, delay, is_sure = time.monotonic() + self.patience, FIRST_DELAY, False
         while True:
             try:
-                response, answer = await self._ask(method, path, body(), headers, query)
-                if response.status < 300 and self._is_comfyuis(response, answer):
-                    return answer
-                if response.status == 404 and lacking:
+                response, said = await self._ask(method, path, body(), headers, query)
+                if is_comfyuis(path, response, said):
+                    if response.status < 300:
+                        return said
+                    raise Refused(refusal_text(f"{response.status} {response.reason}", said))
+                self._check_admitted(response)
+                if lacking and (response.status == 404 or response.status == 400 and not said):  # 400: a name with ..
                     if is_sure:
                         return None
-                    is_sure = self._is_comfyuis(*await self._ask("GET", "/queue"))
-                    if is_sure:  # that ComfyUI answers; whether the 404 was its own, the next one tells
+                    is_sure = is_comfyuis("/queue", *await self._ask("GET", "/queue"))
+                    if is_sure:  # that ComfyUI answers; whether that word was its own, the next one tells
                         continue
-                trouble = "a page of a proxy" if response.status < 300 else f"{response.status} {response.reason}"
-                if 300 <= response.status < 500 and response.status not in PASSING:
-                    raise self._refusal(response, answer)
+                trouble = f"answers, but not as ComfyUI does ({self._quoted(response, said)})"
             except aiohttp.ClientConnectorCertificateError as error:
                 reason = error.certificate_error.verify_message
                 raise Denied(
@@ -112,11 +117,13 @@ class ComfyClient:
             except aiohttp.InvalidURL:
                 raise
             except (aiohttp.ClientError, asyncio.TimeoutError):
-                trouble = "no answer"
-            if time.monotonic() + delay > deadline:
-                raise Unreachable(f"{self.name} cannot be reached ({trouble}).")
-            self.report(f"{self.name} cannot be reached ({trouble}); trying again in {delay:.0f} s.")
-            await asyncio.sleep(delay)
+                trouble = "cannot be reached"
+            left = deadline - time.monotonic()
+            if left <= 0:
+                raise Unreachable(f"{self.name} {trouble}.")
+            pause = min(delay, left)
+            self.report(f"{self.name} {trouble}; trying again in {pause:.0f} s.")
+            await asyncio.sleep(pause)
             delay, is_sure = min(2 * delay, LONGEST_DELAY), False
             if is_done and await is_done():
                 return None
@@ -128,39 +135,44 @@ class ComfyClient:
         body: object = None,
         headers: dict[str, str] | None = None,
         query: dict[str, str] | None = None,
-    ) -> tuple[aiohttp.ClientResponse, bytes]:
+    ) -> tuple[aiohttp.ClientResponse, Any]:
+        """An answer and what it says: JSON if it is that, otherwise bytes; None if it is empty."""
         params = [*self.query, *(query or {}).items()]
         async with self.session.request(
             method, self.url + path, params=params, data=body, headers=headers, allow_redirects=False
         ) as response:
-            return response, await self._bounded(response)
+            answer = await self._bounded(response)
+        return response, answer if path == "/view" else as_json(answer, answer or None)
 
-    def _is_comfyuis(self, response: aiohttp.ClientResponse, answer: bytes) -> bool:
-        """Whether an answer is not a page of a proxy. Raises Refused if there has never been one of ComfyUI's."""
-        is_page = response.content_type == "text/html" or answer[:1] == b"<"
-        if is_page and not self.has_answered and response.status < 300:
-            raise Refused(f"{self.name} answers, but not as ComfyUI does. Name ComfyUI's address with --server.")
-        self.has_answered |= not is_page and response.status < 300
-        return not is_page and response.status < 300
+    def _quoted(self, response: aiohttp.ClientResponse, said: object) -> str:
+        """The status of an answer and its first words, unless it repeats what we send in confidence."""
+        status, sent = f"{response.status} {response.reason}", response.request_info.headers
+        confidence = [sent.get(name, "") for name in ("Authorization", *self.headers)] + [v for _, v in self.query]
+        page = said.decode(errors="replace") if isinstance(said, bytes) else json.dumps(said, ensure_ascii=False)
+        page = html.unescape(page)
+        if not said or any(secret in page for secret in re.findall(r"\w+", " ".join(confidence))):
+            return status
+        words = " ".join(re.sub(r"(?is)<(script|style)\b.*?</\1>|<[^>]*>", " ", page[:4000]).split())
+        return f"{status}: {words[:100]!r}" if words else status
 
-    def _refusal(self, response: aiohttp.ClientResponse, answer: bytes) -> Refused | Denied:
+    def _check_admitted(self, response: aiohttp.ClientResponse) -> None:
+        """Raises Denied if what answers will let no request through."""
         status = f"{response.status} {response.reason}"
         if response.status in (401, 403, 407):
-            return Denied(
+            raise Denied(
                 f"{self.name} wants a key or a password ({status}). Set {HEADER} in the environment, such as "
                 "'Authorization: Bearer ...', or ask who runs the server."
             )
         if response.status == 413:
-            return Denied(
+            raise Denied(
                 f"{self.name} takes no picture as large as this ({status}). Save it smaller, or raise the limit of the "
                 "proxy before ComfyUI, or ComfyUI's own (--max-upload-size)."
             )
-        if response.status < 400:
-            return Denied(
+        if response.status in REDIRECTS:
+            raise Denied(
                 f"{self.name} sends elsewhere ({status}), perhaps to sign in. Name the address where ComfyUI itself "
                 f"answers with --server, or set {HEADER} in the environment."
             )
-        return Refused(refusal_text(status, answer))
 
     async def _bounded(self, response: aiohttp.ClientResponse) -> bytes:
         answer = bytearray()
@@ -172,19 +184,11 @@ class ComfyClient:
 
     async def get(self, path: str, lacking: bool = False, **query: str):
         """The JSON at a path. Raises as `call` does; lacking: see there."""
-        return self._parsed(await self.call("GET", path, lacking=lacking, **query))
+        return await self.call("GET", path, lacking=lacking, **query)
 
     async def post(self, path: str, body: dict, is_done: Callable[[], Awaitable] | None = None):
         """Posts JSON; the JSON of the answer, or None. Raises as `call` does; is_done: see there."""
-        return self._parsed(await self.call("POST", path, lambda: json.dumps(body), is_done=is_done))
-
-    def _parsed(self, answer: bytes | None):
-        try:
-            return json.loads(answer) if answer else None
-        except ValueError:
-            raise Refused(
-                f"{self.name} answers, but not as ComfyUI does. Name ComfyUI's address with --server."
-            ) from None
+        return await self.call("POST", path, lambda: json.dumps(body), is_done=is_done)
 
     async def has_upload(self, data: bytes, name: str, folder: str) -> bool:
         """Whether a folder inside the server's input folder has this file, by its name, size and last byte."""
@@ -255,7 +259,7 @@ class ComfyClient:
         if self.socket is None or self.socket.closed:
             address = f"{self.url}/ws".replace("http", "ws", 1)
             params = [*self.query, ("clientId", self.client_id)]
-            self.socket = await self.session.ws_connect(address, params=params)
+            self.socket = await asyncio.wait_for(self.session.ws_connect(address, params=params), CONNECTING)
 
     async def _listen(self, prompt_id: str, on_event: OnEvent) -> None:
         """Passes messages on until one says that the workflow has ended, for `LISTENING` seconds at most."""
@@ -264,10 +268,12 @@ class ComfyClient:
             await self._connect()
             while (left := deadline - time.monotonic()) > 0:
                 message = await self.socket.receive(timeout=left)
-                if message.type in (aiohttp.WSMsgType.CLOSE, aiohttp.WSMsgType.CLOSED, aiohttp.WSMsgType.ERROR):
+                if message.type not in (aiohttp.WSMsgType.TEXT, aiohttp.WSMsgType.BINARY):  # it is closed
                     await asyncio.sleep(FIRST_DELAY)
                     return
-                kind, data = _event(message.data)
+                if (event := read_event(message.data)) is None:
+                    continue
+                kind, data = event
                 on_event(kind, data)
                 if kind == "executing" and data["node"] is None and data.get("prompt_id") == prompt_id:
                     return
@@ -277,24 +283,20 @@ class ComfyClient:
             await asyncio.sleep(FIRST_DELAY)
 
 
-def _event(message: str | bytes) -> tuple[str, dict | bytes]:
-    """The type and data of a websocket message."""
-    if isinstance(message, str):
-        event = json.loads(message)
-        return event["type"], event["data"]
-    # A preview is two 32-bit numbers, kind of frame and kind of image, then an image file.
-    return "preview" if int.from_bytes(message[:4], "big") == PREVIEW_FRAME else "binary", message[8:]
+async def _stay(session, context, redirect: aiohttp.TraceRequestRedirectParams) -> None:
+    """Keeps the websocket from following a redirect, and our headers from going to another server with it."""
+    redirect.response.close()
+    raise aiohttp.ClientError("redirected")
 
 
-def refusal_text(status: str, answer: bytes) -> str:
+def refusal_text(status: str, refusal: object) -> str:
     """Why the server refused a workflow, node by node where its answer says so."""
     try:
-        refusal = json.loads(answer)
         lines = [f"{refusal['error']['message']} {refusal['error']['details']}".strip()]
         for node_id, report in refusal["node_errors"].items():
             node = f"{report['class_type']} (node {node_id})"
             lines += [f"{node}: {error['message']}: {error['details']}" for error in report["errors"]]
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (KeyError, TypeError, AttributeError):
         return f"the server answered {status}"
     return "; ".join(lines)
 

@@ -8,6 +8,7 @@ import itertools
 import json
 import os
 import random
+import re
 import signal
 import ssl
 import subprocess
@@ -33,7 +34,7 @@ import batch.comfy_client
 from batch import run
 from batch.comfy_client import ComfyClient, Denied, Refused, Unreachable, WorkflowError, headers_in
 from batch.fill_workflow import fill_workflow, lora_problems, server_problems, value_problems
-from batch.job_runner import JobRunner
+from batch.job_runner import JobRunner, Order
 from batch.scheduler import Scheduler, WorkerLost
 from catalogue.pictures import open_picture
 from catalogue.sheets import RESULTS, Job, Result, ResultsSheet
@@ -198,16 +199,19 @@ def test_adapters_of_different_models_are_distinguished():
 
 
 @asynccontextmanager
-async def pretended(routes: dict, patience: float = 5):
-    """A ComfyClient of a server with these answers: handlers by path."""
+async def pretended(routes, patience: float = 5, headers: dict | None = None):
+    """A ComfyClient of a server with these answers: handlers by path, or one for all."""
 
     async def answer(request):
-        response = routes[request.path](request) if request.path in routes else web.Response(status=404)
+        response = routes(request) if callable(routes) else routes.get(request.path, nothing)(request)
         return await response if asyncio.iscoroutine(response) else response
 
     app = web.Application()
     app.router.add_route("*", "/{path:.*}", answer)
-    async with TestServer(app) as there, ComfyClient(str(there.make_url("")), patience, lambda text: None) as client:
+    async with (
+        TestServer(app) as there,
+        ComfyClient(str(there.make_url("")), patience, lambda text: None, headers) as client,
+    ):
         yield client
 
 
@@ -217,7 +221,7 @@ def at_once(monkeypatch):
     monkeypatch.setattr(batch.comfy_client, "LISTENING", 0.05)
 
 
-def asked(routes: dict, question, **settings):
+def asked(routes, question, **settings):
     async def ask():
         async with pretended(routes, **settings) as server:
             return await question(server)
@@ -225,14 +229,12 @@ def asked(routes: dict, question, **settings):
     return asyncio.run(ask())
 
 
-@pytest.mark.parametrize("status", [404, 408, 425, 429, 500, 502, 503, 504, *range(520, 531)])
-def test_a_busy_server_is_asked_again(status):
-    answers = [web.Response(status=status), web.Response(status=status), web.json_response([1])]
-    assert asked({"/queue": lambda _: answers.pop(0)}, lambda client: client.get("/queue")) == [1]
+def says(text: str = "", status: int = 200, kind: str = "text/html"):
+    return lambda _: web.Response(text=text, status=status, content_type=kind)
 
 
-def page(_):
-    return web.Response(text="<html>Your pod is starting</html>", content_type="text/html")
+def sends(data: bytes):
+    return lambda _: web.Response(body=data, headers={"Content-Disposition": 'filename="a.png"'})
 
 
 QUEUE = {"queue_running": [], "queue_pending": []}
@@ -252,11 +254,103 @@ def turns(*handlers):
     return lambda request: (left.pop(0) if len(left) > 1 else left[0])(request)
 
 
-def test_a_page_of_a_proxy_is_waited_out_once_comfyui_has_answered():
-    async def twice(client):
-        return await client.get("/queue"), await client.get("/queue")
+# Of proxies, tunnels and pods that start, in ComfyUI's place.
+FOREIGN = {
+    "a page": says("<html>Your pod is starting</html>"),
+    "a page of XHTML": says("\n<!DOCTYPE html>", kind="application/xhtml+xml"),
+    "text": says("Service is starting", kind="text/plain"),
+    "nothing": says(),
+    "no content": says(status=204),
+    "null": says("null", kind="application/json"),
+    "a list": says("[]", kind="application/json"),
+    "a state": says('{"status": "starting"}', kind="application/json"),
+    "a state, accepted": says('{"status": "starting"}', 202, "application/json"),
+    "a state, as a failure": says('{"error": "pod not ready"}', 400, "application/json"),
+    "half of an answer": says('{"queue_running": [', kind="application/json"),
+    "brackets": says("[" * 100_000, kind="application/json"),
+    "queue and more of another kind": says(
+        '{"queue_running": null, "prompt_id": null, "name": 1, "x": {}}', kind="application/json"
+    ),
+}
+STATUSES = [304, 400, 402, 405, 408, 409, 410, 418, 421, 423, 424, 425, 426, 428, 429, 444, 449, 451, 460, 499]
+STATUSES += [500, 502, 503, 504, 511, 520, 524, 530, 599, 999]
+FOREIGN |= {f"a page of {status}": says("<html>", status) for status in STATUSES}
 
-    assert asked({"/queue": turns(as_comfyui, page, page, as_comfyui)}, twice) == (QUEUE, QUEUE)
+
+@pytest.mark.parametrize("said", FOREIGN.values(), ids=FOREIGN)
+def test_a_job_is_done_whatever_is_said_in_comfyuis_place_first(said):
+    """Every kind of request of a job is answered so at first: it is neither given up nor queued twice."""
+    order = Order(Result("cup", "key"), {}, "jobs", {}, frozenset())
+    files, queued = {"results.csv": b"name,files\nkey,key.png", "key.png": picture(".png")}, []
+
+    def view(request):
+        name = request.query["filename"]
+        return (sends(files[name]) if name in files else nothing)(request)
+
+    async def upload(request):
+        files["cup.png"] = (await request.post())["image"].file.read()
+        return web.json_response({"name": "cup.png"})
+
+    async def prompt(request):
+        queued.append((await request.json())["prompt_id"])
+        return web.json_response({"prompt_id": queued[0]})
+
+    answers = {"/upload/image": upload, "/prompt": prompt, "/queue": as_comfyui, "/ws": nothing}
+    answers |= {f"/view {name}": view for name in ("cup.png", *files)}
+    answers = {name: turns(said, said, answer) for name, answer in answers.items()}
+    entry = turns(said, said, lambda _: web.json_response({id: DONE for id in queued}))
+
+    def answer(request):
+        name = " ".join(filter(None, (request.path, request.query.get("filename"))))
+        return entry(request) if request.path.startswith("/history/") else answers[name](request)
+
+    async def run(client):
+        return await JobRunner(client).run(order, {"cup.png": b"data"})
+
+    result, made = asked(answer, run)
+    assert (result.error, made, files["cup.png"]) == ("", picture(".png"), b"data")
+    assert len(queued) == 1
+
+
+@pytest.mark.parametrize("path", ["/queue", "/object_info", "/system_stats", "/models/loras", "/i18n"])
+@pytest.mark.parametrize(
+    ("said", "words"),
+    [
+        ("a page", "200 OK: 'Your pod is starting'"),
+        ("text", "200 OK: 'Service is starting'"),
+        ("a state, as a failure", '400 Bad Request: \'{"error": "pod not ready"}\''),
+        ("a page of 503", "503 Service Unavailable"),
+    ],
+)
+def test_what_stays_another_kind_of_server_is_reported_with_its_words(path, said, words):
+    with pytest.raises(Unreachable) as caught:
+        asked({path: FOREIGN[said]}, lambda client: client.get(path), patience=0.05)
+    assert re.sub(r":\d+ ", " ", str(caught.value)) == f"http://127.0.0.1 answers, but not as ComfyUI does ({words})."
+
+
+@pytest.mark.parametrize(
+    ("address", "headers"),
+    [("me:5ec2e7@{}", {}), ("{}/?token=5ec2e7", {}), ("{}", {"CF-Access-Client-Secret": "a-5ec2e7"})],
+)
+def test_a_page_that_repeats_what_was_sent_in_confidence_is_not_quoted(address, headers):
+    pages, reports = [], []
+
+    async def echo(request):
+        pages.append(f"{dict(request.headers)} {request.rel_url}")
+        return web.Response(text=pages[-1], status=503)
+
+    async def ask():
+        app = web.Application()
+        app.router.add_get("/queue", echo)
+        async with TestServer(app) as there:
+            url = f"http://{address.format(f'127.0.0.1:{there.port}')}"
+            async with ComfyClient(url, 0.02, reports.append, headers) as client:
+                await client.get("/queue")
+
+    with pytest.raises(Unreachable, match=r"as ComfyUI does \(503 Service Unavailable\).$"):
+        asyncio.run(ask())
+    assert all("(503 Service Unavailable);" in report for report in reports)
+    assert "5ec2e7" in pages[0] or "Basic bWU6NWVjMmU3" in pages[0]
 
 
 def test_that_a_file_is_lacking_is_comfyuis_word_and_not_a_tunnels():
@@ -264,7 +358,8 @@ def test_that_a_file_is_lacking_is_comfyuis_word_and_not_a_tunnels():
         return asked({f"/{name}": route for name, route in routes.items()}, lambda client: client.file("a.png", "b"))
 
     assert fetched(queue=as_comfyui) is None
-    file = turns(nothing, nothing, lambda _: web.Response(body=b"data"))
+    assert asked({"/queue": turns(nothing, nothing, as_comfyui)}, lambda client: client.get("/queue")) == QUEUE
+    file = turns(nothing, nothing, sends(b"data"))
     assert fetched(queue=turns(nothing, as_comfyui), view=file) == b"data"
 
 
@@ -348,6 +443,7 @@ def test_the_header_and_the_query_go_with_every_request_and_into_no_message(tmp_
             for node in run.read_workflow(run.WORKFLOWS / "catalogue_sdxl.json", None, {}).values()
         }
         answers = {"/proxy/object_info": info, "/proxy/queue": QUEUE, "/proxy/prompt": {"prompt_id": ID}}
+        answers["/proxy/upload/image"] = {"name": "a.png"}
         return web.json_response(answers.get(request.path, {ID: CANCELLED}))
 
     async def serve():
@@ -363,8 +459,30 @@ def test_the_header_and_the_query_go_with_every_request_and_into_no_message(tmp_
     assert asyncio.run(serve()) == 1
     assert {path for path, *_ in seen} >= {f"/proxy/{path}" for path in ("ws", "prompt", "upload/image", "view")}
     assert {(header, token) for _, header, token in seen} == {(SECRET, "70cea")}
-    written = "".join(path.read_text("utf-8-sig") for path in tmp_path.rglob("*.csv"))
-    assert "5ec2e7" not in (text := "".join(capsys.readouterr()) + written) and "70cea" not in text
+    written = b"".join(path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
+    said = "".join(capsys.readouterr()).encode()
+    assert (tmp_path / "jobs_results" / RESULTS).exists()
+    assert b"5ec2e7" not in written + said and b"70cea" not in written + said
+
+
+def test_the_header_does_not_follow_the_websocket_to_another_server():
+    seen = []
+
+    async def elsewhere(request):
+        seen.append(request.path)
+        return web.Response(status=404)
+
+    async def ask():
+        other = web.Application()
+        other.router.add_route("*", "/{path:.*}", elsewhere)
+        async with TestServer(other) as there:
+            to = {"Location": str(there.make_url("/ws"))}
+            routes = history([True, True], DONE) | {"/ws": lambda _: web.Response(status=302, headers=to)}
+            async with pretended(routes, headers={"X-Secret": "5ec2e7"}) as client:
+                return await client.run({})
+
+    assert asyncio.run(ask()) == DONE  # without its messages
+    assert seen == []
 
 
 @pytest.mark.parametrize("text", ["Bearer 5ec2e7", "Authorization:", "two words: 5ec2e7"])
@@ -390,10 +508,12 @@ def test_no_message_names_a_password_of_the_address():
         asyncio.run(ask())
 
 
-def test_patience_ends():
-    busy = {"/queue": lambda _: web.Response(status=503)}
+def test_patience_ends(monkeypatch):
+    monkeypatch.setattr(batch.comfy_client, "FIRST_DELAY", 60)
+    began = time.monotonic()
     with pytest.raises(Unreachable, match="503 Service Unavailable"):
-        asked(busy, lambda client: client.get("/queue"), patience=0.05)
+        asked({"/queue": says(status=503)}, lambda client: client.get("/queue"), patience=0.2)
+    assert 0.2 <= time.monotonic() - began < 30
     with pytest.raises(Unreachable, match="cannot be reached"):
         asyncio.run(unreachable())
 
@@ -403,16 +523,21 @@ async def unreachable():
         await client.get("/queue")
 
 
+def test_a_server_that_comes_back_before_patience_ends_is_met():
+    began = []
+
+    def queue(request):
+        began.append(time.monotonic())
+        return as_comfyui(request) if began[-1] - began[0] >= 0.9 else web.Response(status=503)
+
+    assert asked({"/queue": queue}, lambda client: client.get("/queue"), patience=1) == QUEUE
+
+
 def test_a_flood_is_stopped(monkeypatch):
     monkeypatch.setattr(batch.comfy_client, "LIMIT", 1000)
     routes = {"/b": lambda _: web.Response(body=b"x" * 2000)}
     with pytest.raises(Refused, match="larger than"):
         asked(routes, lambda client: client.call("GET", "/b"))
-
-
-def test_another_kind_of_server_is_reported():
-    with pytest.raises(Refused, match="not as ComfyUI does"):
-        asked({"/object_info": lambda _: web.Response(text="<html>")}, lambda client: client.get("/object_info"))
 
 
 def test_a_refused_workflow_names_node_and_input():
@@ -457,6 +582,55 @@ def test_an_id_of_the_server_is_no_path():
     routes = {"/prompt": lambda _: web.json_response({"prompt_id": "../../x"}), "/queue": history([], None)["/queue"]}
     with pytest.raises(ValueError, match="badly formed"):
         asked(routes, lambda client: client.run({}))
+
+
+ODD = {
+    "no JSON": "hello",
+    "brackets": "[" * 100_000,
+    "a list": "[]",
+    "null": "null",
+    "no type": '{"data": {}}',
+    "a type that is no name": '{"type": [], "data": {}}',
+    "no data": '{"type": "status"}',
+    "executing without a node": '{"type": "executing", "data": {}}',
+    "executing with null": '{"type": "executing", "data": null}',
+    "progress with null": '{"type": "progress", "data": null}',
+    "progress without its end": '{"type": "progress", "data": {"value": 1}}',
+    "progress in words": '{"type": "progress", "data": {"value": "half", "max": []}}',
+    "one byte": b"\x01",
+}
+
+
+@pytest.mark.parametrize("odd", ODD.values(), ids=ODD)
+def test_odd_messages_of_other_packs_are_passed_over(odd, monkeypatch):
+    monkeypatch.setattr(batch.comfy_client, "LISTENING", 60)
+    step = {"type": "progress", "data": {"value": 3, "max": 4}}
+    end = {"type": "executing", "data": {"node": None, "prompt_id": ID}}
+    kept, shown = [], []
+
+    async def ws(request):
+        socket = web.WebSocketResponse()
+        await socket.prepare(request)
+        await (socket.send_str if isinstance(odd, str) else socket.send_bytes)(odd)
+        await socket.send_json(step)
+        await socket.send_json(end)
+        return socket
+
+    async def run(client):
+        order = Order(Result("cup", "key"), {}, "jobs", {}, frozenset())
+        await JobRunner(client).run_all([order], lambda *made: kept.append(made), shown.append)
+
+    asked(history([True, True], FAILED) | {"/ws": ws}, run)
+    assert [result.error for result, _ in kept] == ["VAEDecode (node 5): no memory"]
+    assert shown == ["cup", "cup, step 3 of 4"]
+
+
+def test_a_websocket_that_never_opens_holds_no_job_up(monkeypatch):
+    monkeypatch.setattr(batch.comfy_client, "CONNECTING", 0.05)
+    began = time.monotonic()
+    routes = history([True, True], DONE) | {"/ws": lambda _: asyncio.sleep(60)}
+    assert asked(routes, lambda client: client.run({})) == DONE
+    assert time.monotonic() - began < 30
 
 
 # The whole sheet, with a server in its place
@@ -776,9 +950,10 @@ def test_a_server_tells_whether_it_has_a_whole_picture(server):
             before = await client.has_upload(data, "whole.png", "batch")
             await client.upload(data, "whole.png", "batch")
             await client.upload(data[:-5], "cut.png", "batch")
-            return [before, *[await client.has_upload(data, name, "batch") for name in ("whole.png", "cut.png")]]
+            after = [await client.has_upload(data, name, "batch") for name in ("whole.png", "cut.png")]
+            return [before, *after, await client.file("../whole.png", "batch")]
 
-    assert asyncio.run(ask()) == [False, True, False]
+    assert asyncio.run(ask()) == [False, True, False, None]
 
 
 @pytest.mark.skipif(os.name == "nt", reason="a program cannot press Ctrl-C for one other program there")
