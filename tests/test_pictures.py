@@ -74,8 +74,13 @@ def png(bits: int, kind: int, values: list[tuple[int, ...]]) -> bytes:
     line = b"".join(value.to_bytes(bits // 8, "big") for pixel in values for value in pixel)
     header = struct.pack(">IIBBBBB", len(values), 1, bits, kind, 0, 0, 0)
     chunks = [(b"IHDR", header), (b"IDAT", zlib.compress(b"\0" + line)), (b"IEND", b"")]
-    packed = [struct.pack(">I", len(d)) + k + d + struct.pack(">I", zlib.crc32(k + d)) for k, d in chunks]
-    return b"\x89PNG\r\n\x1a\n" + b"".join(packed)
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*one) for one in chunks)
+
+
+def chunk(kind: bytes, content: bytes, right: bool = True) -> bytes:
+    """Of a PNG. right: with the checksum of the content."""
+    checksum = zlib.crc32(kind + content) ^ (not right)
+    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", checksum)
 
 
 def tiff(bits: int, alpha: int, values: list[tuple[int, ...]]) -> bytes:
@@ -311,12 +316,66 @@ def test_long_texts_in_a_png_do_not_matter(tmp_path):
     assert colours(tmp_path / "a.png") == {RED}
 
 
-def test_a_damaged_text_in_a_png_does_not_matter(tmp_path):
-    texts = PngImagePlugin.PngInfo()
-    texts.add_text("workflow", "some text")
-    picture().save(tmp_path / "a.png", pnginfo=texts)
-    (tmp_path / "a.png").write_bytes((tmp_path / "a.png").read_bytes().replace(b"some text", b"same text"))
-    assert colours(tmp_path / "a.png") == {RED}
+def opened_with(folder: Path, *chunks: bytes) -> Image.Image:
+    """A red PNG with chunks before its pixels, opened."""
+    data = saved(picture(), "PNG")
+    (folder / "a.png").write_bytes(data[:33] + b"".join(chunks) + data[33:])
+    return open_cut_out(folder / "a.png")
+
+
+SIDEWAYS = b"MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0\x06\0\0\0\0\0\0"  # EXIF: turn by 90 degrees
+BESIDE_PIXELS = {
+    b"gAMA": struct.pack(">I", 45455),
+    b"pHYs": struct.pack(">IIB", 1, 1, 1),
+    b"tIME": bytes(7),
+    b"iCCP": b"x\0\0" + zlib.compress(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()),
+    b"eXIf": b"MM\0*\0\0\0\x08\0\0",
+    b"sRGB": b"\0",
+    b"cHRM": bytes(32),
+    b"bKGD": bytes(6),
+    b"tRNS": bytes(6),
+    b"tEXt": b"workflow\0text",
+    b"caBX": bytes(40),  # Content Credentials
+    b"cICP": b"\x09\x10\0\1",
+    b"zzZz": b"unknown",
+}
+
+
+@pytest.mark.parametrize("kind", BESIDE_PIXELS)
+@pytest.mark.parametrize("damage", ["wrong checksum", "empty", "twice"])
+def test_whatever_is_damaged_in_a_png_beside_its_pixels_does_not_matter(tmp_path, kind, damage):
+    bad = chunk(kind, b"") if damage == "empty" else chunk(kind, BESIDE_PIXELS[kind], right=False)
+    opened = opened_with(tmp_path, *[bad] * (1 + (damage == "twice")))
+    assert (opened.mode, opened.tobytes()) == ("RGB", picture().tobytes())
+
+
+@pytest.mark.parametrize(
+    "profile",
+    [b"x\0\0" + zlib.compress(bytes(3_000_000)), b"x\0\1", b"x\0\0no zlib"],
+    ids=["huge", "of another compression", "damaged"],
+)
+def test_a_profile_in_a_png_that_cannot_be_read_leaves_the_colours(tmp_path, profile):
+    assert opened_with(tmp_path, chunk(b"iCCP", profile)).tobytes() == picture().tobytes()
+
+
+@pytest.mark.parametrize("is_right", [True, False], ids=["right checksums", "wrong checksums"])
+@pytest.mark.parametrize("damage", [chunk(b"gAMA", b""), chunk(b"tEXt", b"a\0b", right=False)], ids=["empty", "wrong"])
+def test_a_damaged_png_still_has_its_colours_its_transparency_and_its_orientation(tmp_path, is_right, damage):
+    profile = chunk(b"iCCP", b"x\0\0" + zlib.compress(swapping_profile()), is_right)
+    (colour,) = opened_with(tmp_path, damage, profile).getcolors()
+    assert colour[1] == GREEN
+    assert opened_with(tmp_path, damage, chunk(b"tRNS", b"\0\xff\0\0\0\0", is_right)).mode == "RGBA"
+    xmp = b'<rdf:Description xmlns:tiff="http://ns.adobe.com/tiff/1.0/" tiff:Orientation="6"/>'
+    in_hex = b"\nexif\n%8d\n%s" % (
+        len(SIDEWAYS) + 6,
+        (b"Exif\0\0" + SIDEWAYS).hex().encode(),
+    )  # as ImageMagick writes it
+    for turned in (
+        chunk(b"eXIf", SIDEWAYS, is_right),
+        chunk(b"iTXt", b"XML:com.adobe.xmp\0\0\0\0\0" + xmp, is_right),
+        chunk(b"zTXt", b"Raw profile type exif\0\0" + zlib.compress(in_hex), is_right),
+    ):
+        assert opened_with(tmp_path, damage, turned).size == (20, 40)
 
 
 def empty(path):
