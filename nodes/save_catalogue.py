@@ -138,7 +138,7 @@ class CatalogSave(io.ComfyNode):
         files = [path.relative_to(output_folder()) for path in paths]
         shown = [{"filename": file.name, "subfolder": file.parent.as_posix(), "type": "output"} for file in files]
         if format == "TIFF":  # which browsers do not show
-            shown = ui.PreviewImage(images.expand(-1, -1, -1, max(3, images.shape[-1]))).values
+            shown = ui.PreviewImage(images.float().expand(-1, -1, -1, max(3, images.shape[-1]))).values
         return io.NodeOutput("\n".join(file.as_posix() for file in files), ui={"images": shown})
 
 

@@ -465,12 +465,19 @@ def test_what_is_no_picture_is_refused_in_words(nodes, folders, images, words):
         nodes.CatalogSave.execute(images=images, job=load(nodes)[2][0])
 
 
-@pytest.mark.parametrize("shape", [(1, 1, 1, 3), (1, 8, 8, 1), (1, 8, 8, 4)], ids=["one pixel", "grey", "alpha"])
-def test_pictures_of_every_kind_are_saved(nodes, folders, shape):
-    _, output = folders
-    nodes.CatalogSave.execute(images=torch.full(shape, 0.2), job=load(nodes)[2][0])
-    with Image.open(output / "cat" / "cup__ink.png") as saved:
-        assert saved.convert("RGB").getpixel((0, 0)) == (51, 51, 51)
+@pytest.mark.parametrize("size", ["as made", "as the photo"])
+@pytest.mark.parametrize(("format", "suffix"), FORMATS.items())
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_pictures_of_every_kind_are_saved(nodes, folders, format, suffix, dtype, size):
+    job = load(nodes)[2][0]
+    for shape in [(1, 1, 1, 3), (1, 8, 8, 1), (1, 8, 8, 4)]:  # one pixel, grey, alpha
+        images = torch.full(shape, 0.2, dtype=dtype)
+        images[..., 3:] = 1
+        for bits in "8", "16":
+            nodes.CatalogSave.execute(images=images, job=job, format=format, bits=bits, size=size)
+            shown = open_picture(folders[1] / "cat" / f"cup__ink{suffix}")
+            assert shown.size == ((40, 20) if size == "as the photo" else shape[2:0:-1])
+            assert all(abs(value - 51) <= 1 for value in shown.getpixel((0, 0)))
 
 
 def test_settings_are_those_of_the_nearest_node_before(pack):
