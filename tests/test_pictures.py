@@ -8,7 +8,9 @@ import sys
 import unicodedata
 import zlib
 from pathlib import Path
+from typing import NamedTuple
 
+import numpy as np
 import pytest
 from PIL import Image, ImageChops, ImageCms, PngImagePlugin
 
@@ -42,6 +44,13 @@ def test_what_comfyui_loads_opens(name):
     if name.endswith("avif") and ".avif" not in pictures.SUFFIXES:
         pytest.skip("this Pillow reads no AVIF")
     assert open_picture(CASES / name).mode == "RGB"
+
+
+def test_a_cut_out_is_opaque_in_its_square_alone():
+    expected = picture("L", (256, 256), 0)
+    expected.paste(255, (64, 64, 192, 192))
+    assert open_cut_out(CASES / "picture_cut_out.png").getchannel("A").tobytes() == expected.tobytes()
+    assert open_picture(CASES / "picture_cut_out.png").getpixel((63, 128)) == WHITE
 
 
 @pytest.mark.parametrize("name", ["a.png", "a.tif"])
@@ -221,13 +230,83 @@ def swapping_profile() -> bytes:
         return shown.info["icc_profile"]
 
 
-def grey_profile(gamma: int) -> bytes:
-    """The smallest that ICC.1 knows: a header, the white point, and the curve of grey."""
-    white = b"XYZ \0\0\0\0" + struct.pack(">iii", 63190, 65536, 54061)
-    curve = b"curv\0\0\0\0" + struct.pack(">IHH", 1, gamma * 256, 0)
-    tags = struct.pack(">I", 2) + b"wtpt" + struct.pack(">II", 156, 20) + b"kTRC" + struct.pack(">II", 176, 16)
-    header = struct.pack(">I4x", 192) + b"\x02\x10\0\0mntrGRAYXYZ " + bytes(12) + b"acsp" + bytes(28) + white[8:]
-    return header.ljust(128, b"\0") + tags + white + curve
+D50 = (0.9642, 1.0, 0.8249)
+
+
+def profile(device: bytes, space: bytes, connection: bytes, tags: dict[bytes, bytes]) -> bytes:
+    """The smallest that ICC.1 knows: a header, and the tags, whose lengths are multiples of 4."""
+    start, table = 132 + 12 * len(tags), struct.pack(">I", len(tags))
+    for name, tag in tags.items():
+        table += name + struct.pack(">II", start, len(tag))
+        start += len(tag)
+    header = struct.pack(">I4x", start) + b"\x02\x10\0\0" + device + space + connection + bytes(12) + b"acsp"
+    return (header + bytes(28) + xyz(D50)[8:]).ljust(128, b"\0") + table + b"".join(tags.values())
+
+
+def xyz(values: tuple[float, ...]) -> bytes:
+    return b"XYZ \0\0\0\0" + struct.pack(">iii", *(round(65536 * value) for value in values))
+
+
+def gamma_curve(gamma: float) -> bytes:
+    return b"curv\0\0\0\0" + struct.pack(">IHH", 1, round(256 * gamma), 0)
+
+
+def grey_profile(gamma: float) -> bytes:
+    return profile(b"mntr", b"GRAY", b"XYZ ", {b"wtpt": xyz(D50), b"kTRC": gamma_curve(gamma)})
+
+
+class Space(NamedTuple):
+    """A colour space: the XYZ of its red, green and blue in the light of D50, and its gamma."""
+
+    primaries: tuple[tuple[float, float, float], ...]
+    gamma: float
+
+    def profile(self, device: bytes = b"mntr") -> bytes:
+        tags = {name: xyz(primary) for name, primary in zip((b"rXYZ", b"gXYZ", b"bXYZ"), self.primaries, strict=True)}
+        curves = dict.fromkeys((b"rTRC", b"gTRC", b"bTRC"), gamma_curve(self.gamma))
+        return profile(device, b"RGB ", b"XYZ ", {b"wtpt": xyz(D50), **tags, **curves})
+
+    def in_srgb(self, colour: tuple[int, int, int]) -> np.ndarray:
+        light = np.linalg.solve(
+            np.transpose(SRGB), np.transpose(self.primaries) @ (np.array(colour) / 255) ** self.gamma
+        )
+        light = light.clip(0, 1)
+        return 255 * np.where(light <= 0.0031308, 12.92 * light, 1.055 * light ** (1 / 2.4) - 0.055)
+
+
+SRGB = ((0.4361, 0.2225, 0.0139), (0.3851, 0.7169, 0.0971), (0.1431, 0.0606, 0.7142))
+SPACES = {
+    "Adobe RGB": Space(((0.6097, 0.3111, 0.0195), (0.2053, 0.6257, 0.0609), (0.1492, 0.0632, 0.7446)), 2.2),
+    "Display P3": Space(((0.5151, 0.2412, -0.0011), (0.2920, 0.6922, 0.0419), (0.1571, 0.0666, 0.7841)), 2.2),
+    "ProPhoto RGB": Space(((0.7977, 0.2880, 0), (0.1352, 0.7119, 0), (0.0313, 0.0001, 0.8249)), 1.8),
+}
+
+
+@pytest.mark.parametrize("suffix", [".png", ".tif", ".jpg", ".webp"])
+@pytest.mark.parametrize("space", SPACES)
+def test_wide_colours_are_converted_as_the_matrices_say(tmp_path, space, suffix):
+    exact = {"quality": 100, "subsampling": 0} if suffix == ".jpg" else {"lossless": True} if suffix == ".webp" else {}
+    for colour in (0, 200, 0), (150, 120, 100), (90, 140, 200), WHITE:
+        for device in b"mntr", b"scnr", b"spac":
+            icc = SPACES[space].profile(device)
+            picture(colour=colour).save(tmp_path / f"a{suffix}", icc_profile=icc, **exact)
+            (shown,) = colours(tmp_path / f"a{suffix}")
+            assert np.abs(SPACES[space].in_srgb(colour) - shown).max() < 2
+
+
+def test_the_inks_of_cmyk_are_those_of_the_profile(tmp_path):
+    """Of a press on which cyan is printed as a grey of L* = 50, and every other ink as black."""
+    paper, cyan, black = bytes([255, 128, 128]), bytes([128, 128, 128]), bytes([0, 128, 128])
+    one = struct.pack(">I", 65536)
+    lookup = b"mft1\0\0\0\0" + bytes([4, 3, 2, 0]) + (one + 3 * bytes(4) + one + 3 * bytes(4) + one)
+    inks = paper + 7 * black + cyan + 7 * black  # the last of the four inks changes fastest
+    tables = bytes(range(256))
+    press = profile(b"prtr", b"CMYK", b"Lab ", {b"wtpt": xyz(D50), b"A2B0": lookup + 4 * tables + inks + 3 * tables})
+    for suffix, settings in {".tif": {}, ".jpg": {"quality": 100}}.items():
+        for ink, shown in {(0, 0, 0, 0): 255, (255, 0, 0, 0): 119, (0, 0, 0, 255): 0}.items():
+            picture("CMYK", colour=ink).save(tmp_path / f"a{suffix}", icc_profile=press, **settings)
+            (colour,) = colours(tmp_path / f"a{suffix}")
+            assert all(abs(value - shown) <= 2 for value in colour)
 
 
 def test_colours_are_those_of_the_profile(tmp_path):
