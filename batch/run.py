@@ -24,7 +24,7 @@ from catalogue.pictures import SUFFIXES, open_picture, picture_key
 from catalogue.review import newer_decisions
 from catalogue.sheets import RESULTS, Job, Result, ResultsSheet, error_text, read_jobs
 from catalogue.summary import SUMMARY, summarise, summary_text
-from consislora_core.files import written_whole
+from consislora_core.files import write_file
 
 ROOT = Path(__file__).resolve().parent.parent
 WORKFLOWS = ROOT / "workflows" / "api"
@@ -247,9 +247,7 @@ class Batch:
         if isinstance(runner, JobRunner):  # the folders of workers end with them
             await self.bring_review(sheet, runner, stop_if_cancelled)
         summary = summarise(sheet.read().values())
-        self.output.mkdir(parents=True, exist_ok=True)
-        with written_whole(self.output / SUMMARY) as unfinished:
-            unfinished.write_text(json.dumps(summary, ensure_ascii=False, indent=1), encoding="utf-8")
+        write_file(self.output / SUMMARY, json.dumps(summary, ensure_ascii=False, indent=1).encode())
         print(
             f"{len(jobs) - len(failed)} of {len(jobs)} are in {self.output}.",
             *["Failed ones are in its sheet."] * bool(failed),
@@ -288,9 +286,7 @@ class Batch:
     def saved(self, result: Result, picture: bytes) -> Result:
         """Writes a picture; the result with its file's name, whose suffix was in `result.files`. Raises OSError."""
         path = inside(self.output, result.name + Path(result.files).suffix)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with written_whole(path) as unfinished:
-            unfinished.write_bytes(picture)
+        write_file(path, picture)
         return replace(result, files=path.relative_to(self.output).as_posix())
 
 

@@ -7,7 +7,8 @@ import math
 import re
 import warnings
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -52,6 +53,10 @@ class Pairs(Sequence):
         content, style = divmod(range(len(self))[index], len(self.styles))
         return Pair(self.names[index], self.contents[content], self.styles[style])
 
+    def __iter__(self) -> Iterator[Pair]:  # which by index would take several times as long
+        pictures = product(self.contents, self.styles)
+        return (Pair(name, *pair) for name, pair in zip(self.names, pictures, strict=True))
+
 
 class Pictures(NamedTuple):
     """Picture files. problems: why a name cannot be used, by the name."""
@@ -65,7 +70,7 @@ def find_pictures(root: Path, names: str) -> Pictures:
 
     problems: also of every other file in those folders, dot files excepted.
     """
-    paths, problems = [], {}
+    paths, problems, home = [], {}, root.resolve()
     for name in filter(None, map(str.strip, names.splitlines())):
         try:
             pictures, others = _found(root, name)
@@ -78,7 +83,7 @@ def find_pictures(root: Path, names: str) -> Pictures:
                 f"files of the kind {kind} are not read. Save a picture as PNG or JPEG."
             )
         for path in pictures:
-            if path.resolve().is_relative_to(root.resolve()):
+            if path.resolve().is_relative_to(home):
                 paths.append(path)
             else:
                 problems[name_inside(root, path)] = (
@@ -95,10 +100,12 @@ def _found(root: Path, name: str) -> tuple[list[Path], list[Path]]:
     if not path.is_dir():
         raise ValueError(f"there is no such folder or file in {root}.")
     files = [file for file in path.iterdir() if not file.name.startswith(".") and file.is_file()]
-    pictures = [file for file in files if file.suffix.lower() in SUFFIXES]
+    pictures, others = [], []
+    for file in files:
+        (pictures if file.suffix.lower() in SUFFIXES else others).append(file)
     if not pictures:
         raise ValueError(f"there are no pictures in {path}. Put PNG, JPEG or WebP files there.")
-    return sorted(pictures, key=lambda file: by_number(file.name)), [file for file in files if file not in pictures]
+    return sorted(pictures, key=lambda file: by_number(file.name)), others
 
 
 def name_inside(root: Path, path: Path) -> str:
@@ -225,11 +232,18 @@ def _in_srgb(picture: Image.Image) -> Image.Image:
 
 def picture_key(*paths: Path) -> str:
     """16 hex digits that name some files by their bytes."""
-    digests = hashlib.sha256()
-    for path in paths:
-        state = path.stat()
-        digests.update(_digest(path, state.st_mtime_ns, state.st_size))
-    return digests.hexdigest()[:16]
+    return digests_key(map(picture_digest, paths))
+
+
+def digests_key(digests: Iterable[bytes]) -> str:
+    """The `picture_key` of files with these digests."""
+    return hashlib.sha256(b"".join(digests)).hexdigest()[:16]
+
+
+def picture_digest(path: Path) -> bytes:
+    """SHA-256 of a file's bytes. Raises OSError."""
+    state = path.stat()
+    return _digest(path, state.st_mtime_ns, state.st_size)
 
 
 @functools.lru_cache(10_000)

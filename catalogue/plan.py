@@ -1,5 +1,6 @@
 """What a catalogue is made of: its pairs, which of them are done, and which files cannot be used."""
 
+import functools
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -9,8 +10,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from . import escape_text
-from .names import composed, inside
-from .pictures import Pair, Pairs, PictureCache, find_pictures, name_inside, pair_up, picture_key
+from .names import as_spelled, composed, inside
+from .pictures import Pair, Pairs, PictureCache, digests_key, find_pictures, name_inside, pair_up, picture_digest
 from .sheets import RESULTS, SHOWN, Entry, Result, ResultsSheet
 
 
@@ -71,10 +72,10 @@ class Plan(NamedTuple):
         Only their pictures are opened, and after the cache is full no more. Raises ValueError for a name that leads
         out of the folder.
         """
-        jobs = {}
+        jobs, digest_of, has_file = {}, functools.cache(picture_digest), self._listing()
         for pair in pairs:
-            key = _key(pair)
-            if pair.name in entries and entries[pair.name].is_done(key, self.folder):
+            key, entry = _key(pair, digest_of), entries.get(pair.name)
+            if entry and entry.key == key and entry.has_pictures(has_file):
                 continue
             inside(self.folder, f"{pair.name}.png")
             if cache.has_room(pair) and cache.open_pair(pair) is not None:
@@ -96,12 +97,22 @@ class Plan(NamedTuple):
 
     def count_done(self, pairs: Pairs, entries: Mapping[str, Entry]) -> int:
         """How many pairs have a result, of whichever pictures."""
-        made = [entries[name] for name in pairs.names if name in entries]
-        folders = {name.rpartition("/")[0] for entry in made for name in entry.files.split(";")}
-        files = {
-            composed(f"{folder}/{name}".lstrip("/")) for folder in folders for name in _names_in(self.folder / folder)
-        }
-        return sum(entry.has_pictures(lambda name: composed(name) in files) for entry in made)
+        has_file = self._listing()
+        return sum(name in entries and entries[name].has_pictures(has_file) for name in pairs.names)
+
+    def _listing(self) -> Callable[[str], bool]:
+        """What tells whether the catalogue's folder has a file of a name. It lists each folder once."""
+
+        @functools.cache
+        def names_in(folder: str) -> set[str]:
+            path = as_spelled(self.folder / folder)
+            return set(map(composed, os.listdir(path))) if os.path.isdir(path) else set()
+
+        def has_file(name: str) -> bool:
+            folder, _, file = name.rpartition("/")
+            return composed(file) in names_in(folder) or os.path.isfile(self.folder / name)  # where case does not count
+
+        return has_file
 
     def report(self, done: int, count: int, coming: list[str], cache: PictureCache) -> str:
         """For people: what comes now, how many pairs of how many are done, and which files are passed over."""
@@ -120,10 +131,10 @@ class Plan(NamedTuple):
         return "\n".join([*lines, *(["Passed over:"] if passed_over else []), *passed_over])
 
 
-def _key(pair: Pair) -> str:
-    """The key of a pair's pictures; empty if they cannot be read."""
+def _key(pair: Pair, digest_of: Callable[[Path], bytes]) -> str:
+    """The `picture_key` of a pair; empty if its pictures cannot be read."""
     try:
-        return picture_key(pair.content, pair.style)
+        return digests_key((digest_of(pair.content), digest_of(pair.style)))
     except OSError:
         return ""
 
@@ -135,10 +146,6 @@ def _folders(folder: Path, depth: int) -> Iterator[Path]:
         for entry in os.scandir(folder):
             if entry.is_dir():
                 yield from _folders(Path(entry), depth - 1)
-
-
-def _names_in(folder: Path) -> list[str]:
-    return os.listdir(folder) if folder.is_dir() else []
 
 
 def plan_catalogue(root: Path, folder: Path, contents: str, styles: str, name: str) -> Plan:

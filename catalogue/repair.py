@@ -1,6 +1,8 @@
 """Damaged picture files of which nothing is missing that one would see; ComfyUI's Load Image opens these too."""
 
 import io
+import zlib
+from contextlib import suppress
 
 from PIL import Image, ImageChops
 
@@ -8,7 +10,9 @@ BAND = 512  # pixels
 MISSING = 0.01  # share of its pixels that a picture without its last bytes may lack
 JPEG_START, JPEG_END, JPEG_RESTART = b"\xff\xd8", b"\xff\xd9", b"\xff\xdd"
 PNG_START = b"\x89PNG\r\n\x1a\n"
-PNG_TEXTS = (b"tEXt", b"zTXt", b"iTXt")
+PNG_PIXELS = b"\0\0\0\0IDAT"  # as far as Pillow reads when it opens a file
+PNG_ORIENTATION = (b"eXIf", b"iTXtXML:com.adobe.xmp\0", b"zTXtRaw profile type exif\0", b"tEXtRaw profile type exif\0")
+PNG_SHOWN = (b"tRNS", b"iCCP", *PNG_ORIENTATION)  # how chunks begin that change what a viewer shows
 UNCOMPRESSED_STARTS = (b"BM", b"II*\0", b"MM\0*")  # of BMP and TIFF, which seldom are compressed
 
 
@@ -20,7 +24,7 @@ def repaired(data: bytes) -> bytes | None:
     if data.startswith(JPEG_START):
         return _completed_jpeg(data)
     if data.startswith(PNG_START):
-        return _without_texts(data)
+        return _without_extras(data)
     if data.startswith(UNCOMPRESSED_STARTS):
         return _filled(data)
     return None
@@ -63,12 +67,21 @@ def _changed_pixels(one: Image.Image, other: Image.Image) -> int:
     return count
 
 
-def _without_texts(data: bytes) -> bytes:
-    """A PNG without its text chunks, of which Pillow refuses long ones."""
+def _without_extras(data: bytes) -> bytes:
+    """A PNG without the chunks that do not show, of which one may be damaged, or a text longer than Pillow takes.
+
+    Those that show stay if they can be read, also with a wrong checksum: Load Image reads them too.
+    """
     kept, start = [PNG_START], len(PNG_START)
     while start < len(data):
         end = start + 12 + int.from_bytes(data[start : start + 4], "big")
-        if data[start + 4 : start + 8] not in PNG_TEXTS:
-            kept.append(data[start:end])
+        chunk, content = data[start:end], data[start + 4 : end - 4]
+        if content[:1].isupper():  # critical, as the pixels are
+            kept.append(chunk)
+        elif content.startswith(PNG_SHOWN):
+            chunk = chunk[:4] + content + zlib.crc32(content).to_bytes(4, "big")
+            alone = io.BytesIO(b"".join([*kept[:2], chunk, PNG_PIXELS]))
+            with suppress(Exception), Image.open(alone, formats=["PNG"]):
+                kept.append(chunk)
         start = end
     return b"".join(kept)

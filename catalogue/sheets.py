@@ -10,12 +10,12 @@ from contextlib import contextmanager
 from dataclasses import MISSING, Field, dataclass, fields, replace
 from decimal import Decimal
 from pathlib import Path
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 from . import escape_text, locked
 from .names import as_spelled, composed, inside, portable, result_name
 from .pictures import NAME, filled_name
-from .tables import Record, Table, parsed_table, read_table, write_table
+from .tables import FileState, Record, Table, append_rows, file_state, parsed_table, read_table, write_table
 
 LARGEST = 10**20  # of whole numbers: seeds have 64 bits
 THOUSANDS = re.compile(r"\s*[+-]?\d{1,3}(,\d{3})+\s*")  # in some countries, thousandths in others
@@ -94,7 +94,8 @@ class Result(Retry, Decision, Settings):
 
     def is_done(self, key: str, folder: Path) -> bool:
         """Whether this is the result of the job with that key, and its pictures still exist."""
-        return Entry(self.key, self.files, self.error).is_done(key, folder)
+        entry = Entry(self.key, self.files, self.error)
+        return self.key == key and entry.has_pictures(lambda name: as_spelled(folder / name).is_file())
 
 
 class Entry(NamedTuple):
@@ -104,13 +105,9 @@ class Entry(NamedTuple):
     files: str
     error: str
 
-    def is_done(self, key: str, folder: Path) -> bool:
-        """Whether this is the result of the job with that key, and its pictures still exist."""
-        return self.key == key and self.has_pictures(lambda name: as_spelled(folder / name).is_file())
-
     def has_pictures(self, exists: Callable[[str], bool]) -> bool:
         """Whether this is a result without error whose pictures exist. exists: whether there is a file of that name."""
-        return not self.error and all(name and exists(name) for name in self.files.split(";"))
+        return not self.error and all(map(exists, self.files.split(";")))
 
 
 @functools.cache
@@ -265,8 +262,18 @@ def decision_in(record: Record | Result) -> Record:
     return {field.name: cells.get(field.name) or "" for field in fields(Decision)}
 
 
+class Known(NamedTuple):
+    """The entries of a sheet's file in that state."""
+
+    path: Path
+    state: FileState
+    entries: Mapping[str, Entry]
+
+
 class ResultsSheet:
     """The sheet of results, CSV or JSON by its suffix. Processes may share it; a kill leaves the earlier one."""
+
+    known: ClassVar[Known | None] = None  # so that runs, one after another, parse a large sheet once
 
     def __init__(self, path: Path):
         self.path = path
@@ -281,10 +288,16 @@ class ResultsSheet:
         Raises ValueError as `read` does if a result has no name.
         """
         try:
-            state = self.path.stat()
+            state = file_state(self.path.stat())
         except FileNotFoundError:
             return {}
-        return _entries(self.path, state.st_mtime_ns, state.st_size)
+        known = ResultsSheet.known
+        if known is None or (known.path, known.state) != (self.path, state):
+            table = read_table(self.path, {"name", *Entry._fields})
+            known = ResultsSheet.known = Known(self.path, state, _entries(record for _, record in table))
+        if "" in known.entries:
+            self.read()
+        return known.entries
 
     def record(
         self, results: Iterable[Result], forget: Iterable[str] = (), waiting: Callable[[], None] = lambda: None
@@ -293,11 +306,15 @@ class ResultsSheet:
 
         Columns that a person has added stay. waiting, raises: as `edited`.
         """
-        with self.edited(waiting) as records:
-            for name in forget:
-                records.pop(name, None)
-            for result in results:
-                records[result.name] = {**as_record(result), **self._added(records.get(result.name, {}))}
+        results, forget = list(results), set(forget)
+        with self._locked(waiting):
+            if self._append(results, forget):
+                return
+            with self._rewritten() as records:
+                for name in forget:
+                    records.pop(name, None)
+                for result in results:
+                    records[result.name] = {**as_record(result), **self._added(records.get(result.name, {}))}
 
     @contextmanager
     def edited(self, waiting: Callable[[], None] = lambda: None) -> Iterator[dict[str, Record]]:
@@ -306,11 +323,32 @@ class ResultsSheet:
         waiting: called while another process writes; may raise to give up. Raises OSError, and ValueError as `read`
         does.
         """
+        with self._locked(waiting), self._rewritten() as records:
+            yield records
+
+    @contextmanager
+    def _locked(self, waiting: Callable[[], None]) -> Iterator[None]:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with locked(Path(f"{self.path}.lock"), waiting, f"another program writes {self.path.name}"):
-            records = {_name_in(record): record for _, record in self._table()}
-            yield records
-            write_table(self.path, list(records.values()), COLUMNS, TEXTS)
+            yield
+
+    @contextmanager
+    def _rewritten(self) -> Iterator[dict[str, Record]]:
+        records = {_name_in(record): record for _, record in self._table()}
+        yield records
+        state = write_table(self.path, list(records.values()), COLUMNS, TEXTS)
+        ResultsSheet.known = Known(self.path, state, _entries(records.values()))
+
+    def _append(self, results: list[Result], forget: set[str]) -> bool:
+        """Adds results at the end of a sheet whose entries are known and stay. Whether it is such a sheet."""
+        known, records = ResultsSheet.known, list(map(as_record, results))
+        added = _entries(records)
+        if known is None or known.path != self.path or known.entries.keys() & (added.keys() | forget):
+            return False
+        state = append_rows(self.path, known.state, records, COLUMNS, TEXTS)
+        if state:
+            ResultsSheet.known = Known(self.path, state, {**known.entries, **added})
+        return bool(state)
 
     def _added(self, record: Record) -> Record:
         return {column: value for column, value in record.items() if column not in COLUMNS}
@@ -319,13 +357,11 @@ class ResultsSheet:
         return read_table(self.path) if self.path.exists() else []
 
 
-@functools.lru_cache(1)  # runs that find their pair done, one after another, read a large sheet once
-def _entries(path: Path, mtime_ns: int, size: int) -> Mapping[str, Entry]:
-    table = read_table(path, {"name", *Entry._fields})
-    entries = {_name_in(row): Entry(row.get("key", ""), row.get("files", ""), row.get("error", "")) for _, row in table}
-    if "" in entries:
-        ResultsSheet(path).read()
-    return entries
+def _entries(records: Iterable[Record]) -> dict[str, Entry]:
+    return {
+        _name_in(record): Entry(record.get("key") or "", record.get("files") or "", record.get("error") or "")
+        for record in records
+    }
 
 
 def _name_in(record: Record) -> str:

@@ -1,21 +1,27 @@
 """Tables as people keep them: CSV as spreadsheets write it, or JSON."""
 
+import codecs
 import csv
 import io
 import json
+import os
 import re
 from collections import Counter
 from collections.abc import Collection, Iterator
 from itertools import compress
 from pathlib import Path
+from typing import TextIO
 
 from . import escape_text, patiently, written_whole
 
 MAX_ROWS, MAX_SHEET_BYTES = 200_000, 200_000_000
 FORMULA = re.compile(r"'*[=+\-@]")  # at the beginning of a cell, for a spreadsheet
+CSV = {"encoding": "utf-8-sig"}  # spreadsheets recognise UTF-8 by its byte order mark
+AS_WRITTEN = {"errors": "backslashreplace", "newline": ""}  # file names from other systems may have no encoding
 
 Record = dict[str, object]  # the cells of a spreadsheet's row, by column
 Table = list[tuple[int, Record]]  # with the row's number as a spreadsheet shows it
+FileState = tuple[int, int, int]
 
 
 def read_table(path: Path, only: Collection[str] = ()) -> Table:
@@ -96,8 +102,13 @@ def _unquoted(value: str) -> str:
     return value[1:] if value[0] == "'" and FORMULA.match(value) else value
 
 
-def write_table(path: Path, records: list[Record], ours: Collection[str], texts: Collection[str]) -> None:
-    """Writes a CSV or JSON sheet whole or not at all: our columns, then those of people.
+def file_state(stat: os.stat_result) -> FileState:
+    """What differs when a file has been changed or replaced."""
+    return stat.st_ino, stat.st_mtime_ns, stat.st_size
+
+
+def write_table(path: Path, records: list[Record], ours: Collection[str], texts: Collection[str]) -> FileState:
+    """Writes a CSV or JSON sheet whole or not at all: our columns, then those of people. Its state then.
 
     texts: the columns of texts, in which no spreadsheet may find a formula. Raises OSError, and ValueError for more
     rows than `read_table` takes.
@@ -105,16 +116,43 @@ def write_table(path: Path, records: list[Record], ours: Collection[str], texts:
     if len(records) > MAX_ROWS:
         raise ValueError(f"{escape_text(path)} has {MAX_ROWS} rows already. Go on in another folder.")
     header = list(dict.fromkeys([*ours, *(column for record in records for column in record)]))
-    as_json = path.suffix.lower() == ".json"
-    # Spreadsheets recognise UTF-8 by its byte order mark. File names from other systems may have no encoding.
-    encoding = dict(encoding="utf-8" if as_json else "utf-8-sig", errors="backslashreplace", newline="")
-    with written_whole(path) as unfinished, unfinished.open("w", **encoding) as file:
-        if as_json:
-            json.dump(records, file, ensure_ascii=False, indent=1)
+    with written_whole(path) as unfinished:
+        if path.suffix.lower() == ".json":
+            with patiently(unfinished.open, "w", encoding="utf-8", **AS_WRITTEN) as file:
+                json.dump(records, file, ensure_ascii=False, indent=1)
         else:
-            writer = csv.writer(file)
-            writer.writerow(header)
-            writer.writerows(
-                [_quoted(record.get(column)) if column in texts else record.get(column) for column in header]
-                for record in records
-            )
+            with patiently(unfinished.open, "w", **CSV, **AS_WRITTEN) as file:
+                csv.writer(file).writerow(header)
+                _write_rows(file, records, header, texts)
+        return file_state(unfinished.stat())
+
+
+def append_rows(
+    path: Path, state: FileState, records: list[Record], ours: Collection[str], texts: Collection[str]
+) -> FileState | None:
+    """Adds rows to a CSV sheet, whole or not at all, without parsing it. Its state then.
+
+    None, and nothing is done, unless the sheet is in that state, as `write_table` writes it, and has room. ours, texts,
+    raises: as there.
+    """
+    if not path.exists():
+        return None
+    with patiently(path.open, "rb") as file:
+        data = file.read() if file_state(os.fstat(file.fileno())) == state else b""
+    begins = codecs.BOM_UTF8 + ",".join(ours).encode()
+    is_ours = data.startswith((begins + b"\r\n", begins + b",")) and data.endswith(b"\r\n")
+    if not is_ours or data.count(b"\r\n") + len(records) > MAX_ROWS:
+        return None
+    header = next(csv.reader(io.TextIOWrapper(io.BytesIO(data), **CSV, newline="")))
+    with written_whole(path) as unfinished:
+        patiently(unfinished.write_bytes, data)
+        with patiently(unfinished.open, "a", **CSV, **AS_WRITTEN) as file:
+            _write_rows(file, records, header, texts)
+        return file_state(unfinished.stat())
+
+
+def _write_rows(file: TextIO, records: list[Record], header: list[str], texts: Collection[str]) -> None:
+    csv.writer(file).writerows(
+        [_quoted(record.get(column)) if column in texts else record.get(column) for column in header]
+        for record in records
+    )

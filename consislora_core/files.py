@@ -49,13 +49,20 @@ def written_whole(path: Path, new: bool = False) -> Iterator[Path]:
     unfinished = Path(name)
     try:
         yield unfinished
-        with unfinished.open("r+b") as file:
+        with patiently(unfinished.open, "r+b") as file:
             os.fsync(file.fileno())  # or a power cut could leave the new name on old or empty bytes
-        unfinished.chmod(0o644)  # temporary files are for their owner alone
+        patiently(unfinished.chmod, 0o644)  # temporary files are for their owner alone
         with _taken(path) if new else nullcontext():
             patiently(os.replace, unfinished, path)
     finally:
         patiently(unfinished.unlink, missing_ok=True)
+
+
+def write_file(path: Path, data: bytes, new: bool = False) -> None:
+    """Writes a file, and its folder, whole or not at all. new, raises: as `written_whole`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with written_whole(path, new) as unfinished:
+        patiently(unfinished.write_bytes, data)
 
 
 @contextmanager
@@ -65,7 +72,7 @@ def _taken(path: Path) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        path.unlink(missing_ok=True)
+        patiently(path.unlink, missing_ok=True)
         raise
 
 

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .adapter_config import HEADER, AdapterConfig, read_config
-from .files import escape_text, written_whole
+from .files import escape_text, patiently, written_whole
 from .roles import ROLES, Target, diffusers_name, kohya_name, parse_module
 
 # What the keys of a layer end in, by kind. LoRA (arXiv 2106.09685) as kohya, diffusers and PEFT spell it, PEFT with or
@@ -257,7 +257,7 @@ def write_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, st
     try:
         with written_whole(path, new) as unfinished:
             save_file(tensors, unfinished, {name: escape_text(text) for name, text in metadata.items()})
-            with unfinished.open("r+b") as file:
+            with patiently(unfinished.open, "r+b") as file:
                 _sort_metadata(file)
     except SafetensorError as error:
         raise OSError(f"{escape_text(path)} could not be written: {error}") from error

@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from . import METHOD_VERSION, lora_file
-from .files import escape_text, locked, locked_if_free
+from .files import escape_text, locked, locked_if_free, patiently
 from .lora_file import ImageLora
 from .trainer import Trainer
 
@@ -83,7 +83,7 @@ class Store:
                 self.folder.mkdir(parents=True, exist_ok=True)
                 stack.enter_context(locked(self._path(key, LOCK), waiting, "another process is at the same training"))
                 for unfinished in self.folder.glob(f"{key}.*.tmp"):
-                    unfinished.unlink()  # its writer was killed
+                    patiently(unfinished.unlink)  # its writer was killed
             yield
 
     def has(self, key: str) -> bool:
@@ -110,7 +110,7 @@ class Store:
         with self._tolerant():
             self.folder.mkdir(parents=True, exist_ok=True)
             lora_file.write(ImageLora(lora.parts, {RECORD: record}), self._path(key, LORA), torch.float32)
-            self._path(key, CHECKPOINT).unlink(missing_ok=True)
+            patiently(self._path(key, CHECKPOINT).unlink, missing_ok=True)
             self._make_room(key)
 
     def save_checkpoint(self, key: str, trainer: Trainer, losses: list[tuple[float, ...]]) -> None:
@@ -124,7 +124,7 @@ class Store:
     def drop_checkpoint(self, key: str) -> None:
         """Removes a checkpoint, if there is one."""
         with self._tolerant():
-            self._path(key, CHECKPOINT).unlink(missing_ok=True)
+            patiently(self._path(key, CHECKPOINT).unlink, missing_ok=True)
 
     def resume(self, key: str, trainer: Trainer) -> list[tuple[float, ...]]:
         """Sets a new trainer to the last checkpoint; the losses until there, none without a checkpoint."""

@@ -2,7 +2,6 @@
 
 import json
 from datetime import datetime, timezone
-from pathlib import Path
 
 from comfy.cli_args import args
 from comfy_api.latest import io, ui
@@ -11,7 +10,7 @@ from torch import Tensor
 from ..catalogue.plan import CatalogueJob, free_paths
 from ..catalogue.retry import first_try
 from ..catalogue.sheets import RESULTS, SETTINGS, Result, ResultsSheet, as_record, disk_errors_named
-from ..consislora_core.files import written_whole
+from ..consislora_core.files import write_file
 from ..consislora_core.lora_file import ImageLora
 from ..host.model_inputs import check_pictures
 from ..host.paths import output_folder
@@ -138,15 +137,8 @@ class CatalogSave(io.ComfyNode):
         files = [path.relative_to(output_folder()) for path in paths]
         shown = [{"filename": file.name, "subfolder": file.parent.as_posix(), "type": "output"} for file in files]
         if format == "TIFF":  # which browsers do not show
-            shown = ui.PreviewImage(images.expand(-1, -1, -1, max(3, images.shape[-1]))).values
+            shown = ui.PreviewImage(images.float().expand(-1, -1, -1, max(3, images.shape[-1]))).values
         return io.NodeOutput("\n".join(file.as_posix() for file in files), ui={"images": shown})
-
-
-def write_file(path: Path, data: bytes) -> None:
-    """Writes a file, and its folder, whole or not at all. Raises OSError."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with written_whole(path) as unfinished:
-        unfinished.write_bytes(data)
 
 
 def noted_rights(*loras: ImageLora | None) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 from comfy_api.latest import io, ui
 
 from ..consislora_core import __version__
-from ..consislora_core.files import escape_text, write_numbered, written_whole
+from ..consislora_core.files import escape_text, write_file, write_numbered
 from ..host import drawing, provenance
 from ..host.model_inputs import check_pictures
 from ..host.paths import new_picture_paths, output_folder
@@ -78,8 +78,7 @@ class SaveSigned(io.ComfyNode):
 def write_signed(unsigned: bytes, record: dict, algorithm: str, path: Path) -> None:
     """Signs a PNG and writes it. Raises FileExistsError for a file that is there, and ValueError as `sign_png`."""
     file = sign_png(BytesIO(unsigned), record, escape_text(path.name), algorithm)
-    with written_whole(path, new=True) as unfinished:
-        unfinished.write_bytes(file)
+    write_file(path, file, new=True)
 
 
 def sign_png(file: BytesIO, record: dict, title: str, algorithm: str) -> bytes:

@@ -6,9 +6,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
-from consislora_core import files
-from consislora_core.files import escape_text, write_numbered, written_whole
+from catalogue.sheets import Result, ResultsSheet
+from consislora_core import files, lora_file
+from consislora_core.files import escape_text, write_file, write_numbered, written_whole
 
 
 def test_a_file_that_fails_half_way_leaves_the_earlier_one_and_nothing_else(tmp_path):
@@ -78,19 +80,52 @@ def test_when_every_number_is_taken_it_says_so(tmp_path):
         write_numbered(numbered(tmp_path), Path.touch)
 
 
-def test_a_file_that_a_virus_scanner_holds_is_tried_again(tmp_path, monkeypatch):
-    replace, refusals = os.replace, [PermissionError(13, "in use")] * 3
+@pytest.fixture
+def scanner(monkeypatch):
+    """A virus scanner that holds every file for a moment whenever it is opened, changed, replaced or removed."""
+    held = set()
 
-    def held(*paths):
-        if refusals:
-            raise refusals.pop()
-        replace(*paths)
+    def hold(owner, name):
+        action = getattr(owner, name)
 
-    monkeypatch.setattr(os, "replace", held)
+        def refused_once(path, *arguments, **settings):
+            if (name, path) not in held and not str(path).endswith(".lock"):
+                held.add((name, path))
+                raise PermissionError(13, "used by another process")
+            return action(path, *arguments, **settings)
+
+        monkeypatch.setattr(owner, name, refused_once)
+
+    for name in ("open", "chmod", "unlink"):
+        hold(Path, name)
+    hold(os, "replace")
     monkeypatch.setattr(files, "HELD", 5.0)  # as on Windows
-    with written_whole(tmp_path / "a.txt") as unfinished:
-        unfinished.write_text("new")
-    assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [("a.txt", "new")]
+    return held
+
+
+def write_a_file(path):
+    write_file(path, b"new")
+
+
+def write_a_new_file(path):
+    write_file(path, b"new", new=True)
+
+
+def write_a_lora(path):
+    lora_file.write_tensors({"a": torch.zeros(1)}, path, {"format": "pt"})
+
+
+def write_a_sheet_and_append_to_it(path):
+    ResultsSheet(path).record([Result("a")])
+    ResultsSheet(path).record([Result("b")])
+    assert ResultsSheet(path).entries().keys() == {"a", "b"}
+
+
+@pytest.mark.parametrize("write", [write_a_file, write_a_new_file, write_a_lora, write_a_sheet_and_append_to_it])
+def test_a_file_that_a_virus_scanner_holds_is_tried_again(tmp_path, scanner, write):
+    write(tmp_path / "a.csv")
+    assert {name for name, _ in scanner} == {"open", "chmod", "replace", "unlink"}
+    assert [path.name for path in tmp_path.iterdir() if path.suffix != ".lock"] == ["a.csv"]
 
 
 def test_a_file_that_stays_refused_is_an_error(tmp_path, monkeypatch):

@@ -8,7 +8,9 @@ import sys
 import unicodedata
 import zlib
 from pathlib import Path
+from typing import NamedTuple
 
+import numpy as np
 import pytest
 from PIL import Image, ImageChops, ImageCms, PngImagePlugin
 
@@ -44,6 +46,13 @@ def test_what_comfyui_loads_opens(name):
     assert open_picture(CASES / name).mode == "RGB"
 
 
+def test_a_cut_out_is_opaque_in_its_square_alone():
+    expected = picture("L", (256, 256), 0)
+    expected.paste(255, (64, 64, 192, 192))
+    assert open_cut_out(CASES / "picture_cut_out.png").getchannel("A").tobytes() == expected.tobytes()
+    assert open_picture(CASES / "picture_cut_out.png").getpixel((63, 128)) == WHITE
+
+
 @pytest.mark.parametrize("name", ["a.png", "a.tif"])
 @pytest.mark.parametrize(("stored", "shown"), [(65535, 255), (0, 0), (32896, 128)])
 def test_sixteen_bits_become_eight(tmp_path, name, stored, shown):
@@ -74,8 +83,13 @@ def png(bits: int, kind: int, values: list[tuple[int, ...]]) -> bytes:
     line = b"".join(value.to_bytes(bits // 8, "big") for pixel in values for value in pixel)
     header = struct.pack(">IIBBBBB", len(values), 1, bits, kind, 0, 0, 0)
     chunks = [(b"IHDR", header), (b"IDAT", zlib.compress(b"\0" + line)), (b"IEND", b"")]
-    packed = [struct.pack(">I", len(d)) + k + d + struct.pack(">I", zlib.crc32(k + d)) for k, d in chunks]
-    return b"\x89PNG\r\n\x1a\n" + b"".join(packed)
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*one) for one in chunks)
+
+
+def chunk(kind: bytes, content: bytes, right: bool = True) -> bytes:
+    """Of a PNG. right: with the checksum of the content."""
+    checksum = zlib.crc32(kind + content) ^ (not right)
+    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", checksum)
 
 
 def tiff(bits: int, alpha: int, values: list[tuple[int, ...]]) -> bytes:
@@ -216,13 +230,83 @@ def swapping_profile() -> bytes:
         return shown.info["icc_profile"]
 
 
-def grey_profile(gamma: int) -> bytes:
-    """The smallest that ICC.1 knows: a header, the white point, and the curve of grey."""
-    white = b"XYZ \0\0\0\0" + struct.pack(">iii", 63190, 65536, 54061)
-    curve = b"curv\0\0\0\0" + struct.pack(">IHH", 1, gamma * 256, 0)
-    tags = struct.pack(">I", 2) + b"wtpt" + struct.pack(">II", 156, 20) + b"kTRC" + struct.pack(">II", 176, 16)
-    header = struct.pack(">I4x", 192) + b"\x02\x10\0\0mntrGRAYXYZ " + bytes(12) + b"acsp" + bytes(28) + white[8:]
-    return header.ljust(128, b"\0") + tags + white + curve
+D50 = (0.9642, 1.0, 0.8249)
+
+
+def profile(device: bytes, space: bytes, connection: bytes, tags: dict[bytes, bytes]) -> bytes:
+    """The smallest that ICC.1 knows: a header, and the tags, whose lengths are multiples of 4."""
+    start, table = 132 + 12 * len(tags), struct.pack(">I", len(tags))
+    for name, tag in tags.items():
+        table += name + struct.pack(">II", start, len(tag))
+        start += len(tag)
+    header = struct.pack(">I4x", start) + b"\x02\x10\0\0" + device + space + connection + bytes(12) + b"acsp"
+    return (header + bytes(28) + xyz(D50)[8:]).ljust(128, b"\0") + table + b"".join(tags.values())
+
+
+def xyz(values: tuple[float, ...]) -> bytes:
+    return b"XYZ \0\0\0\0" + struct.pack(">iii", *(round(65536 * value) for value in values))
+
+
+def gamma_curve(gamma: float) -> bytes:
+    return b"curv\0\0\0\0" + struct.pack(">IHH", 1, round(256 * gamma), 0)
+
+
+def grey_profile(gamma: float) -> bytes:
+    return profile(b"mntr", b"GRAY", b"XYZ ", {b"wtpt": xyz(D50), b"kTRC": gamma_curve(gamma)})
+
+
+class Space(NamedTuple):
+    """A colour space: the XYZ of its red, green and blue in the light of D50, and its gamma."""
+
+    primaries: tuple[tuple[float, float, float], ...]
+    gamma: float
+
+    def profile(self, device: bytes = b"mntr") -> bytes:
+        tags = {name: xyz(primary) for name, primary in zip((b"rXYZ", b"gXYZ", b"bXYZ"), self.primaries, strict=True)}
+        curves = dict.fromkeys((b"rTRC", b"gTRC", b"bTRC"), gamma_curve(self.gamma))
+        return profile(device, b"RGB ", b"XYZ ", {b"wtpt": xyz(D50), **tags, **curves})
+
+    def in_srgb(self, colour: tuple[int, int, int]) -> np.ndarray:
+        light = np.linalg.solve(
+            np.transpose(SRGB), np.transpose(self.primaries) @ (np.array(colour) / 255) ** self.gamma
+        )
+        light = light.clip(0, 1)
+        return 255 * np.where(light <= 0.0031308, 12.92 * light, 1.055 * light ** (1 / 2.4) - 0.055)
+
+
+SRGB = ((0.4361, 0.2225, 0.0139), (0.3851, 0.7169, 0.0971), (0.1431, 0.0606, 0.7142))
+SPACES = {
+    "Adobe RGB": Space(((0.6097, 0.3111, 0.0195), (0.2053, 0.6257, 0.0609), (0.1492, 0.0632, 0.7446)), 2.2),
+    "Display P3": Space(((0.5151, 0.2412, -0.0011), (0.2920, 0.6922, 0.0419), (0.1571, 0.0666, 0.7841)), 2.2),
+    "ProPhoto RGB": Space(((0.7977, 0.2880, 0), (0.1352, 0.7119, 0), (0.0313, 0.0001, 0.8249)), 1.8),
+}
+
+
+@pytest.mark.parametrize("suffix", [".png", ".tif", ".jpg", ".webp"])
+@pytest.mark.parametrize("space", SPACES)
+def test_wide_colours_are_converted_as_the_matrices_say(tmp_path, space, suffix):
+    exact = {"quality": 100, "subsampling": 0} if suffix == ".jpg" else {"lossless": True} if suffix == ".webp" else {}
+    for colour in (0, 200, 0), (150, 120, 100), (90, 140, 200), WHITE:
+        for device in b"mntr", b"scnr", b"spac":
+            icc = SPACES[space].profile(device)
+            picture(colour=colour).save(tmp_path / f"a{suffix}", icc_profile=icc, **exact)
+            (shown,) = colours(tmp_path / f"a{suffix}")
+            assert np.abs(SPACES[space].in_srgb(colour) - shown).max() < 2
+
+
+def test_the_inks_of_cmyk_are_those_of_the_profile(tmp_path):
+    """Of a press on which cyan is printed as a grey of L* = 50, and every other ink as black."""
+    paper, cyan, black = bytes([255, 128, 128]), bytes([128, 128, 128]), bytes([0, 128, 128])
+    one = struct.pack(">I", 65536)
+    lookup = b"mft1\0\0\0\0" + bytes([4, 3, 2, 0]) + (one + 3 * bytes(4) + one + 3 * bytes(4) + one)
+    inks = paper + 7 * black + cyan + 7 * black  # the last of the four inks changes fastest
+    tables = bytes(range(256))
+    press = profile(b"prtr", b"CMYK", b"Lab ", {b"wtpt": xyz(D50), b"A2B0": lookup + 4 * tables + inks + 3 * tables})
+    for suffix, settings in {".tif": {}, ".jpg": {"quality": 100}}.items():
+        for ink, shown in {(0, 0, 0, 0): 255, (255, 0, 0, 0): 119, (0, 0, 0, 255): 0}.items():
+            picture("CMYK", colour=ink).save(tmp_path / f"a{suffix}", icc_profile=press, **settings)
+            (colour,) = colours(tmp_path / f"a{suffix}")
+            assert all(abs(value - shown) <= 2 for value in colour)
 
 
 def test_colours_are_those_of_the_profile(tmp_path):
@@ -311,12 +395,66 @@ def test_long_texts_in_a_png_do_not_matter(tmp_path):
     assert colours(tmp_path / "a.png") == {RED}
 
 
-def test_a_damaged_text_in_a_png_does_not_matter(tmp_path):
-    texts = PngImagePlugin.PngInfo()
-    texts.add_text("workflow", "some text")
-    picture().save(tmp_path / "a.png", pnginfo=texts)
-    (tmp_path / "a.png").write_bytes((tmp_path / "a.png").read_bytes().replace(b"some text", b"same text"))
-    assert colours(tmp_path / "a.png") == {RED}
+def opened_with(folder: Path, *chunks: bytes) -> Image.Image:
+    """A red PNG with chunks before its pixels, opened."""
+    data = saved(picture(), "PNG")
+    (folder / "a.png").write_bytes(data[:33] + b"".join(chunks) + data[33:])
+    return open_cut_out(folder / "a.png")
+
+
+SIDEWAYS = b"MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0\x06\0\0\0\0\0\0"  # EXIF: turn by 90 degrees
+BESIDE_PIXELS = {
+    b"gAMA": struct.pack(">I", 45455),
+    b"pHYs": struct.pack(">IIB", 1, 1, 1),
+    b"tIME": bytes(7),
+    b"iCCP": b"x\0\0" + zlib.compress(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()),
+    b"eXIf": b"MM\0*\0\0\0\x08\0\0",
+    b"sRGB": b"\0",
+    b"cHRM": bytes(32),
+    b"bKGD": bytes(6),
+    b"tRNS": bytes(6),
+    b"tEXt": b"workflow\0text",
+    b"caBX": bytes(40),  # Content Credentials
+    b"cICP": b"\x09\x10\0\1",
+    b"zzZz": b"unknown",
+}
+
+
+@pytest.mark.parametrize("kind", BESIDE_PIXELS)
+@pytest.mark.parametrize("damage", ["wrong checksum", "empty", "twice"])
+def test_whatever_is_damaged_in_a_png_beside_its_pixels_does_not_matter(tmp_path, kind, damage):
+    bad = chunk(kind, b"") if damage == "empty" else chunk(kind, BESIDE_PIXELS[kind], right=False)
+    opened = opened_with(tmp_path, *[bad] * (1 + (damage == "twice")))
+    assert (opened.mode, opened.tobytes()) == ("RGB", picture().tobytes())
+
+
+@pytest.mark.parametrize(
+    "profile",
+    [b"x\0\0" + zlib.compress(bytes(3_000_000)), b"x\0\1", b"x\0\0no zlib"],
+    ids=["huge", "of another compression", "damaged"],
+)
+def test_a_profile_in_a_png_that_cannot_be_read_leaves_the_colours(tmp_path, profile):
+    assert opened_with(tmp_path, chunk(b"iCCP", profile)).tobytes() == picture().tobytes()
+
+
+@pytest.mark.parametrize("is_right", [True, False], ids=["right checksums", "wrong checksums"])
+@pytest.mark.parametrize("damage", [chunk(b"gAMA", b""), chunk(b"tEXt", b"a\0b", right=False)], ids=["empty", "wrong"])
+def test_a_damaged_png_still_has_its_colours_its_transparency_and_its_orientation(tmp_path, is_right, damage):
+    profile = chunk(b"iCCP", b"x\0\0" + zlib.compress(swapping_profile()), is_right)
+    (colour,) = opened_with(tmp_path, damage, profile).getcolors()
+    assert colour[1] == GREEN
+    assert opened_with(tmp_path, damage, chunk(b"tRNS", b"\0\xff\0\0\0\0", is_right)).mode == "RGBA"
+    xmp = b'<rdf:Description xmlns:tiff="http://ns.adobe.com/tiff/1.0/" tiff:Orientation="6"/>'
+    in_hex = b"\nexif\n%8d\n%s" % (
+        len(SIDEWAYS) + 6,
+        (b"Exif\0\0" + SIDEWAYS).hex().encode(),
+    )  # as ImageMagick writes it
+    for turned in (
+        chunk(b"eXIf", SIDEWAYS, is_right),
+        chunk(b"iTXt", b"XML:com.adobe.xmp\0\0\0\0\0" + xmp, is_right),
+        chunk(b"zTXt", b"Raw profile type exif\0\0" + zlib.compress(in_hex), is_right),
+    ):
+        assert opened_with(tmp_path, damage, turned).size == (20, 40)
 
 
 def empty(path):

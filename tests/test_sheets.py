@@ -1,9 +1,11 @@
 """Sheets as they come from artists and spreadsheets."""
 
 import csv
+import io
 import json
 import os
 import threading
+from dataclasses import replace
 
 import pytest
 from filelock import FileLock
@@ -199,6 +201,111 @@ def test_waiting_for_the_sheet_can_be_given_up(results):
     with FileLock(f"{results.path}.lock"), pytest.raises(KeyboardInterrupt):
         results.record([POT], waiting=give_up)
     assert list(results.read()) == ["cup"]
+
+
+ROWS = [
+    CUP,
+    Result("=a", files="'=a.png", scores="1\n2"),
+    Result("the\u0301", "k", error='\u732b, "so"'),
+    Result("b, c", reason="\r\n"),
+]
+
+
+def test_a_sheet_that_grows_is_the_same_as_one_written_at_once(results):
+    other = ResultsSheet(results.path.with_stem("other"))
+    other.record([POT, *ROWS])
+    results.record([POT])
+    for row in ROWS:
+        results.record([row])
+        assert results.entries() == fresh_entries(results)
+    assert results.path.read_bytes() == other.path.read_bytes()
+
+
+def fresh_entries(results):
+    """As another process reads them."""
+    ResultsSheet.known = None
+    return results.entries()
+
+
+def test_a_new_result_is_appended_and_nothing_parsed(tmp_path, monkeypatch):
+    results = ResultsSheet(tmp_path / "results.csv")
+    results.record([POT])
+    with monkeypatch.context() as patch:
+        patch.setattr(tables, "parsed_table", None)
+        results.record([CUP])
+        assert results.entries().keys() == {"pot", "cup"}
+    assert list(results.read().values()) == [POT, CUP]
+
+
+def as_a_spreadsheet_abroad(text: str) -> str:
+    return text.replace(",", ";")
+
+
+def without_the_last_line_end(text: str) -> str:
+    return text.rstrip()
+
+
+def with_other_line_ends(text: str) -> str:
+    return text.replace("\r\n", "\n")
+
+
+def without_a_byte_order_mark(text: str) -> str:
+    return text.removeprefix("\ufeff")
+
+
+def all_quoted(text: str) -> str:
+    return text.replace(",", '","').replace("\ufeff", '\ufeff"').replace("\r\n", '"\r\n"').removesuffix('"')
+
+
+def with_another_column(text: str) -> str:
+    header, row, _ = text.split("\r\n")
+    return f'{header},"My\nNote"\r\n{row},x\r\n'
+
+
+def in_another_order(text: str) -> str:
+    header, row, _ = (",".join(reversed(line.split(","))) for line in text.removeprefix("\ufeff").split("\r\n"))
+    return f"{header}\r\n{row}\r\n"
+
+
+def with_blank_rows(text: str) -> str:
+    return f"{text}{',' * 20}\r\n\r\n"
+
+
+EDITS = [
+    as_a_spreadsheet_abroad, without_the_last_line_end, with_other_line_ends, without_a_byte_order_mark, all_quoted,
+    with_another_column, in_another_order, with_blank_rows,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("edit", EDITS)
+@pytest.mark.parametrize("is_read_between", [True, False], ids=["read between", "not read"])
+def test_what_a_person_does_to_a_sheet_between_two_results_stays(tmp_path, edit, is_read_between):
+    results = ResultsSheet(tmp_path / "results.csv")
+    plain = Result("cup", "k1", "cup.png", files="cup.png", accepted="yes", seed=7)
+    results.record([plain])
+    results.path.write_bytes(edit(results.path.read_bytes().decode().replace("yes", "no")).encode())
+    if is_read_between:
+        assert results.entries() == {"cup": ("k1", "cup.png", "")}
+    for row in (POT, Result("pan")):
+        results.record([row])
+        assert results.entries() == fresh_entries(results)
+    assert list(results.read().values()) == [replace(plain, accepted="no"), POT, Result("pan")]
+    if edit is with_another_column:
+        header, first, *others = csv.reader(io.StringIO(results.path.read_bytes().decode("utf-8-sig"), newline=""))
+        assert header[-1].lower().replace(" ", "_") == "my\nnote" and first[-1] == "x"
+        assert {len(row) for row in others} == {len(header)}
+
+
+def test_a_sheet_that_was_deleted_or_replaced_is_begun_or_read_anew(tmp_path):
+    results, other = ResultsSheet(tmp_path / "results.csv"), ResultsSheet(tmp_path / "other" / "results.csv")
+    results.record([CUP])
+    results.path.unlink()
+    results.record([POT])
+    assert list(results.read()) == ["pot"]
+    other.record([CUP, Result("pan")])
+    os.replace(other.path, results.path)
+    results.record([POT])
+    assert list(results.read()) == list(results.entries()) == ["cup", "pan", "pot"]
 
 
 def test_a_clock_that_jumps_changes_no_order(results):
