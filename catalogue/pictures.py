@@ -225,21 +225,22 @@ def _in_srgb(picture: Image.Image) -> Image.Image:
 
 def picture_key(*paths: Path) -> str:
     """16 hex digits that name some files by their bytes."""
-    digests = hashlib.sha256()
-    for path in paths:
-        state = path.stat()
-        digests.update(_digest(path, state.st_mtime_ns, state.st_size))
-    return digests.hexdigest()[:16]
+    return hashlib.sha256(b"".join(map(digest, paths))).hexdigest()[:16]
+
+
+def digest(path: Path) -> bytes:
+    """SHA-256 of a file's bytes, read again only when its time or size has changed."""
+    state = path.stat()
+    return _digest(path, state.st_mtime_ns, state.st_ctime_ns, state.st_size)
 
 
 @functools.lru_cache(10_000)
-def _digest(path: Path, mtime_ns: int, size: int) -> bytes:
-    """SHA-256 of a file's bytes, read again only when its time or size has changed."""
-    digest = hashlib.sha256()
+def _digest(path: Path, mtime_ns: int, ctime_ns: int, size: int) -> bytes:
+    sha256 = hashlib.sha256()
     with path.open("rb") as file:
         while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.digest()
+            sha256.update(chunk)
+    return sha256.digest()
 
 
 class PictureCache:

@@ -84,8 +84,9 @@ async def send_results(request: web.Request) -> web.Response:
 
     def read() -> bytes:
         sheet = review.open_catalogue(output_folder(), request.query.get("catalogue", ""))
-        summary = summarise(review.read_results(sheet).values())
-        return json.dumps({"results": review.describe_results(sheet), "summary": summary}).encode()
+        changed = review.changed_results(sheet)
+        summary = summarise(review.read_results(sheet).values(), changed)
+        return json.dumps({"results": review.describe_results(sheet, changed), "summary": summary}).encode()
 
     body = await asyncio.to_thread(read)
     return unless_known(request, hashlib.sha256(body).hexdigest(), body, "application/json")
@@ -94,7 +95,7 @@ async def send_results(request: web.Request) -> web.Response:
 async def send_summary(request: web.Request) -> web.Response:
     def read() -> dict:
         sheet = review.open_catalogue(output_folder(), request.query.get("catalogue", ""))
-        return summarise(review.read_results(sheet).values())
+        return summarise(review.read_results(sheet).values(), review.changed_results(sheet))
 
     return web.json_response(await asyncio.to_thread(read), headers=SAFE)
 
@@ -123,7 +124,7 @@ def picture_path(query: Mapping[str, str]) -> Path:
     of = query.get("of", "result")
     if of == "result":
         return files[whole_number(query.get("number", "0")) % len(files)]
-    content, style = retry.find_sources(input_folder(), retry.embedded_workflow(files[0]), result)
+    content, style = retry.sources_of(input_folder(), files[0], result)
     path = {"content": content, "style": style}.get(of)
     if path is None:
         raise ValueError("The picture is not in the input folder any more.")

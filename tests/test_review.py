@@ -3,17 +3,20 @@
 import csv
 import json
 import math
+import os
 import threading
+from dataclasses import replace
 
 import pytest
 from images import write_png
 from PIL import Image
 
 from catalogue.pictures import picture_key
-from catalogue.retry import embedded_workflow, find_sources, retry_workflow
+from catalogue.retry import embedded_workflow, find_sources, retry_workflow, sources_of
 from catalogue.review import (
     Changed,
     Verdict,
+    changed_results,
     decide,
     describe_results,
     find_catalogues,
@@ -125,6 +128,41 @@ def test_many_who_decide_while_a_batch_writes_lose_nothing(sheet):
     assert len(results) == 17
 
 
+@pytest.mark.parametrize("keeps_time", [False, True])
+def test_a_picture_that_was_saved_over_waits_for_another_decision(sheet, keeps_time):
+    decide(sheet, "cup", version(sheet), YES)
+    path, before = sheet.path.parent / "cup.png", sheet.path.read_bytes()
+    assert changed_results(sheet) == set()
+    touch(path, path.stat().st_mtime + 3600)  # the same bytes
+    assert changed_results(sheet) == set()
+    Image.new("RGB", (8, 8), "blue").save(path)
+    if keeps_time:  # as a copy that brings its time along
+        touch(path, path.stat().st_mtime - 86_400)
+    assert changed_results(sheet) == {"cup"}
+    (row,) = describe_results(sheet, {"cup"})
+    assert row["changed"] and row["decision"] == "accepted"
+    assert sheet.path.read_bytes() == before
+    summary = summarise(sheet.read().values(), {"cup"})
+    assert (summary["undecided"], summary["accepted_at_first_try"], summary["decided_by"]) == (1, 0, {})
+    assert "undecided again" in summary_text(summary)
+    decide(sheet, "cup", version(sheet), YES)
+    assert changed_results(sheet) == set()
+
+
+def touch(path, moment: float) -> None:
+    os.utime(path, (moment, moment))
+
+
+@pytest.mark.parametrize("moment", ["27.11.2026 10:00", "2026-11-27", ""])
+def test_a_time_that_a_spreadsheet_has_rewritten_hides_no_change(sheet, moment):
+    decide(sheet, "cup", version(sheet), YES)
+    with sheet.edited() as records:
+        records["cup"]["decided_at"] = moment
+    assert changed_results(sheet) == set()
+    Image.new("RGB", (8, 8), "blue").save(sheet.path.parent / "cup.png")
+    assert changed_results(sheet) == {"cup"}
+
+
 def test_catalogues_are_found_by_their_sheets_inside_the_output_folder_alone(sheet, tmp_path):
     output = tmp_path / "output"
     ResultsSheet(output / "batch" / "jobs 10" / RESULTS).record([Result("a")])
@@ -186,6 +224,22 @@ def test_of_two_files_of_one_name_the_one_that_was_used_is_found(sheet, sources)
         workflow = json.loads(json.dumps(WORKFLOW))
         workflow["load"]["inputs"]["contents"] = "shop\nother"
         assert find_sources(sources, workflow, result(sources, content))[0] == sources / content
+
+
+def test_without_a_workflow_in_the_picture_its_sources_are_found_by_their_names(sheet, sources, tmp_path):
+    picture = sheet.path.parent / "cup.png"
+    Image.new("RGB", (8, 8), "red").save(picture)
+    for content in ("shop/cup.png", "other/cup.png"):
+        found = sources_of(sources, picture, result(sources, content))
+        assert found == (sources / content, sources / "styles/ink.png")
+    Image.new("RGB", (8, 8)).save(tmp_path / "secret.png")
+    (sources / "secret.png").symlink_to(tmp_path / "secret.png")
+    for name in ("secret.png", "../output/cat/cup.png", "none.png", ""):
+        lured = replace(result(sources, "shop/cup.png"), content=name)
+        if name.endswith("cup.png"):  # a name is looked for in the input folder alone
+            assert sources_of(sources, picture, lured)[0].is_relative_to(sources)
+        else:
+            assert sources_of(sources, picture, lured)[0] is None
 
 
 def test_the_seed_is_that_of_the_first_sampler_not_of_a_training_or_a_second_pass(sheet, sources):

@@ -7,11 +7,13 @@ import { chooseWords, fill } from "./words.js";
 const WATCH = 4000; // milliseconds between two looks for what has changed
 const SMALL = 192; // pixels, as the server makes them
 const LARGE = 1600;
+// A picture that was changed after its decision waits for another one.
+const standing = ({ decision, changed }) => (changed ? "" : decision);
 const FILTERS = {
   all: () => true,
-  undecided: ({ decision }) => !decision,
-  accepted: ({ decision }) => decision === "accepted",
-  rejected: ({ decision }) => decision === "rejected",
+  undecided: (item) => !standing(item),
+  accepted: (item) => standing(item) === "accepted",
+  rejected: (item) => standing(item) === "rejected",
   gate: ({ gate }) => gate === "rejected",
 };
 const KEPT = { name: "consislora.review.name", reasons: "consislora.review.reasons", order: "consislora.review.order" };
@@ -128,9 +130,12 @@ function fillRow(row, item) {
   name.textContent = item.name;
   name.title = item.name;
   score.textContent = item.score === null ? "" : item.score.toFixed(2);
-  mark.className = `mark ${item.decision || (item.gate === "rejected" ? "gate" : "")}`;
-  mark.title = item.decision ? words[item.decision] : item.gate === "rejected" ? words.gate : words.undecided;
+  const gate = item.gate === "rejected" ? "gate" : "";
+  mark.className = `mark ${item.changed ? "changed" : item.decision || gate}`;
+  mark.title = item.changed ? lapsed(item) : words[item.decision || gate || "undecided"];
 }
+
+const lapsed = ({ decision }) => words[decision === "accepted" ? "changedAccepted" : "changedRejected"];
 
 function showResult(item, next) {
   const result = { number: state.number };
@@ -142,8 +147,8 @@ function showResult(item, next) {
   load(find("#result .photo img"), pictureAddress(item, { of: "content", size: LARGE }));
   find("#result figcaption").replaceChildren(...captionOf(item));
   find("#facts").replaceChildren(...factsOf(item));
-  find("#accept").setAttribute("aria-pressed", item.decision === "accepted");
-  find("#reject").setAttribute("aria-pressed", item.decision === "rejected");
+  find("#accept").setAttribute("aria-pressed", standing(item) === "accepted");
+  find("#reject").setAttribute("aria-pressed", standing(item) === "rejected");
   if (next) new Image().src = pictureAddress(next, { number: 0 }); // so that it is there when it is its turn
 }
 
@@ -181,9 +186,10 @@ function factsOf(item) {
   if (item.decision) {
     const when = item.decided_at && new Date(item.decided_at).toLocaleString(document.documentElement.lang);
     const verdict = fact(fill(words.decided, words[item.decision], item.decided_by, when), item.decision_reason);
-    verdict.classList.add(item.decision);
+    verdict.classList.add(item.changed ? "lapsed" : item.decision);
     facts.push(verdict);
   }
+  if (item.changed) facts.push(Object.assign(fact(lapsed(item), ""), { className: "fact changed" }));
   return facts;
 }
 
@@ -232,7 +238,7 @@ async function decide(decision, reason = "") {
   if (!complete || !naturalWidth) return say(words.loading); // nobody has seen it
   const by = await nameOfPerson();
   if (!by) return;
-  state.undo.push({ name: item.name, decision: item.decision, decision_reason: item.decision_reason });
+  state.undo.push({ name: item.name, decision: standing(item), decision_reason: standing(item) && item.decision_reason });
   const index = state.shown.indexOf(item);
   post(item, decision, reason, by);
   show();
@@ -255,7 +261,8 @@ async function undo() {
 // Shows a decision at once and sends it; the page's word is taken back if the server does not take it.
 function post(item, decision, reason, by) {
   const { name } = item;
-  Object.assign(item, { decision, decision_reason: reason, decided_by: by, decided_at: new Date().toISOString() });
+  const decided_at = new Date().toISOString();
+  Object.assign(item, { decision, decision_reason: reason, decided_by: by, decided_at, changed: false });
   const { catalogue } = state;
   setUnderWay(underWay + 1);
   posting = posting.then(async () => {
