@@ -6,7 +6,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import suppress
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
@@ -71,6 +71,15 @@ def read_results(sheet: ResultsSheet) -> Mapping[str, Result]:
 @functools.lru_cache(4)  # pages that watch a catalogue ask every few seconds
 def _results(path: Path, mtime_ns: int, size: int) -> Mapping[str, Result]:
     return ResultsSheet(path).read()
+
+
+def wanted_pictures(results: Iterable[Result]) -> dict[str, list[Result]]:
+    """Of each picture that somebody wants all its tries, by the name of the first."""
+    tries: dict[str, list[Result]] = {}
+    for result in results:
+        if result.files and not result.error:
+            tries.setdefault(result.retry_of or result.name, []).append(result)
+    return tries
 
 
 def find_result(sheet: ResultsSheet, name: str) -> Result:

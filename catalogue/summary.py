@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Collection, Iterable
 from dataclasses import replace
 
-from .review import gate_verdict
+from .review import gate_verdict, wanted_pictures
 from .sheets import Result
 
 SUMMARY = "summary.json"
@@ -16,10 +16,8 @@ def summarise(results: Collection[Result], changed: Collection[str] = ()) -> dic
     A wanted picture is a first try with its retries: it is accepted if one of them is, rejected if all of them are.
     changed: names of results whose pictures are no longer those that a person decided about; they count as undecided.
     """
-    made = [_undecided(result) if result.name in changed else result for result in results if _is_made(result)]
-    tries: dict[str, list[Result]] = {}
-    for result in made:
-        tries.setdefault(result.retry_of or result.name, []).append(result)
+    tries = wanted_pictures(_undecided(result) if result.name in changed else result for result in results)
+    made = [result for one in tries.values() for result in one]
     states = Counter(map(_state, tries.values()))
     seconds = [result.seconds for result in made if result.seconds is not None]
     loras = [lora for result in made for lora in (result.content_adapter, result.style_adapter) if lora]
@@ -41,10 +39,6 @@ def summarise(results: Collection[Result], changed: Collection[str] = ()) -> dic
         "loras": len(set(loras)),
         "lora_uses": len(loras),
     }
-
-
-def _is_made(result: Result) -> bool:
-    return bool(result.files) and not result.error
 
 
 def _undecided(result: Result) -> Result:

@@ -5,13 +5,13 @@ import hashlib
 import io
 import json
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
 from urllib.parse import urlsplit
 
 from aiohttp import web
 
-from ..catalogue import retry, review
+from ..catalogue import handover, retry, review
 from ..catalogue.pictures import open_picture
 from ..catalogue.summary import summarise
 from ..consislora_core.files import escape_text
@@ -35,6 +35,10 @@ class Busy(Exception):
     """Another program holds the sheet."""
 
 
+class Refused(Exception):
+    """A status and a text for people."""
+
+
 def add_routes() -> None:
     """Adds the review page to ComfyUI's server, if there is one."""
     if server := running_server():
@@ -47,6 +51,7 @@ def add_routes() -> None:
         routes.get(f"{ROOT}/picture")(answered(send_picture))
         routes.get(f"{ROOT}/retry")(answered(send_retry))
         routes.post(f"{ROOT}/decision")(answered(take_decision))
+        routes.post(f"{ROOT}/accepted")(answered(copy_accepted))
 
 
 def answered(handler: Handler) -> Handler:
@@ -59,10 +64,13 @@ def answered(handler: Handler) -> Handler:
             return refusal(400, str(error))
         except review.Changed:
             return refusal(409, "It has changed meanwhile. Look at it again.")
+        except Refused as refused:
+            return refusal(*refused.args)
         except Busy:
             return refusal(503, "Another program writes results.csv. Try again.")
         except OSError as error:
-            return refusal(500, f"{error.strerror or error}. Free some space, or close results.csv in other programs.")
+            advice = "Free some space, or close the catalogue's sheets in other programs."
+            return refusal(500, f"{error.strerror or error}. {advice}")
 
     return answer
 
@@ -173,27 +181,52 @@ async def send_retry(request: web.Request) -> web.Response:
 
 async def take_decision(request: web.Request) -> web.Response:
     """Writes a decision: JSON with catalogue, name, version, decision, reason and by."""
-    if is_foreign(request.headers):
-        return refusal(403, "Only the review page of this server may decide. A proxy has to pass on the header Host.")
-    body = await bounded_body(request)
-    if body is None:
-        return refusal(413, "That is too long. Say it shorter.")
-    posted = json.loads(body) if request.content_type == "application/json" else None
-    names = ("catalogue", "name", "version", "decision", "reason", "by")
-    if not isinstance(posted, dict) or not all(isinstance(posted.get(name), str) for name in names):
-        raise ValueError(f"JSON with the texts {', '.join(names)} was expected.")
-    deadline = time.monotonic() + PATIENCE
+    posted = await posted_texts(request, ("catalogue", "name", "version", "decision", "reason", "by"))
+    verdict = review.Verdict(posted["decision"], posted["reason"], posted["by"])
+
+    def write() -> str:
+        sheet = review.open_catalogue(output_folder(), posted["catalogue"])
+        return review.decide(sheet, posted["name"], posted["version"], verdict, busy_after(PATIENCE))
+
+    return web.json_response({"version": await asyncio.to_thread(write)}, headers=SAFE)
+
+
+async def copy_accepted(request: web.Request) -> web.Response:
+    """Copies what is accepted into a folder of its own: JSON with catalogue."""
+    posted = await posted_texts(request, ("catalogue",))
+
+    def copy() -> dict:
+        sheet = review.open_catalogue(output_folder(), posted["catalogue"])
+        return handover.copy_accepted(sheet, busy_after(PATIENCE))._asdict()
+
+    return web.json_response(await asyncio.to_thread(copy), headers=SAFE)
+
+
+def busy_after(seconds: float) -> Callable[[], None]:
+    """Raises Busy when it is called later than that."""
+    deadline = time.monotonic() + seconds
 
     def waiting() -> None:
         if time.monotonic() > deadline:
             raise Busy
 
-    def write() -> str:
-        sheet = review.open_catalogue(output_folder(), posted["catalogue"])
-        verdict = review.Verdict(posted["decision"], posted["reason"], posted["by"])
-        return review.decide(sheet, posted["name"], posted["version"], verdict, waiting)
+    return waiting
 
-    return web.json_response({"version": await asyncio.to_thread(write)}, headers=SAFE)
+
+async def posted_texts(request: web.Request, names: Sequence[str]) -> Mapping[str, str]:
+    """The texts of these names in JSON that the page posts.
+
+    Raises Refused for what another site posts or is too long, and ValueError for what is no such JSON.
+    """
+    if is_foreign(request.headers):
+        raise Refused(403, "Only the review page of this server may do that. A proxy has to pass on the header Host.")
+    body = await bounded_body(request)
+    if body is None:
+        raise Refused(413, "That is too long. Say it shorter.")
+    posted = json.loads(body) if request.content_type == "application/json" else None
+    if not isinstance(posted, dict) or not all(isinstance(posted.get(name), str) for name in names):
+        raise ValueError(f"JSON with the texts {', '.join(names)} was expected.")
+    return posted
 
 
 def is_foreign(headers: Mapping[str, str]) -> bool:

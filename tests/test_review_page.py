@@ -273,6 +273,33 @@ def test_an_accepted_picture_that_another_program_has_saved_over_waits_for_anoth
     assert three.read()["b"].decided_pictures == hashlib.sha256(path.read_bytes()).hexdigest()
 
 
+def test_a_button_copies_what_is_accepted_and_says_what_it_left_out(page, server, three):
+    again = result("a_seed12", files="a_seed12.png", retry_of="a")
+    sheet = catalogue(server, three.path.parent.name, [again])
+    look(page, server, three, "b")
+    page.locator(".row", has_text="a_seed12").click()
+    wait_for(page, "a_seed12")
+    page.keyboard.press("a")
+    page.locator(".row", has_text="b").click()
+    wait_for(page, "b")
+    page.keyboard.press("a")
+    decided(page, sheet)
+    with Image.open(sheet.path.parent / "b.png") as picture:
+        picture.transpose(Image.Transpose.ROTATE_180).save(sheet.path.parent / "b.png")
+    page.get_by_role("button", name="Copy accepted").click()
+    told = page.get_by_role("dialog")
+    folder = f"output/{sheet.path.parent.name}/accepted"
+    told.get_by_text(f"1 accepted pictures are in {folder}, of which 1 were copied now.").wait_for()
+    told.get_by_text("1 changed since they were accepted: b").wait_for()
+    told.get_by_text("1 undecided").wait_for()
+    page.keyboard.press("Enter")
+    told.wait_for(state="hidden")
+    copied = sheet.path.parent / "accepted"
+    assert {path.name for path in copied.iterdir()} == {"a.png", "accepted.csv"}
+    assert (copied / "a.png").read_bytes() == (sheet.path.parent / "a_seed12.png").read_bytes()
+    assert ask(server, "accepted", {"catalogue": "../input"})[0] == 400
+
+
 def test_the_name_is_asked_once(page, server, three):
     page.evaluate("localStorage.removeItem('consislora.review.name')")
     look(page, server, three, "b")
@@ -373,7 +400,8 @@ def posted(server, sheet: ResultsSheet, **changes) -> dict:
 def test_other_sites_cannot_decide(server, three, headers):
     before = three.path.read_bytes()
     assert ask(server, "decision", posted(server, three), headers)[0] == 403
-    assert three.path.read_bytes() == before
+    assert ask(server, "accepted", {"catalogue": three.path.parent.name}, headers)[0] == 403
+    assert three.path.read_bytes() == before and not (three.path.parent / "accepted").exists()
 
 
 def test_its_own_page_decides_also_under_another_name(server, three):

@@ -16,6 +16,7 @@ const FILTERS = {
   rejected: (item) => standing(item) === "rejected",
   gate: ({ gate }) => gate === "rejected",
 };
+const NAMED = new Set(["changed", "missing", "unsigned"]); // of what is not handed over
 const KEPT = { name: "consislora.review.name", reasons: "consislora.review.reasons", order: "consislora.review.order" };
 
 const find = (selector) => document.querySelector(selector);
@@ -51,6 +52,10 @@ async function ask(url, options) {
   const said = await answer.json().catch(() => ({}));
   if (answer.ok) return Object.assign(said, { etag: answer.headers.get("ETag") });
   throw new Error(answer.status === 409 ? words.changed : (said.error?.message ?? said.error ?? answer.statusText));
+}
+
+function post(url, body) {
+  return ask(url, { method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify(body) });
 }
 
 async function refresh() {
@@ -240,7 +245,7 @@ async function decide(decision, reason = "") {
   if (!by) return;
   state.undo.push({ name: item.name, decision: standing(item), decision_reason: standing(item) && item.decision_reason });
   const index = state.shown.indexOf(item);
-  post(item, decision, reason, by);
+  send(item, decision, reason, by);
   show();
   // In a filter that it has left, the next one is in its place already.
   if (state.shown[index]?.name === item.name) choose(Math.min(index + 1, state.shown.length - 1));
@@ -252,14 +257,14 @@ async function undo() {
   if (!item) return say(words.nothingToUndo);
   const by = await nameOfPerson();
   if (!by) return;
-  post(item, last.decision, last.decision_reason, by);
+  send(item, last.decision, last.decision_reason, by);
   state.chosen = item.name;
   if (!FILTERS[state.filter](item)) state.filter = "all";
   show();
 }
 
 // Shows a decision at once and sends it; the page's word is taken back if the server does not take it.
-function post(item, decision, reason, by) {
+function send(item, decision, reason, by) {
   const { name } = item;
   const decided_at = new Date().toISOString();
   Object.assign(item, { decision, decision_reason: reason, decided_by: by, decided_at, changed: false });
@@ -267,11 +272,7 @@ function post(item, decision, reason, by) {
   setUnderWay(underWay + 1);
   posting = posting.then(async () => {
     try {
-      const said = await ask(address("decision"), {
-        method: "POST",
-        headers: { "Content-Type": "application/json" },
-        body: JSON.stringify({ catalogue, name, version: item.version, decision, reason, by }),
-      });
+      const said = await post(address("decision"), { catalogue, name, version: item.version, decision, reason, by });
       item.version = said.version;
     } catch (error) {
       say(`${name}: ${error.message}`);
@@ -297,17 +298,39 @@ async function makeAgain() {
   const item = current();
   if (!item) return;
   try {
-    const workflow = await ask(address("retry", { name: item.name }));
-    await ask("../prompt", {
-      method: "POST",
-      headers: { "Content-Type": "application/json" },
-      body: JSON.stringify({ prompt: workflow.prompt, extra_data: workflow.extra_data }),
-    });
+    const { prompt, extra_data } = await ask(address("retry", { name: item.name }));
+    await post("../prompt", { prompt, extra_data });
     say(words.queued);
     await showQueue();
   } catch (error) {
     say(error.message);
   }
+}
+
+async function handOver() {
+  const { catalogue } = state;
+  const button = find("#handover");
+  button.disabled = true;
+  try {
+    await posting; // what was decided last is copied too
+    showHandover(folderOf(catalogue), await post(address("accepted"), { catalogue }));
+  } catch (error) {
+    say(error.message);
+  }
+  button.disabled = false;
+}
+
+const folderOf = (catalogue) => ["output", catalogue].filter(Boolean).join("/");
+
+function showHandover(folder, { pictures, new: added, moved, left_out }) {
+  const lines = [fill(words.copied, pictures, `${folder}/accepted`, added)];
+  if (moved) lines.push(fill(words.movedAside, moved, `${folder}/accepted_earlier`));
+  for (const [reason, names] of Object.entries(left_out)) {
+    const shown = NAMED.has(reason) ? `: ${names.slice(0, 10).join(", ")}${names.length > 10 ? " ..." : ""}` : "";
+    lines.push(fill(words.leftOut, names.length, words.leftOutFor[reason]) + shown);
+  }
+  find("#copied .lines").replaceChildren(...lines.map((line) => element("p", "", line)));
+  find("#copied").showModal();
 }
 
 async function reject() {
@@ -464,6 +487,8 @@ function nameParts() {
     event.target.blur();
     show();
   });
+  find("#handover").textContent = find("#copied h2").textContent = words.handOver;
+  find("#handover").addEventListener("click", handOver);
   find("#who").addEventListener("click", () => nameOfPerson(true));
   find("#list").setAttribute("aria-label", words.results);
   find("#slider").setAttribute("aria-label", words.slider);
@@ -474,6 +499,7 @@ function nameParts() {
   for (const button of document.querySelectorAll("dialog .cancel")) button.textContent = words.cancel;
   find("#reasons .go").textContent = words.reject;
   find("#name .go").textContent = words.save;
+  find("#copied .go").textContent = words.close;
   for (const picture of document.querySelectorAll("#viewer img")) {
     picture.addEventListener("error", () => picture.classList.add("missing"));
   }
@@ -499,6 +525,7 @@ async function start() {
 }
 
 function open(catalogue) {
+  find("#handover").title = fill(words.handOverLong, folderOf(catalogue));
   Object.assign(state, { catalogue, etag: "", results: [], chosen: null, undo: [] });
   history.replaceState(null, "", `?${new URLSearchParams({ catalogue })}`);
   refresh().catch((error) => say(error.message));
