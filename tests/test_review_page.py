@@ -273,6 +273,35 @@ def test_an_accepted_picture_that_another_program_has_saved_over_waits_for_anoth
     assert three.read()["b"].decided_pictures == hashlib.sha256(path.read_bytes()).hexdigest()
 
 
+def test_a_rejected_picture_is_made_again_at_once_not_the_next_one(page, server, three):
+    queued = []
+    page.route("**/prompt", lambda route: queued.append(route.request.post_data_json) or route.fulfill(json={}))
+    with Image.open(three.path.parent / "b.png") as picture:
+        workflow = json.loads(picture.info["prompt"])
+    workflow["2"]["inputs"]["images"] = ["3", 0]
+    workflow["3"] = {"class_type": "KSampler", "inputs": {"seed": 7}}
+    with Image.open(IMAGES / f"{SUBJECT}.png") as picture:
+        write_png(picture.convert("RGB"), three.path.parent / "b.png", workflow)
+    look(page, server, three, "b")
+    page.get_by_role("radio", name="Undecided").click()
+    page.keyboard.press("r")
+    page.get_by_label("Reject and make again").wait_for()
+    page.keyboard.press("0")
+    page.keyboard.press("1")
+    page.get_by_text("Queued with a new seed: b.").wait_for()
+    wait_for(page, "c")
+    page.keyboard.press("r")
+    page.keyboard.press("1")  # the next one is only rejected
+    wait_for(page, "a")
+    page.keyboard.press("m")
+    page.get_by_text("a: ").wait_for()  # whose workflow has no sampler
+    page.unroute("**/prompt")
+    assert decided(page, three) == {"b": "rejected", "c": "rejected"}
+    (again,) = filter(None, queued)
+    assert again["extra_data"]["extra_pnginfo"]["consislora_retry_of"] == "b"
+    assert again["prompt"]["1"]["inputs"]["name"].startswith("b_seed")
+
+
 def test_a_button_copies_what_is_accepted_and_says_what_it_left_out(page, server, three):
     again = result("a_seed12", files="a_seed12.png", retry_of="a")
     sheet = catalogue(server, three.path.parent.name, [again])
@@ -318,11 +347,14 @@ def test_making_again_gives_another_picture_and_leaves_the_first(page, server):
     server.run(prompt)
     sheet, name = ResultsSheet(server.base / "output" / "again" / RESULTS), f"{SUBJECT}__{STYLE}"
     first = (sheet.path.parent / f"{name}.png").read_bytes()
+    store = server.base / "models" / "loras" / "consislora" / "store"
+    trained = {path: path.stat().st_ino for path in store.glob("*.lora")}
     look(page, server, sheet, name)
     page.keyboard.press("m")
-    page.get_by_text("Queued with a new seed").wait_for()
+    page.get_by_text(f"Queued with a new seed: {name}.").wait_for()
     page.get_by_text(f"{name}_seed").first.wait_for()
     before, after = sheet.read().values()
+    assert trained and trained == {path: path.stat().st_ino for path in store.glob("*.lora")}  # nothing is written anew
     assert (after.retry_of, after.content, after.key) == (name, before.content, before.key)
     assert after.seed != before.seed and after.name == f"{name}_seed{after.seed}"
     assert (sheet.path.parent / f"{name}.png").read_bytes() == first

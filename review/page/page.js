@@ -236,6 +236,7 @@ function say(text) {
 
 // What the person does
 
+// Whether the server took it.
 async function decide(decision, reason = "") {
   const item = current();
   if (!item) return;
@@ -245,10 +246,11 @@ async function decide(decision, reason = "") {
   if (!by) return;
   state.undo.push({ name: item.name, decision: standing(item), decision_reason: standing(item) && item.decision_reason });
   const index = state.shown.indexOf(item);
-  send(item, decision, reason, by);
+  const isTaken = send(item, decision, reason, by);
   show();
   // In a filter that it has left, the next one is in its place already.
   if (state.shown[index]?.name === item.name) choose(Math.min(index + 1, state.shown.length - 1));
+  return isTaken;
 }
 
 async function undo() {
@@ -271,10 +273,12 @@ function send(item, decision, reason, by) {
   const { catalogue } = state;
   setUnderWay(underWay + 1);
   posting = posting.then(async () => {
+    let isTaken = true;
     try {
       const said = await post(address("decision"), { catalogue, name, version: item.version, decision, reason, by });
       item.version = said.version;
     } catch (error) {
+      isTaken = false;
       say(`${name}: ${error.message}`);
       state.undo = state.undo.filter((one) => one.name !== name);
       state.chosen = name;
@@ -282,7 +286,9 @@ function send(item, decision, reason, by) {
     }
     setUnderWay(underWay - 1);
     await refresh().catch(() => {}); // `watch` tells it
+    return isTaken;
   });
+  return posting;
 }
 
 function setUnderWay(count) {
@@ -294,16 +300,15 @@ window.addEventListener("beforeunload", (event) => {
   if (underWay) event.preventDefault(); // decisions would be lost
 });
 
-async function makeAgain() {
-  const item = current();
-  if (!item) return;
+async function makeAgain(name = current()?.name) {
+  if (!name) return;
   try {
-    const { prompt, extra_data } = await ask(address("retry", { name: item.name }));
+    const { prompt, extra_data } = await ask(address("retry", { name }));
     await post("../prompt", { prompt, extra_data });
-    say(words.queued);
+    say(fill(words.queued, name));
     await showQueue();
   } catch (error) {
-    say(error.message);
+    say(`${name}: ${error.message}`);
   }
 }
 
@@ -334,9 +339,11 @@ function showHandover(folder, { pictures, new: added, moved, left_out }) {
 }
 
 async function reject() {
-  if (!current()) return;
+  const item = current();
+  if (!item) return;
   const reason = await chooseReason();
-  if (reason) await decide("rejected", reason);
+  const isAgain = find("#reasons .check input").checked;
+  if (reason && (await decide("rejected", reason)) && isAgain) await makeAgain(item.name);
 }
 
 function chooseReason() {
@@ -364,12 +371,15 @@ function chooseReason() {
     );
   };
   draw();
+  const again = dialog.querySelector(".check input");
   input.value = "";
+  again.checked = false;
   dialog.onkeydown = (event) => {
     const reason = reasons[Number(event.key) - 1];
-    if (!reason || input.value) return;
+    if (input.value || !reason && event.key !== "0") return;
     event.preventDefault();
-    dialog.answer(reason);
+    if (reason) dialog.answer(reason);
+    else again.checked = !again.checked;
   };
   return opened(dialog, () => {
     const reason = input.value.trim();
@@ -494,6 +504,7 @@ function nameParts() {
   find("#slider").setAttribute("aria-label", words.slider);
   find("#reasons h2").textContent = words.why;
   find("#reasons label span").textContent = words.otherReason;
+  find("#reasons .check span").textContent = words.rejectAgain;
   find("#name h2").textContent = words.who;
   find("#name p").textContent = words.whoLong;
   for (const button of document.querySelectorAll("dialog .cancel")) button.textContent = words.cancel;
