@@ -3,6 +3,7 @@
 import hashlib
 import json
 import re
+import shutil
 import threading
 import urllib.error
 import urllib.parse
@@ -139,6 +140,28 @@ def test_filters_show_what_they_say_and_a_decision_leaves_the_undecided(page, se
     page.get_by_role("radio", name="Accepted").click()
     assert names(page) == ["b"]
     decided(page, three)
+
+
+def test_the_header_says_what_it_counts_and_its_sums_are_those_of_the_filters(page, server):
+    tries = [result(f"{pair}{again}", retry_of=f"{pair}0" if again else "", decision="rejected", decided_by="editor",
+                    decided_at="2026-01-01", decision_reason=reason)
+             for pair in "ab" for again, reason in enumerate(["dark", "dark", "flat"])]  # fmt: skip
+    sheet = catalogue(server, "counted", [*tries, result("c"), result("gone")])
+    (sheet.path.parent / "gone.png").unlink()
+    look(page, server, sheet, "a0")
+    texts = [page.locator(f"#{line} span").all_text_contents() for line in ("wanted", "tries")]
+    assert texts[0] == ["4 pictures wanted:", "2 rejected", "2 undecided"]
+    assert texts[1] == ["7 tries:", "1 no longer there", "6 rejected (dark 4, flat 2)"]
+    counts = page.locator("#filters b").all_text_contents()
+    assert counts == ["7", "1", "0", "6", "0"]
+    page.locator(".row", has_text="c").click()
+    wait_for(page, "c")
+    page.keyboard.press("r")
+    page.get_by_role("textbox").fill("dark")
+    page.keyboard.press("Enter")
+    page.get_by_text("7 rejected (dark 5, flat 2)").wait_for()
+    assert page.locator("#filters [data-filter=rejected] b").text_content() == "7"
+    page.evaluate("localStorage.removeItem('consislora.review.reasons')")
 
 
 def test_of_two_who_decide_at_once_the_second_is_told(page, chromium, server, three):
@@ -300,6 +323,27 @@ def test_a_rejected_picture_is_made_again_at_once_not_the_next_one(page, server,
     (again,) = filter(None, queued)
     assert again["extra_data"]["extra_pnginfo"]["consislora_retry_of"] == "b"
     assert again["prompt"]["1"]["inputs"]["name"].startswith("b_seed")
+
+
+def test_an_open_page_fills_by_itself_and_says_when_all_is_decided(page, server):
+    output, aside = server.base / "output", server.base / "output_aside"
+    output.rename(aside)  # what other tests have made
+    try:
+        output.mkdir()
+        page.goto(f"{server.url}/consislora/review")
+        page.get_by_text("No catalogue yet").wait_for()
+        sheet = catalogue(server, "new", [result("a", scores="")])
+        wait_for(page, "a")
+        page.get_by_role("radio", name="Undecided").click()
+        page.keyboard.press("a")
+        page.get_by_text("All decided. Files and results.csv are in output/new").wait_for()
+        assert decided(page, sheet) == {"a": "accepted"}
+        page.get_by_role("radio", name="Rejected").click()  # there is no gate
+        page.get_by_text("Nothing here").wait_for()
+        assert page.locator("#order").is_hidden()  # nor a score
+    finally:
+        shutil.rmtree(output)
+        aside.rename(output)
 
 
 def test_a_button_copies_what_is_accepted_and_says_what_it_left_out(page, server, three):

@@ -17,14 +17,19 @@ const FILTERS = {
   gate: ({ gate }) => gate === "rejected",
 };
 const NAMED = new Set(["changed", "missing", "unsigned"]); // of what is not handed over
-const KEPT = { name: "consislora.review.name", reasons: "consislora.review.reasons", order: "consislora.review.order" };
+const KEPT = {
+  name: "consislora.review.name",
+  reasons: "consislora.review.reasons",
+  order: "consislora.review.order",
+  ground: "consislora.review.ground",
+};
 
 const find = (selector) => document.querySelector(selector);
 const words = await chooseWords();
 const viewer = new Viewer(find("#viewer"));
 const list = new List(find("#list"), find("#rows"), fillRow, (index) => choose(index));
 const state = {
-  catalogue: "",
+  catalogue: null, // its name; null while there is none
   results: [], // as the server has them, with decisions on their way to it
   shown: [], // those that pass the filter, in order
   filter: "all",
@@ -59,7 +64,7 @@ function post(url, body) {
 }
 
 async function refresh() {
-  if (underWay || !state.catalogue && !find("#catalogue").options.length) return;
+  if (underWay || state.catalogue === null) return;
   const catalogue = state.catalogue;
   const said = await ask(address("results"), { headers: state.etag ? { "If-None-Match": state.etag } : {} });
   if (!said || underWay || catalogue !== state.catalogue) return; // an answer from before a decision
@@ -71,10 +76,11 @@ async function refresh() {
 
 async function watch() {
   try {
-    await refresh();
+    await (state.catalogue === null ? findCatalogues() : refresh());
     await showQueue();
+    if (!state.chosen) find("#empty").textContent = whyNothing();
   } catch (error) {
-    find("#queue").textContent = error.message; // what is said about a decision stays readable
+    find(state.chosen ? "#queue" : "#empty").textContent = error.message; // what is said about a decision stays readable
   }
   setTimeout(watch, WATCH);
 }
@@ -88,6 +94,9 @@ async function showQueue() {
 // What is shown
 
 function show() {
+  find("[data-filter=gate]").hidden = !state.results.some(({ gate }) => gate);
+  find("#order").hidden = !state.results.some(({ score }) => score !== null);
+  if (find("[data-filter=gate]").hidden && state.filter === "gate") state.filter = "all";
   const before = state.shown.findIndex(({ name }) => name === state.chosen);
   state.shown = state.results.filter(FILTERS[state.filter]);
   if (find("#order").value === "lowest") {
@@ -114,6 +123,14 @@ function choose(index) {
   list.show(state.shown, index);
   find("main").classList.toggle("nothing", !item);
   if (item) showResult(item, state.shown[index + 1]);
+  else find("#empty").textContent = whyNothing();
+}
+
+function whyNothing() {
+  if (state.catalogue === null) return words.noCatalogues;
+  if (!state.etag) return ""; // it is being read
+  if (!state.results.length) return words.noResults;
+  return state.filter === "undecided" ? fill(words.allDecided, folderOf(state.catalogue)) : words.nothing;
 }
 
 const current = () => state.shown.find(({ name }) => name === state.chosen);
@@ -204,26 +221,41 @@ function fact(name, value) {
   return shown;
 }
 
-function reasonsOf({ rejected_for: reasons = {} }) {
-  const counted = Object.entries(reasons).map(([reason, count]) => `${reason} ${count}`);
+function reasonsOf(items) {
+  const counts = new Map();
+  for (const { decision_reason: reason } of items) if (reason) counts.set(reason, (counts.get(reason) ?? 0) + 1);
+  const counted = [...counts].sort(([, one], [, other]) => other - one).map(([reason, count]) => `${reason} ${count}`);
   return counted.length ? `(${counted.join(", ")})` : "";
 }
 
+// Two lines, since a wanted picture may take several tries: the second one counts as the filters do.
 function showSummary(summary) {
-  const parts = [
-    [words.made, summary.pictures_made],
+  const rejected = state.results.filter(FILTERS.rejected);
+  const wanted = [
+    [words.wanted, summary.wanted],
     [words.first, summary.accepted_at_first_try],
     [words.later, summary.accepted_after_retries],
-    [words.rejectedFor, summary.rejected, reasonsOf(summary)],
+    [words.rejectedFor, summary.rejected, ""],
+    [words.left, summary.undecided],
+  ];
+  const tries = [
+    [words.tries, state.results.length],
+    [words.gone, summary.pictures_made - state.results.length],
+    [words.rejectedFor, rejected.length, reasonsOf(rejected)],
     [words.failed, summary.failed],
     [words.perPicture, summary.seconds_a_picture],
     [words.reused, summary.lora_uses - summary.loras],
   ];
-  const texts = parts.filter(([, value]) => value).map(([text, ...values]) => element("span", "", fill(text, ...values)));
-  if (texts.length) texts.push(Object.assign(element("a", "", "JSON"), { href: address("summary") }));
-  const queue = find("#queue") ?? element("span");
-  queue.id = "queue";
-  find("#summary").replaceChildren(...texts, queue);
+  find("#wanted").replaceChildren(...counted(wanted));
+  find("#tries").replaceChildren(...counted(tries));
+  if (summary.wanted) {
+    const numbers = { href: address("summary"), title: words.json };
+    find("#tries").append(Object.assign(element("a", "", "JSON"), numbers));
+  }
+}
+
+function counted(parts) {
+  return parts.filter(([, value]) => value).map(([text, ...values]) => element("span", "", fill(text, ...values).trim()));
 }
 
 function say(text) {
@@ -515,31 +547,35 @@ function nameParts() {
     picture.addEventListener("error", () => picture.classList.add("missing"));
   }
   for (const stage of document.querySelectorAll(".stage")) stage.dataset.missing = words.missing;
+  find("#filters").title = words.countsTries;
+  find("#catalogue").addEventListener("change", ({ target }) => {
+    target.blur();
+    open(target.value).catch((error) => say(error.message));
+  });
+  window.addEventListener("focus", () => findCatalogues().catch(() => {})); // `watch` tells it
   showName();
-  showSummary({});
 }
 
-async function start() {
-  nameParts();
+async function findCatalogues() {
   const names = await ask("review/catalogues");
-  const wanted = new URLSearchParams(location.search).get("catalogue");
   const choice = find("#catalogue");
-  choice.append(...Array.from(names, (name) => Object.assign(element("option", "", name || "output"), { value: name })));
-  choice.value = names.includes(wanted) ? wanted : (names[0] ?? "");
-  choice.addEventListener("change", () => {
-    choice.blur();
-    open(choice.value);
-  });
-  find("#empty").textContent = names.length ? words.nothing : words.noCatalogues;
-  if (names.length) open(choice.value);
-  watch();
+  if (names.join("\n") !== Array.from(choice.options, ({ value }) => value).join("\n") || !names.length) {
+    choice.replaceChildren(...names.map((name) => Object.assign(element("option", "", name || "output"), { value: name })));
+  }
+  const wanted = state.catalogue ?? new URLSearchParams(location.search).get("catalogue");
+  const catalogue = names.includes(wanted) ? wanted : (names[0] ?? null);
+  choice.value = catalogue ?? "";
+  if (catalogue === null) show();
+  else if (catalogue !== state.catalogue) await open(catalogue);
 }
 
 function open(catalogue) {
-  find("#handover").title = fill(words.handOverLong, folderOf(catalogue));
   Object.assign(state, { catalogue, etag: "", results: [], chosen: null, undo: [] });
+  find("#handover").title = fill(words.handOverLong, folderOf(catalogue));
   history.replaceState(null, "", `?${new URLSearchParams({ catalogue })}`);
-  refresh().catch((error) => say(error.message));
+  show();
+  return refresh();
 }
 
-start().catch((error) => say(error.message));
+nameParts();
+watch();
