@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 from aiohttp import web
 
 from ..catalogue import handover, retry, review
-from ..catalogue.pictures import open_picture
+from ..catalogue.pictures import open_cut_out
 from ..catalogue.summary import summarise
 from ..consislora_core.files import escape_text
 from ..host.paths import input_folder, output_folder
@@ -120,8 +120,8 @@ async def send_picture(request: web.Request) -> web.StreamResponse:
     state = path.stat()
     tag = f"{state.st_mtime_ns:x}-{state.st_size:x}-{size}"
     if is_known(request, tag):
-        return unless_known(request, tag, b"", "image/jpeg")
-    return unless_known(request, tag, await asyncio.to_thread(as_jpeg, path, size), "image/jpeg")
+        return unless_known(request, tag, b"", "")
+    return unless_known(request, tag, *await asyncio.to_thread(as_shown, path, size))
 
 
 def picture_path(query: Mapping[str, str]) -> Path:
@@ -146,13 +146,17 @@ def whole_number(text: str) -> int:
     return int(text)
 
 
-def as_jpeg(path: Path, size: int) -> bytes:
-    """A picture at a longer side of `size` pixels at most, if that is not 0. Raises ValueError if it does not open."""
-    opened, file = open_picture(path), io.BytesIO()
+def as_shown(path: Path, size: int) -> tuple[bytes, str]:
+    """A picture at a longer side of `size` pixels at most, if that is not 0, and its type; a cut-out stays one.
+
+    Raises ValueError if it does not open.
+    """
+    opened, file = open_cut_out(path), io.BytesIO()
     if size:
         opened.thumbnail((size, size))
-    opened.save(file, "JPEG", quality=92, subsampling=0)
-    return file.getvalue()
+    kind = "JPEG" if opened.mode == "RGB" else "PNG"
+    opened.save(file, kind, quality=92, subsampling=0, compress_level=1)  # this one for PNG
+    return file.getvalue(), f"image/{kind.lower()}"
 
 
 def is_known(request: web.Request, tag: str) -> bool:

@@ -1,6 +1,7 @@
 """The review page in a real browser on the real server: what people decide is in the sheet, and nobody else can."""
 
 import hashlib
+import io
 import json
 import re
 import shutil
@@ -13,7 +14,7 @@ import pytest
 from browser import in_language
 from conftest import ROOT
 from filelock import FileLock
-from images import write_png
+from images import cut_out, write_png
 from PIL import Image
 from prompts import quick
 from test_help import LANGUAGES, open_without_proxy
@@ -55,7 +56,7 @@ def catalogue(server, name: str, results: list[Result]) -> ResultsSheet:
 
 def result(name: str, edges: float = 0.5, **facts) -> Result:
     given = dict(files=f"{name}.png", scores=SCORES % edges, seed=7, content_strength=0.8) | facts
-    return Result(name, "key", f"{SUBJECT}.png", f"{STYLE}.png", **given)
+    return Result(**dict(name=name, key="key", content=f"{SUBJECT}.png", style=f"{STYLE}.png") | given)
 
 
 @pytest.fixture
@@ -344,6 +345,23 @@ def test_an_open_page_fills_by_itself_and_says_when_all_is_decided(page, server)
     finally:
         shutil.rmtree(output)
         aside.rename(output)
+
+
+def test_a_cut_out_and_its_result_lie_on_the_same_ground(page, server):
+    sheet = catalogue(server, "cut_out", [result("a", content="cut-out.png")])
+    drawn = cut_out(SUBJECT)
+    drawn.save(server.base / "input" / "review" / "contents" / "cut-out.png")
+    with Image.open(sheet.path.parent / "a.png") as picture:
+        write_png(drawn, sheet.path.parent / "a.png", json.loads(picture.info["prompt"]))
+    look(page, server, sheet, "a")
+    page.keyboard.press("c")
+    page.wait_for_function("document.querySelector('#result .photo img').naturalWidth > 0")
+    for ground in ("white", "grey", "dark"):
+        page.keyboard.press("g")
+        shot = Image.open(io.BytesIO(page.locator("#result .stage").screenshot())).convert("RGB")
+        left, right = (shot.getpixel((shot.width // 2 + side * shot.height // 4, 20)) for side in (-1, 1))
+        assert left == right and left == {"white": (255,) * 3, "grey": (155,) * 3, "dark": (20,) * 3}[ground]
+    page.evaluate("localStorage.removeItem('consislora.review.ground')")
 
 
 def test_a_button_copies_what_is_accepted_and_says_what_it_left_out(page, server, three):

@@ -481,6 +481,7 @@ const KEYS = {
   m: makeAgain,
   c: () => viewer.toggleCompare(),
   z: () => viewer.toggleZoom(),
+  g: () => keep(KEPT.ground, viewer.changeGround()),
 };
 const REPEATED = /^Arrow/; // while a key is held down
 
@@ -500,7 +501,7 @@ function element(tag, className = "", text = "") {
 
 function nameParts() {
   document.title = `ConsisLoRA · ${words.title}`;
-  const buttons = { accept: "A", reject: "R", undo: "U", again: "M", compare: "C", zoom: "Z" };
+  const buttons = { accept: "A", reject: "R", undo: "U", again: "M", compare: "C", zoom: "Z", ground: "G" };
   for (const [id, key] of Object.entries(buttons)) {
     find(`#${id}`).append(words[id], " ", element("kbd", "", key));
     find(`#${id}`).addEventListener("click", (event) => {
@@ -553,6 +554,8 @@ function nameParts() {
     open(target.value).catch((error) => say(error.message));
   });
   window.addEventListener("focus", () => findCatalogues().catch(() => {})); // `watch` tells it
+  find("#ground").title = words.grounds;
+  viewer.layOn(kept(KEPT.ground));
   showName();
 }
 
