@@ -21,7 +21,7 @@ from batch.scheduler import Scheduler, WorkerLost
 from catalogue.api_form import SAVE, Workflow, is_workflow
 from catalogue.names import as_spelled, inside
 from catalogue.pictures import SUFFIXES, open_picture, picture_key
-from catalogue.review import newer_decisions
+from catalogue.review import changed_results, newer_decisions
 from catalogue.sheets import RESULTS, Job, Result, ResultsSheet, error_text, read_jobs
 from catalogue.summary import SUMMARY, summarise, summary_text
 from consislora_core.files import write_file
@@ -246,7 +246,7 @@ class Batch:
             await runner.run_all(self.left(jobs, sheet.read(), bar), keep, bar.set_postfix_str)
         if isinstance(runner, JobRunner):  # the folders of workers end with them
             await self.bring_review(sheet, runner, stop_if_cancelled)
-        summary = summarise(sheet.read().values())
+        summary = summarise(sheet.read().values(), changed_results(sheet))
         write_file(self.output / SUMMARY, json.dumps(summary, ensure_ascii=False, indent=1).encode())
         print(
             f"{len(jobs) - len(failed)} of {len(jobs)} are in {self.output}.",

@@ -241,19 +241,18 @@ def digests_key(digests: Iterable[bytes]) -> str:
 
 
 def picture_digest(path: Path) -> bytes:
-    """SHA-256 of a file's bytes. Raises OSError."""
+    """SHA-256 of a file's bytes, read again only when its times or size have changed. Raises OSError."""
     state = path.stat()
-    return _digest(path, state.st_mtime_ns, state.st_size)
+    return _digest(path, state.st_mtime_ns, state.st_ctime_ns, state.st_size)
 
 
 @functools.lru_cache(10_000)
-def _digest(path: Path, mtime_ns: int, size: int) -> bytes:
-    """SHA-256 of a file's bytes, read again only when its time or size has changed."""
-    digest = hashlib.sha256()
+def _digest(path: Path, mtime_ns: int, ctime_ns: int, size: int) -> bytes:
+    sha256 = hashlib.sha256()
     with path.open("rb") as file:
         while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.digest()
+            sha256.update(chunk)
+    return sha256.digest()
 
 
 class PictureCache:

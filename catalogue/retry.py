@@ -1,20 +1,22 @@
 """Makes a result again: reads the workflow in its picture, finds its sources, and gives it another seed."""
 
 import json
+import os
 import secrets
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from PIL import Image
 
 from . import escape_text
 from .api_form import LOAD, SAVE, Workflow, is_workflow, single_node, with_upstream
-from .names import inside, result_name
-from .pictures import FORMATS, MAX_PIXELS, find_pictures, picture_key
+from .names import composed, inside, result_name
+from .pictures import FORMATS, MAX_PIXELS, SUFFIXES, find_pictures, picture_key
 from .sheets import Result
 
 ONE = "one pair per run"
 RETRY = "consislora_retry_of"  # in a queued workflow's extra_pnginfo: the name of the first try
 SEEDS = 2**48  # which every node takes, and every spreadsheet keeps
+Sources = tuple[Path | None, Path | None]
 EXIF_MODEL = 0x0110  # where ComfyUI's WebP files have their workflow, after "prompt:"
 
 
@@ -30,18 +32,34 @@ def embedded_workflow(picture: Path) -> Workflow:
             raise ValueError("another form")
     except (OSError, ValueError, SyntaxError, RecursionError):
         raise ValueError(
-            f"{escape_text(picture.name)} has no workflow in it, as ComfyUI writes it unless started with "
-            "--disable-metadata. Queue the pair in ComfyUI itself."
+            f"{escape_text(picture.name)} has no workflow in it: another program has saved it, it is a JPEG or "
+            "TIFF, or ComfyUI was started with --disable-metadata. Queue the pair in ComfyUI itself."
         ) from None
     return workflow
 
 
-def find_sources(root: Path, workflow: Workflow, result: Result) -> tuple[Path | None, Path | None]:
+def sources_of(root: Path, picture: Path, result: Result) -> Sources:
+    """The content and the style picture of a result, as `find_sources` gives them.
+
+    Where there is no workflow in the picture, as after another program has saved it, by their names in the sheet.
+    """
+    try:
+        workflow = embedded_workflow(picture)
+        single_node(workflow, LOAD)
+    except ValueError:
+        return _chosen(result, _files_named(root, result.content), _files_named(root, result.style))
+    return find_sources(root, workflow, result)
+
+
+def find_sources(root: Path, workflow: Workflow, result: Result) -> Sources:
     """The content and the style picture of a result inside ComfyUI's input folder; None for one that is not found."""
     inputs = workflow[single_node(workflow, LOAD)]["inputs"]
-    contents, styles = (
-        _candidates(root, inputs.get(f"{role}s"), getattr(result, role)) for role in ("content", "style")
+    return _chosen(
+        result, *(_candidates(root, inputs.get(f"{role}s"), getattr(result, role)) for role in ("content", "style"))
     )
+
+
+def _chosen(result: Result, contents: list[Path], styles: list[Path]) -> Sources:
     if len(contents) > 1 or len(styles) > 1:  # files of one name in several folders
         pairs = ((content, style) for content in contents for style in styles)
         if pair := next((pair for pair in pairs if picture_key(*pair) == result.key), None):
@@ -52,6 +70,18 @@ def find_sources(root: Path, workflow: Workflow, result: Result) -> tuple[Path |
 def _candidates(root: Path, listed: object, name: str) -> list[Path]:
     paths = find_pictures(root, listed).paths if isinstance(listed, str) else []
     return [path for path in paths if escape_text(path.name) == name] or (paths if len(paths) == 1 else [])
+
+
+def _files_named(root: Path, name: str) -> list[Path]:
+    """The picture files of a name, wherever they are inside `root`."""
+    name = composed(PurePosixPath(name).name)
+    found = [
+        Path(folder, file)
+        for folder, _, files in os.walk(root)
+        for file in files
+        if escape_text(composed(file)) == name and Path(file).suffix.lower() in SUFFIXES
+    ]
+    return sorted(path for path in found if path.is_file() and path.resolve().is_relative_to(root.resolve()))
 
 
 def retry_workflow(root: Path, catalogue: str, picture: Path, result: Result) -> dict:

@@ -6,14 +6,15 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import suppress
-from datetime import datetime, timezone
+from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import NamedTuple
 
 from . import escape_text
 from .names import as_spelled, by_number, composed, inside
+from .pictures import picture_digest
 from .sheets import RESULTS, SETTINGS, Result, ResultsSheet, decision_in
 from .tables import Record
 
@@ -22,6 +23,7 @@ DECISIONS = ("accepted", "rejected", "")  # the last one: undone
 LONGEST_REASON, LONGEST_NAME = 200, 80  # characters
 PASSED = re.compile(r"\d+: accepted")  # a line of Accept or Reject about a picture that keeps every bound
 HIGH_IS_BAD = {"leakage"}  # of the scores
+CLOCKS_DIFFER = timedelta(minutes=5)  # at most: of a file server and of ComfyUI
 
 
 class Changed(Exception):
@@ -71,6 +73,15 @@ def _results(path: Path, mtime_ns: int, size: int) -> Mapping[str, Result]:
     return ResultsSheet(path).read()
 
 
+def wanted_pictures(results: Iterable[Result]) -> dict[str, list[Result]]:
+    """Of each picture that somebody wants all its tries, by the name of the first."""
+    tries: dict[str, list[Result]] = {}
+    for result in results:
+        if result.files and not result.error:
+            tries.setdefault(result.retry_of or result.name, []).append(result)
+    return tries
+
+
 def find_result(sheet: ResultsSheet, name: str) -> Result:
     """The result of that name. Raises ValueError if the sheet has none."""
     result = read_results(sheet).get(composed(name))
@@ -87,15 +98,45 @@ def picture_files(folder: Path, files: str) -> list[Path]:
     return paths
 
 
-def describe_results(sheet: ResultsSheet) -> list[dict]:
-    """What a page shows of each result that has its pictures, as JSON takes it."""
+def changed_results(sheet: ResultsSheet) -> set[str]:
+    """The names of results whose pictures are no longer those that a person decided about."""
+    return {result.name for result in read_results(sheet).values() if is_changed(sheet.path.parent, result)}
+
+
+def is_changed(folder: Path, result: Result) -> bool:
+    """Whether a person decided about other bytes than the result's pictures have now.
+
+    Of files that are older than the decision the bytes are not read.
+    """
+    if not (result.decision and result.decided_pictures):
+        return False
+    try:
+        paths = picture_files(folder, result.files)
+    except ValueError:
+        return False  # gone: what is shown nowhere
+    if not _may_be_newer(paths, result.decided_at):
+        return False
+    return [picture_digest(path).hex() for path in paths] != result.decided_pictures.split(";")
+
+
+def _may_be_newer(paths: list[Path], moment: str) -> bool:
+    """Whether a file may have been written after a moment, also a copy that kept the time of what it is a copy of."""
+    try:
+        begin = (datetime.fromisoformat(moment).astimezone() - CLOCKS_DIFFER).timestamp()
+    except (ValueError, OverflowError, OSError):  # as a spreadsheet has rewritten it
+        return True
+    return any(max(stat.st_mtime, stat.st_ctime) > begin for stat in map(Path.stat, paths))
+
+
+def describe_results(sheet: ResultsSheet, changed: Collection[str] = ()) -> list[dict]:
+    """What a page shows of each result that has its pictures, as JSON takes it. changed: see `changed_results`."""
     described = []
     for result in read_results(sheet).values():
         if result.error:
             continue
         with suppress(ValueError):
             version = version_of(sheet.path.parent, {"files": result.files, "decided_at": result.decided_at})
-            described.append(_described(result, version))
+            described.append({**_described(result, version), "changed": result.name in changed})
     return described
 
 

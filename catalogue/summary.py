@@ -2,22 +2,22 @@
 
 from collections import Counter
 from collections.abc import Collection, Iterable
+from dataclasses import replace
 
-from .review import gate_verdict
+from .review import gate_verdict, wanted_pictures
 from .sheets import Result
 
 SUMMARY = "summary.json"
 
 
-def summarise(results: Collection[Result]) -> dict:
+def summarise(results: Collection[Result], changed: Collection[str] = ()) -> dict:
     """Counts of a catalogue, as JSON takes them.
 
     A wanted picture is a first try with its retries: it is accepted if one of them is, rejected if all of them are.
+    changed: names of results whose pictures are no longer those that a person decided about; they count as undecided.
     """
-    made = [result for result in results if result.files and not result.error]
-    tries: dict[str, list[Result]] = {}
-    for result in made:
-        tries.setdefault(result.retry_of or result.name, []).append(result)
+    tries = wanted_pictures(_undecided(result) if result.name in changed else result for result in results)
+    made = [result for one in tries.values() for result in one]
     states = Counter(map(_state, tries.values()))
     seconds = [result.seconds for result in made if result.seconds is not None]
     loras = [lora for result in made for lora in (result.content_adapter, result.style_adapter) if lora]
@@ -27,6 +27,7 @@ def summarise(results: Collection[Result]) -> dict:
         "accepted_after_retries": states["later"],
         "rejected": states["rejected"],
         "undecided": states["undecided"],
+        "changed_since_decided": len(changed),
         "pictures_made": len(made),
         "failed": sum(bool(result.error) for result in results),
         "rejected_for": _counted(result.decision_reason for result in made if result.decision == "rejected"),
@@ -38,6 +39,10 @@ def summarise(results: Collection[Result]) -> dict:
         "loras": len(set(loras)),
         "lora_uses": len(loras),
     }
+
+
+def _undecided(result: Result) -> Result:
+    return replace(result, decision="", decision_reason="", decided_by="")
 
 
 def _state(tries: list[Result]) -> str:
@@ -60,6 +65,8 @@ def summary_text(summary: dict) -> str:
         f"retries, {summary['rejected']} rejected{f' ({reasons})' if reasons else ''}, "
         f"{summary['undecided']} undecided."
     ]
+    if summary["changed_since_decided"]:
+        lines.append(f"{summary['changed_since_decided']} pictures were changed after the decision: undecided again.")
     if summary["seconds_a_picture"] is not None:
         lines.append(
             f"Machine time: {summary['seconds_a_picture']} s a picture, {summary['seconds'] / 60:.1f} min in all."

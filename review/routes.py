@@ -5,14 +5,14 @@ import hashlib
 import io
 import json
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
 from urllib.parse import urlsplit
 
 from aiohttp import web
 
-from ..catalogue import retry, review
-from ..catalogue.pictures import open_picture
+from ..catalogue import handover, retry, review
+from ..catalogue.pictures import open_cut_out
 from ..catalogue.summary import summarise
 from ..consislora_core.files import escape_text
 from ..host.paths import input_folder, output_folder
@@ -35,6 +35,10 @@ class Busy(Exception):
     """Another program holds the sheet."""
 
 
+class Refused(Exception):
+    """A status and a text for people."""
+
+
 def add_routes() -> None:
     """Adds the review page to ComfyUI's server, if there is one."""
     if server := running_server():
@@ -47,6 +51,7 @@ def add_routes() -> None:
         routes.get(f"{ROOT}/picture")(answered(send_picture))
         routes.get(f"{ROOT}/retry")(answered(send_retry))
         routes.post(f"{ROOT}/decision")(answered(take_decision))
+        routes.post(f"{ROOT}/accepted")(answered(copy_accepted))
 
 
 def answered(handler: Handler) -> Handler:
@@ -59,10 +64,13 @@ def answered(handler: Handler) -> Handler:
             return refusal(400, str(error))
         except review.Changed:
             return refusal(409, "It has changed meanwhile. Look at it again.")
+        except Refused as refused:
+            return refusal(*refused.args)
         except Busy:
             return refusal(503, "Another program writes results.csv. Try again.")
         except OSError as error:
-            return refusal(500, f"{error.strerror or error}. Free some space, or close results.csv in other programs.")
+            advice = "Free some space, or close the catalogue's sheets in other programs."
+            return refusal(500, f"{error.strerror or error}. {advice}")
 
     return answer
 
@@ -84,8 +92,9 @@ async def send_results(request: web.Request) -> web.Response:
 
     def read() -> bytes:
         sheet = review.open_catalogue(output_folder(), request.query.get("catalogue", ""))
-        summary = summarise(review.read_results(sheet).values())
-        return json.dumps({"results": review.describe_results(sheet), "summary": summary}).encode()
+        changed = review.changed_results(sheet)
+        summary = summarise(review.read_results(sheet).values(), changed)
+        return json.dumps({"results": review.describe_results(sheet, changed), "summary": summary}).encode()
 
     body = await asyncio.to_thread(read)
     return unless_known(request, hashlib.sha256(body).hexdigest(), body, "application/json")
@@ -94,7 +103,7 @@ async def send_results(request: web.Request) -> web.Response:
 async def send_summary(request: web.Request) -> web.Response:
     def read() -> dict:
         sheet = review.open_catalogue(output_folder(), request.query.get("catalogue", ""))
-        return summarise(review.read_results(sheet).values())
+        return summarise(review.read_results(sheet).values(), review.changed_results(sheet))
 
     return web.json_response(await asyncio.to_thread(read), headers=SAFE)
 
@@ -111,8 +120,8 @@ async def send_picture(request: web.Request) -> web.StreamResponse:
     state = path.stat()
     tag = f"{state.st_mtime_ns:x}-{state.st_size:x}-{size}"
     if is_known(request, tag):
-        return unless_known(request, tag, b"", "image/jpeg")
-    return unless_known(request, tag, await asyncio.to_thread(as_jpeg, path, size), "image/jpeg")
+        return unless_known(request, tag, b"", "")
+    return unless_known(request, tag, *await asyncio.to_thread(as_shown, path, size))
 
 
 def picture_path(query: Mapping[str, str]) -> Path:
@@ -123,7 +132,7 @@ def picture_path(query: Mapping[str, str]) -> Path:
     of = query.get("of", "result")
     if of == "result":
         return files[whole_number(query.get("number", "0")) % len(files)]
-    content, style = retry.find_sources(input_folder(), retry.embedded_workflow(files[0]), result)
+    content, style = retry.sources_of(input_folder(), files[0], result)
     path = {"content": content, "style": style}.get(of)
     if path is None:
         raise ValueError("The picture is not in the input folder any more.")
@@ -137,13 +146,17 @@ def whole_number(text: str) -> int:
     return int(text)
 
 
-def as_jpeg(path: Path, size: int) -> bytes:
-    """A picture at a longer side of `size` pixels at most, if that is not 0. Raises ValueError if it does not open."""
-    opened, file = open_picture(path), io.BytesIO()
+def as_shown(path: Path, size: int) -> tuple[bytes, str]:
+    """A picture at a longer side of `size` pixels at most, if that is not 0, and its type; a cut-out stays one.
+
+    Raises ValueError if it does not open.
+    """
+    opened, file = open_cut_out(path), io.BytesIO()
     if size:
         opened.thumbnail((size, size))
-    opened.save(file, "JPEG", quality=92, subsampling=0)
-    return file.getvalue()
+    kind = "JPEG" if opened.mode == "RGB" else "PNG"
+    opened.save(file, kind, quality=92, subsampling=0, compress_level=1)  # this one for PNG
+    return file.getvalue(), f"image/{kind.lower()}"
 
 
 def is_known(request: web.Request, tag: str) -> bool:
@@ -172,27 +185,52 @@ async def send_retry(request: web.Request) -> web.Response:
 
 async def take_decision(request: web.Request) -> web.Response:
     """Writes a decision: JSON with catalogue, name, version, decision, reason and by."""
-    if is_foreign(request.headers):
-        return refusal(403, "Only the review page of this server may decide. A proxy has to pass on the header Host.")
-    body = await bounded_body(request)
-    if body is None:
-        return refusal(413, "That is too long. Say it shorter.")
-    posted = json.loads(body) if request.content_type == "application/json" else None
-    names = ("catalogue", "name", "version", "decision", "reason", "by")
-    if not isinstance(posted, dict) or not all(isinstance(posted.get(name), str) for name in names):
-        raise ValueError(f"JSON with the texts {', '.join(names)} was expected.")
-    deadline = time.monotonic() + PATIENCE
+    posted = await posted_texts(request, ("catalogue", "name", "version", "decision", "reason", "by"))
+    verdict = review.Verdict(posted["decision"], posted["reason"], posted["by"])
+
+    def write() -> str:
+        sheet = review.open_catalogue(output_folder(), posted["catalogue"])
+        return review.decide(sheet, posted["name"], posted["version"], verdict, busy_after(PATIENCE))
+
+    return web.json_response({"version": await asyncio.to_thread(write)}, headers=SAFE)
+
+
+async def copy_accepted(request: web.Request) -> web.Response:
+    """Copies what is accepted into a folder of its own: JSON with catalogue."""
+    posted = await posted_texts(request, ("catalogue",))
+
+    def copy() -> dict:
+        sheet = review.open_catalogue(output_folder(), posted["catalogue"])
+        return handover.copy_accepted(sheet, busy_after(PATIENCE))._asdict()
+
+    return web.json_response(await asyncio.to_thread(copy), headers=SAFE)
+
+
+def busy_after(seconds: float) -> Callable[[], None]:
+    """Raises Busy when it is called later than that."""
+    deadline = time.monotonic() + seconds
 
     def waiting() -> None:
         if time.monotonic() > deadline:
             raise Busy
 
-    def write() -> str:
-        sheet = review.open_catalogue(output_folder(), posted["catalogue"])
-        verdict = review.Verdict(posted["decision"], posted["reason"], posted["by"])
-        return review.decide(sheet, posted["name"], posted["version"], verdict, waiting)
+    return waiting
 
-    return web.json_response({"version": await asyncio.to_thread(write)}, headers=SAFE)
+
+async def posted_texts(request: web.Request, names: Sequence[str]) -> Mapping[str, str]:
+    """The texts of these names in JSON that the page posts.
+
+    Raises Refused for what another site posts or is too long, and ValueError for what is no such JSON.
+    """
+    if is_foreign(request.headers):
+        raise Refused(403, "Only the review page of this server may do that. A proxy has to pass on the header Host.")
+    body = await bounded_body(request)
+    if body is None:
+        raise Refused(413, "That is too long. Say it shorter.")
+    posted = json.loads(body) if request.content_type == "application/json" else None
+    if not isinstance(posted, dict) or not all(isinstance(posted.get(name), str) for name in names):
+        raise ValueError(f"JSON with the texts {', '.join(names)} was expected.")
+    return posted
 
 
 def is_foreign(headers: Mapping[str, str]) -> bool:

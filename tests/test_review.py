@@ -1,19 +1,25 @@
 """Decisions in the sheet of results, retries, and the summary, without a server."""
 
 import csv
+import hashlib
 import json
 import math
+import os
 import threading
+from dataclasses import replace
 
 import pytest
 from images import write_png
 from PIL import Image
 
+from catalogue import handover
+from catalogue.handover import copy_accepted
 from catalogue.pictures import picture_key
-from catalogue.retry import embedded_workflow, find_sources, retry_workflow
+from catalogue.retry import embedded_workflow, find_sources, retry_workflow, sources_of
 from catalogue.review import (
     Changed,
     Verdict,
+    changed_results,
     decide,
     describe_results,
     find_catalogues,
@@ -24,6 +30,8 @@ from catalogue.review import (
 )
 from catalogue.sheets import RESULTS, Result, ResultsSheet
 from catalogue.summary import summarise, summary_text
+from catalogue.tables import read_table
+from consislora_core.files import written_whole
 
 YES = Verdict("accepted", "", "editor")
 LOAD = {"contents": "shop", "styles": "styles", "catalogue": "old", "name": "{content}", "run": "all", "index": 5}
@@ -125,6 +133,41 @@ def test_many_who_decide_while_a_batch_writes_lose_nothing(sheet):
     assert len(results) == 17
 
 
+@pytest.mark.parametrize("keeps_time", [False, True])
+def test_a_picture_that_was_saved_over_waits_for_another_decision(sheet, keeps_time):
+    decide(sheet, "cup", version(sheet), YES)
+    path, before = sheet.path.parent / "cup.png", sheet.path.read_bytes()
+    assert changed_results(sheet) == set()
+    touch(path, path.stat().st_mtime + 3600)  # the same bytes
+    assert changed_results(sheet) == set()
+    Image.new("RGB", (8, 8), "blue").save(path)
+    if keeps_time:  # as a copy that brings its time along
+        touch(path, path.stat().st_mtime - 86_400)
+    assert changed_results(sheet) == {"cup"}
+    (row,) = describe_results(sheet, {"cup"})
+    assert row["changed"] and row["decision"] == "accepted"
+    assert sheet.path.read_bytes() == before
+    summary = summarise(sheet.read().values(), {"cup"})
+    assert (summary["undecided"], summary["accepted_at_first_try"], summary["decided_by"]) == (1, 0, {})
+    assert "undecided again" in summary_text(summary)
+    decide(sheet, "cup", version(sheet), YES)
+    assert changed_results(sheet) == set()
+
+
+def touch(path, moment: float) -> None:
+    os.utime(path, (moment, moment))
+
+
+@pytest.mark.parametrize("moment", ["27.11.2026 10:00", "2026-11-27", ""])
+def test_a_time_that_a_spreadsheet_has_rewritten_hides_no_change(sheet, moment):
+    decide(sheet, "cup", version(sheet), YES)
+    with sheet.edited() as records:
+        records["cup"]["decided_at"] = moment
+    assert changed_results(sheet) == set()
+    Image.new("RGB", (8, 8), "blue").save(sheet.path.parent / "cup.png")
+    assert changed_results(sheet) == {"cup"}
+
+
 def test_catalogues_are_found_by_their_sheets_inside_the_output_folder_alone(sheet, tmp_path):
     output = tmp_path / "output"
     ResultsSheet(output / "batch" / "jobs 10" / RESULTS).record([Result("a")])
@@ -188,6 +231,22 @@ def test_of_two_files_of_one_name_the_one_that_was_used_is_found(sheet, sources)
         assert find_sources(sources, workflow, result(sources, content))[0] == sources / content
 
 
+def test_without_a_workflow_in_the_picture_its_sources_are_found_by_their_names(sheet, sources, tmp_path):
+    picture = sheet.path.parent / "cup.png"
+    Image.new("RGB", (8, 8), "red").save(picture)
+    for content in ("shop/cup.png", "other/cup.png"):
+        found = sources_of(sources, picture, result(sources, content))
+        assert found == (sources / content, sources / "styles/ink.png")
+    Image.new("RGB", (8, 8)).save(tmp_path / "secret.png")
+    (sources / "secret.png").symlink_to(tmp_path / "secret.png")
+    for name in ("secret.png", "../output/cat/cup.png", "none.png", ""):
+        lured = replace(result(sources, "shop/cup.png"), content=name)
+        if name.endswith("cup.png"):  # a name is looked for in the input folder alone
+            assert sources_of(sources, picture, lured)[0].is_relative_to(sources)
+        else:
+            assert sources_of(sources, picture, lured)[0] is None
+
+
 def test_the_seed_is_that_of_the_first_sampler_not_of_a_training_or_a_second_pass(sheet, sources):
     noise = {
         **WORKFLOW,
@@ -226,6 +285,118 @@ def test_a_workflow_is_also_read_as_comfyui_writes_it_into_webp(tmp_path):
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
     with pytest.raises(ValueError, match="has no workflow in it"):
         embedded_workflow(tmp_path / "a.png")
+
+
+# Handing over
+
+
+def accept(sheet: ResultsSheet, name: str) -> None:
+    decide(sheet, name, version(sheet, name), YES)
+
+
+def handed_over(sheet: ResultsSheet) -> dict[str, bytes]:
+    """The pictures in the folder by their names there; what its list says of their bytes is true."""
+    folder = sheet.path.parent / "accepted"
+    pictures = {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*.png")}
+    listed = {row["picture"]: row["sha256"] for _, row in read_table(folder / "accepted.csv")}
+    assert listed == {name: hashlib.sha256(data).hexdigest() for name, data in pictures.items()}
+    return pictures
+
+
+def test_the_accepted_try_is_copied_under_the_plain_name_with_who_accepted_it(sheet):
+    folder = sheet.path.parent
+    retries = [Result(f"cup_seed{n}", "k1", files=f"cup_seed{n}.png", retry_of="cup") for n in (1, 2, 3)]
+    save(sheet, *retries, colour="green")
+    save(sheet, Result("shop/pot", "k2", "pot.png", "ink.png", files="shop/pot.png"))
+    save(sheet, *(Result(name, "k3", files=f"{name}.png") for name in ("no", "open", "gone", "retouched", "typed")))
+    for name in ("cup", "cup_seed2", "cup_seed1", "shop/pot", "gone", "retouched"):  # of the tries, the first one last
+        accept(sheet, name)
+    decide(sheet, "no", version(sheet, "no"), Verdict("rejected", "dark", "editor"))
+    with sheet.edited() as records:
+        records["typed"]["decision"] = "accepted"
+    (folder / "gone.png").unlink()
+    Image.new("RGB", (8, 8), "blue").save(folder / "retouched.png")
+    made = copy_accepted(sheet)
+    assert handed_over(sheet) == {name: (folder / file).read_bytes() for name, file in
+                                  {"cup.png": "cup_seed1.png", "shop/pot.png": "shop/pot.png"}.items()}  # fmt: skip
+    reasons = {"rejected": "no", "undecided": "open", "missing": "gone", "changed": "retouched", "unsigned": "typed"}
+    assert made == (2, 2, 0, {reason: [name] for reason, name in reasons.items()})
+    row = next(row for _, row in read_table(folder / "accepted" / "accepted.csv") if row["picture"] == "shop/pot.png")
+    assert (row["content"], row["style"], row["decided_by"]) == ("pot.png", "ink.png", "editor") and row["decided_at"]
+    assert copy_accepted(sheet)[:3] == (2, 0, 0)
+    assert find_catalogues(folder.parent) == ["cat"]
+
+
+@pytest.mark.parametrize("change", ["rejected", "changed", "another try", "edited copy"])
+def test_what_is_no_longer_accepted_is_set_aside_and_never_lost(sheet, change):
+    folder = sheet.path.parent
+    accept(sheet, "cup")
+    copy_accepted(sheet)
+    (folder / "accepted" / "notes.txt").write_text("mine")
+    data = before = (folder / "cup.png").read_bytes()
+    if change == "rejected":
+        decide(sheet, "cup", version(sheet), Verdict("rejected", "dark", "editor"))
+    elif change == "changed":
+        Image.new("RGB", (8, 8), "blue").save(folder / "cup.png")
+    elif change == "another try":
+        save(sheet, Result("cup_seed1", "k1", files="cup_seed1.png", retry_of="cup"), colour="green")
+        accept(sheet, "cup_seed1")
+    else:
+        data = b"retouched"
+        (folder / "accepted" / "cup.png").write_bytes(data)
+    for _ in range(2):  # the second time there is nothing left to do
+        copy_accepted(sheet)
+    stays = {"another try": folder / "cup_seed1.png", "edited copy": folder / "cup.png"}.get(change)
+    assert handed_over(sheet) == ({"cup.png": stays.read_bytes()} if stays else {})
+    (aside,) = (folder / "accepted_earlier").rglob("*.png")
+    assert aside.name == "cup.png" and aside.read_bytes() == data
+    assert (folder / "accepted" / "notes.txt").read_text() == "mine"
+    assert change == "changed" or (folder / "cup.png").read_bytes() == before
+
+
+def test_a_copy_that_breaks_off_is_known_the_next_time(sheet, monkeypatch):
+    save(sheet, Result("pot", "k2", files="pot.png"))
+    for name in ("cup", "pot"):
+        accept(sheet, name)
+    monkeypatch.setattr(handover, "written_whole", full_after(1))
+    with pytest.raises(OSError, match="full"):
+        copy_accepted(sheet)
+    monkeypatch.undo()
+    decide(sheet, "cup", version(sheet), Verdict("rejected", "dark", "editor"))
+    assert copy_accepted(sheet)[:3] == (1, 1, 1)
+    assert handed_over(sheet).keys() == {"pot.png"}
+
+
+def full_after(count: int):
+    """`written_whole` on a disk that is full after some files."""
+    left = iter(range(count))
+
+    def write(path):
+        if next(left, None) is None:
+            raise OSError("the disk is full")
+        return written_whole(path)
+
+    return write
+
+
+def test_results_of_several_pictures_keep_their_numbers_and_take_no_other_name(sheet):
+    for file in ("cup_seed1_2.png", "cup_seed1_3.png"):
+        write_png(Image.new("RGB", (8, 8), "green"), sheet.path.parent / file, WORKFLOW)
+    files = "cup_seed1.png;cup_seed1_2.png;cup_seed1_3.png"
+    (sheet.path.parent / "cup_seed1.png").write_bytes((sheet.path.parent / "cup.png").read_bytes())
+    sheet.record([Result("cup_seed1", "k1", files=files, retry_of="cup")])
+    save(sheet, Result("Cup_2", "k2", files="Cup_2.png"), Result("../x", "k3", files="x.png"))
+    for name in ("Cup_2", "cup_seed1", "../x"):
+        accept(sheet, name)
+    copy_accepted(sheet)
+    assert handed_over(sheet).keys() == {"cup.png", "cup_2.png", "cup_3.png", "Cup_2_2.png", "x.png"}
+
+
+def test_a_folder_with_results_in_it_is_not_taken(sheet):
+    save(sheet, Result("accepted/pot", "k2", files="accepted/pot.png"))
+    accept(sheet, "accepted/pot")
+    with pytest.raises(ValueError, match="results of its own"):
+        copy_accepted(sheet)
 
 
 # The summary

@@ -1,7 +1,10 @@
 """The review page in a real browser on the real server: what people decide is in the sheet, and nobody else can."""
 
+import hashlib
+import io
 import json
 import re
+import shutil
 import threading
 import urllib.error
 import urllib.parse
@@ -11,7 +14,7 @@ import pytest
 from browser import in_language
 from conftest import ROOT
 from filelock import FileLock
-from images import write_png
+from images import cut_out, write_png
 from PIL import Image
 from prompts import quick
 from test_help import LANGUAGES, open_without_proxy
@@ -53,7 +56,7 @@ def catalogue(server, name: str, results: list[Result]) -> ResultsSheet:
 
 def result(name: str, edges: float = 0.5, **facts) -> Result:
     given = dict(files=f"{name}.png", scores=SCORES % edges, seed=7, content_strength=0.8) | facts
-    return Result(name, "key", f"{SUBJECT}.png", f"{STYLE}.png", **given)
+    return Result(**dict(name=name, key="key", content=f"{SUBJECT}.png", style=f"{STYLE}.png") | given)
 
 
 @pytest.fixture
@@ -138,6 +141,28 @@ def test_filters_show_what_they_say_and_a_decision_leaves_the_undecided(page, se
     page.get_by_role("radio", name="Accepted").click()
     assert names(page) == ["b"]
     decided(page, three)
+
+
+def test_the_header_says_what_it_counts_and_its_sums_are_those_of_the_filters(page, server):
+    tries = [result(f"{pair}{again}", retry_of=f"{pair}0" if again else "", decision="rejected", decided_by="editor",
+                    decided_at="2026-01-01", decision_reason=reason)
+             for pair in "ab" for again, reason in enumerate(["dark", "dark", "flat"])]  # fmt: skip
+    sheet = catalogue(server, "counted", [*tries, result("c"), result("gone")])
+    (sheet.path.parent / "gone.png").unlink()
+    look(page, server, sheet, "a0")
+    texts = [page.locator(f"#{line} span").all_text_contents() for line in ("wanted", "tries")]
+    assert texts[0] == ["4 pictures wanted:", "2 rejected", "2 undecided"]
+    assert texts[1] == ["7 tries:", "1 no longer there", "6 rejected (dark 4, flat 2)"]
+    counts = page.locator("#filters b").all_text_contents()
+    assert counts == ["7", "1", "0", "6", "0"]
+    page.locator(".row", has_text="c").click()
+    wait_for(page, "c")
+    page.keyboard.press("r")
+    page.get_by_role("textbox").fill("dark")
+    page.keyboard.press("Enter")
+    page.get_by_text("7 rejected (dark 5, flat 2)").wait_for()
+    assert page.locator("#filters [data-filter=rejected] b").text_content() == "7"
+    page.evaluate("localStorage.removeItem('consislora.review.reasons')")
 
 
 def test_of_two_who_decide_at_once_the_second_is_told(page, chromium, server, three):
@@ -246,6 +271,126 @@ def test_a_picture_that_nobody_can_see_is_not_accepted(page, server, three):
     assert decided(page, three) == {}
 
 
+def test_an_accepted_picture_that_another_program_has_saved_over_waits_for_another_decision(page, server, three):
+    look(page, server, three, "b")
+    page.keyboard.press("a")
+    wait_for(page, "c")
+    assert decided(page, three) == {"b": "accepted"}
+    path, before = three.path.parent / "b.png", three.path.read_bytes()
+    with Image.open(path) as picture:
+        picture.convert("RGB").transpose(Image.Transpose.ROTATE_180).save(path)  # without the workflow
+    page.get_by_role("radio", name="Undecided").locator("b", has_text="3").wait_for()  # without a reload
+    look(page, server, three, "b")
+    page.get_by_text("changed since it was accepted").wait_for()
+    page.wait_for_function("document.querySelector('#content img').naturalWidth > 0")
+    page.keyboard.press("c")  # over which the content image is there too
+    page.wait_for_function("document.querySelector('#result .photo img').naturalWidth > 0")
+    page.keyboard.press("m")
+    page.get_by_text("has no workflow in it").wait_for()
+    assert three.path.read_bytes() == before
+    page.keyboard.press("a")
+    wait_for(page, "c")
+    decided(page, three)
+    page.get_by_role("radio", name="Accepted").click()
+    wait_for(page, "b")
+    assert page.get_by_text("changed since").count() == 0
+    assert three.read()["b"].decided_pictures == hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def test_a_rejected_picture_is_made_again_at_once_not_the_next_one(page, server, three):
+    queued = []
+    page.route("**/prompt", lambda route: queued.append(route.request.post_data_json) or route.fulfill(json={}))
+    with Image.open(three.path.parent / "b.png") as picture:
+        workflow = json.loads(picture.info["prompt"])
+    workflow["2"]["inputs"]["images"] = ["3", 0]
+    workflow["3"] = {"class_type": "KSampler", "inputs": {"seed": 7}}
+    with Image.open(IMAGES / f"{SUBJECT}.png") as picture:
+        write_png(picture.convert("RGB"), three.path.parent / "b.png", workflow)
+    look(page, server, three, "b")
+    page.get_by_role("radio", name="Undecided").click()
+    page.keyboard.press("r")
+    page.get_by_label("Reject and make again").wait_for()
+    page.keyboard.press("0")
+    page.keyboard.press("1")
+    page.get_by_text("Queued with a new seed: b.").wait_for()
+    wait_for(page, "c")
+    page.keyboard.press("r")
+    page.keyboard.press("1")  # the next one is only rejected
+    wait_for(page, "a")
+    page.keyboard.press("m")
+    page.get_by_text("a: ").wait_for()  # whose workflow has no sampler
+    page.unroute("**/prompt")
+    assert decided(page, three) == {"b": "rejected", "c": "rejected"}
+    (again,) = filter(None, queued)
+    assert again["extra_data"]["extra_pnginfo"]["consislora_retry_of"] == "b"
+    assert again["prompt"]["1"]["inputs"]["name"].startswith("b_seed")
+
+
+def test_an_open_page_fills_by_itself_and_says_when_all_is_decided(page, server):
+    output, aside = server.base / "output", server.base / "output_aside"
+    output.rename(aside)  # what other tests have made
+    try:
+        output.mkdir()
+        page.goto(f"{server.url}/consislora/review")
+        page.get_by_text("No catalogue yet").wait_for()
+        sheet = catalogue(server, "new", [result("a", scores="")])
+        wait_for(page, "a")
+        page.get_by_role("radio", name="Undecided").click()
+        page.keyboard.press("a")
+        page.get_by_text("All decided. Files and results.csv are in output/new").wait_for()
+        assert decided(page, sheet) == {"a": "accepted"}
+        page.get_by_role("radio", name="Rejected").click()  # there is no gate
+        page.get_by_text("Nothing here").wait_for()
+        assert page.locator("#order").is_hidden()  # nor a score
+    finally:
+        shutil.rmtree(output)
+        aside.rename(output)
+
+
+def test_a_cut_out_and_its_result_lie_on_the_same_ground(page, server):
+    sheet = catalogue(server, "cut_out", [result("a", content="cut-out.png")])
+    drawn = cut_out(SUBJECT)
+    drawn.save(server.base / "input" / "review" / "contents" / "cut-out.png")
+    with Image.open(sheet.path.parent / "a.png") as picture:
+        write_png(drawn, sheet.path.parent / "a.png", json.loads(picture.info["prompt"]))
+    look(page, server, sheet, "a")
+    page.keyboard.press("c")
+    page.wait_for_function("document.querySelector('#result .photo img').naturalWidth > 0")
+    for ground in ("white", "grey", "dark"):
+        page.keyboard.press("g")
+        shot = Image.open(io.BytesIO(page.locator("#result .stage").screenshot())).convert("RGB")
+        left, right = (shot.getpixel((shot.width // 2 + side * shot.height // 4, 20)) for side in (-1, 1))
+        assert left == right and left == {"white": (255,) * 3, "grey": (155,) * 3, "dark": (20,) * 3}[ground]
+    page.evaluate("localStorage.removeItem('consislora.review.ground')")
+
+
+def test_a_button_copies_what_is_accepted_and_says_what_it_left_out(page, server, three):
+    again = result("a_seed12", files="a_seed12.png", retry_of="a")
+    sheet = catalogue(server, three.path.parent.name, [again])
+    look(page, server, three, "b")
+    page.locator(".row", has_text="a_seed12").click()
+    wait_for(page, "a_seed12")
+    page.keyboard.press("a")
+    page.locator(".row", has_text="b").click()
+    wait_for(page, "b")
+    page.keyboard.press("a")
+    decided(page, sheet)
+    with Image.open(sheet.path.parent / "b.png") as picture:
+        picture.transpose(Image.Transpose.ROTATE_180).save(sheet.path.parent / "b.png")
+    page.get_by_role("button", name="Copy accepted").click()
+    told = page.get_by_role("dialog")
+    folder = f"output/{sheet.path.parent.name}/accepted"
+    told.get_by_text(f"1 accepted pictures are in {folder}, of which 1 were copied now.").wait_for()
+    told.get_by_text("1 changed since they were accepted: b").wait_for()
+    told.get_by_text("1 undecided").wait_for()
+    page.keyboard.press("Enter")
+    told.wait_for(state="hidden")
+    copied = sheet.path.parent / "accepted"
+    assert {path.name for path in copied.iterdir()} == {"a.png", "accepted.csv"}
+    assert (copied / "a.png").read_bytes() == (sheet.path.parent / "a_seed12.png").read_bytes()
+    assert ask(server, "accepted", {"catalogue": "../input"})[0] == 400
+
+
 def test_the_name_is_asked_once(page, server, three):
     page.evaluate("localStorage.removeItem('consislora.review.name')")
     look(page, server, three, "b")
@@ -264,17 +409,20 @@ def test_making_again_gives_another_picture_and_leaves_the_first(page, server):
     server.run(prompt)
     sheet, name = ResultsSheet(server.base / "output" / "again" / RESULTS), f"{SUBJECT}__{STYLE}"
     first = (sheet.path.parent / f"{name}.png").read_bytes()
+    store = server.base / "models" / "loras" / "consislora" / "store"
+    trained = {path: path.stat().st_ino for path in store.glob("*.lora")}
     look(page, server, sheet, name)
     page.keyboard.press("m")
-    page.get_by_text("Queued with a new seed").wait_for()
+    page.get_by_text(f"Queued with a new seed: {name}.").wait_for()
     page.get_by_text(f"{name}_seed").first.wait_for()
     before, after = sheet.read().values()
+    assert trained and trained == {path: path.stat().st_ino for path in store.glob("*.lora")}  # nothing is written anew
     assert (after.retry_of, after.content, after.key) == (name, before.content, before.key)
     assert after.seed != before.seed and after.name == f"{name}_seed{after.seed}"
     assert (sheet.path.parent / f"{name}.png").read_bytes() == first
     assert (sheet.path.parent / after.files).read_bytes() != first
     assert (after.content_adapter, after.style_adapter) == (before.content_adapter, before.style_adapter)
-    assert 0 < after.seconds < before.seconds  # nothing is trained again
+    assert after.seconds > 0
 
 
 @pytest.mark.parametrize("language", LANGUAGES)
@@ -346,7 +494,8 @@ def posted(server, sheet: ResultsSheet, **changes) -> dict:
 def test_other_sites_cannot_decide(server, three, headers):
     before = three.path.read_bytes()
     assert ask(server, "decision", posted(server, three), headers)[0] == 403
-    assert three.path.read_bytes() == before
+    assert ask(server, "accepted", {"catalogue": three.path.parent.name}, headers)[0] == 403
+    assert three.path.read_bytes() == before and not (three.path.parent / "accepted").exists()
 
 
 def test_its_own_page_decides_also_under_another_name(server, three):

@@ -7,21 +7,29 @@ import { chooseWords, fill } from "./words.js";
 const WATCH = 4000; // milliseconds between two looks for what has changed
 const SMALL = 192; // pixels, as the server makes them
 const LARGE = 1600;
+// A picture that was changed after its decision waits for another one.
+const standing = ({ decision, changed }) => (changed ? "" : decision);
 const FILTERS = {
   all: () => true,
-  undecided: ({ decision }) => !decision,
-  accepted: ({ decision }) => decision === "accepted",
-  rejected: ({ decision }) => decision === "rejected",
+  undecided: (item) => !standing(item),
+  accepted: (item) => standing(item) === "accepted",
+  rejected: (item) => standing(item) === "rejected",
   gate: ({ gate }) => gate === "rejected",
 };
-const KEPT = { name: "consislora.review.name", reasons: "consislora.review.reasons", order: "consislora.review.order" };
+const NAMED = new Set(["changed", "missing", "unsigned"]); // of what is not handed over
+const KEPT = {
+  name: "consislora.review.name",
+  reasons: "consislora.review.reasons",
+  order: "consislora.review.order",
+  ground: "consislora.review.ground",
+};
 
 const find = (selector) => document.querySelector(selector);
 const words = await chooseWords();
 const viewer = new Viewer(find("#viewer"));
 const list = new List(find("#list"), find("#rows"), fillRow, (index) => choose(index));
 const state = {
-  catalogue: "",
+  catalogue: null, // its name; null while there is none
   results: [], // as the server has them, with decisions on their way to it
   shown: [], // those that pass the filter, in order
   filter: "all",
@@ -51,8 +59,12 @@ async function ask(url, options) {
   throw new Error(answer.status === 409 ? words.changed : (said.error?.message ?? said.error ?? answer.statusText));
 }
 
+function post(url, body) {
+  return ask(url, { method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify(body) });
+}
+
 async function refresh() {
-  if (underWay || !state.catalogue && !find("#catalogue").options.length) return;
+  if (underWay || state.catalogue === null) return;
   const catalogue = state.catalogue;
   const said = await ask(address("results"), { headers: state.etag ? { "If-None-Match": state.etag } : {} });
   if (!said || underWay || catalogue !== state.catalogue) return; // an answer from before a decision
@@ -64,10 +76,11 @@ async function refresh() {
 
 async function watch() {
   try {
-    await refresh();
+    await (state.catalogue === null ? findCatalogues() : refresh());
     await showQueue();
+    if (!state.chosen) find("#empty").textContent = whyNothing();
   } catch (error) {
-    find("#queue").textContent = error.message; // what is said about a decision stays readable
+    find(state.chosen ? "#queue" : "#empty").textContent = error.message; // what is said about a decision stays readable
   }
   setTimeout(watch, WATCH);
 }
@@ -81,6 +94,9 @@ async function showQueue() {
 // What is shown
 
 function show() {
+  find("[data-filter=gate]").hidden = !state.results.some(({ gate }) => gate);
+  find("#order").hidden = !state.results.some(({ score }) => score !== null);
+  if (find("[data-filter=gate]").hidden && state.filter === "gate") state.filter = "all";
   const before = state.shown.findIndex(({ name }) => name === state.chosen);
   state.shown = state.results.filter(FILTERS[state.filter]);
   if (find("#order").value === "lowest") {
@@ -107,6 +123,14 @@ function choose(index) {
   list.show(state.shown, index);
   find("main").classList.toggle("nothing", !item);
   if (item) showResult(item, state.shown[index + 1]);
+  else find("#empty").textContent = whyNothing();
+}
+
+function whyNothing() {
+  if (state.catalogue === null) return words.noCatalogues;
+  if (!state.etag) return ""; // it is being read
+  if (!state.results.length) return words.noResults;
+  return state.filter === "undecided" ? fill(words.allDecided, folderOf(state.catalogue)) : words.nothing;
 }
 
 const current = () => state.shown.find(({ name }) => name === state.chosen);
@@ -128,9 +152,12 @@ function fillRow(row, item) {
   name.textContent = item.name;
   name.title = item.name;
   score.textContent = item.score === null ? "" : item.score.toFixed(2);
-  mark.className = `mark ${item.decision || (item.gate === "rejected" ? "gate" : "")}`;
-  mark.title = item.decision ? words[item.decision] : item.gate === "rejected" ? words.gate : words.undecided;
+  const gate = item.gate === "rejected" ? "gate" : "";
+  mark.className = `mark ${item.changed ? "changed" : item.decision || gate}`;
+  mark.title = item.changed ? lapsed(item) : words[item.decision || gate || "undecided"];
 }
+
+const lapsed = ({ decision }) => words[decision === "accepted" ? "changedAccepted" : "changedRejected"];
 
 function showResult(item, next) {
   const result = { number: state.number };
@@ -142,8 +169,8 @@ function showResult(item, next) {
   load(find("#result .photo img"), pictureAddress(item, { of: "content", size: LARGE }));
   find("#result figcaption").replaceChildren(...captionOf(item));
   find("#facts").replaceChildren(...factsOf(item));
-  find("#accept").setAttribute("aria-pressed", item.decision === "accepted");
-  find("#reject").setAttribute("aria-pressed", item.decision === "rejected");
+  find("#accept").setAttribute("aria-pressed", standing(item) === "accepted");
+  find("#reject").setAttribute("aria-pressed", standing(item) === "rejected");
   if (next) new Image().src = pictureAddress(next, { number: 0 }); // so that it is there when it is its turn
 }
 
@@ -181,9 +208,10 @@ function factsOf(item) {
   if (item.decision) {
     const when = item.decided_at && new Date(item.decided_at).toLocaleString(document.documentElement.lang);
     const verdict = fact(fill(words.decided, words[item.decision], item.decided_by, when), item.decision_reason);
-    verdict.classList.add(item.decision);
+    verdict.classList.add(item.changed ? "lapsed" : item.decision);
     facts.push(verdict);
   }
+  if (item.changed) facts.push(Object.assign(fact(lapsed(item), ""), { className: "fact changed" }));
   return facts;
 }
 
@@ -193,26 +221,41 @@ function fact(name, value) {
   return shown;
 }
 
-function reasonsOf({ rejected_for: reasons = {} }) {
-  const counted = Object.entries(reasons).map(([reason, count]) => `${reason} ${count}`);
+function reasonsOf(items) {
+  const counts = new Map();
+  for (const { decision_reason: reason } of items) if (reason) counts.set(reason, (counts.get(reason) ?? 0) + 1);
+  const counted = [...counts].sort(([, one], [, other]) => other - one).map(([reason, count]) => `${reason} ${count}`);
   return counted.length ? `(${counted.join(", ")})` : "";
 }
 
+// Two lines, since a wanted picture may take several tries: the second one counts as the filters do.
 function showSummary(summary) {
-  const parts = [
-    [words.made, summary.pictures_made],
+  const rejected = state.results.filter(FILTERS.rejected);
+  const wanted = [
+    [words.wanted, summary.wanted],
     [words.first, summary.accepted_at_first_try],
     [words.later, summary.accepted_after_retries],
-    [words.rejectedFor, summary.rejected, reasonsOf(summary)],
+    [words.rejectedFor, summary.rejected, ""],
+    [words.left, summary.undecided],
+  ];
+  const tries = [
+    [words.tries, state.results.length],
+    [words.gone, summary.pictures_made - state.results.length],
+    [words.rejectedFor, rejected.length, reasonsOf(rejected)],
     [words.failed, summary.failed],
     [words.perPicture, summary.seconds_a_picture],
     [words.reused, summary.lora_uses - summary.loras],
   ];
-  const texts = parts.filter(([, value]) => value).map(([text, ...values]) => element("span", "", fill(text, ...values)));
-  if (texts.length) texts.push(Object.assign(element("a", "", "JSON"), { href: address("summary") }));
-  const queue = find("#queue") ?? element("span");
-  queue.id = "queue";
-  find("#summary").replaceChildren(...texts, queue);
+  find("#wanted").replaceChildren(...counted(wanted));
+  find("#tries").replaceChildren(...counted(tries));
+  if (summary.wanted) {
+    const numbers = { href: address("summary"), title: words.json };
+    find("#tries").append(Object.assign(element("a", "", "JSON"), numbers));
+  }
+}
+
+function counted(parts) {
+  return parts.filter(([, value]) => value).map(([text, ...values]) => element("span", "", fill(text, ...values).trim()));
 }
 
 function say(text) {
@@ -225,6 +268,7 @@ function say(text) {
 
 // What the person does
 
+// Whether the server took it.
 async function decide(decision, reason = "") {
   const item = current();
   if (!item) return;
@@ -232,12 +276,13 @@ async function decide(decision, reason = "") {
   if (!complete || !naturalWidth) return say(words.loading); // nobody has seen it
   const by = await nameOfPerson();
   if (!by) return;
-  state.undo.push({ name: item.name, decision: item.decision, decision_reason: item.decision_reason });
+  state.undo.push({ name: item.name, decision: standing(item), decision_reason: standing(item) && item.decision_reason });
   const index = state.shown.indexOf(item);
-  post(item, decision, reason, by);
+  const isTaken = send(item, decision, reason, by);
   show();
   // In a filter that it has left, the next one is in its place already.
   if (state.shown[index]?.name === item.name) choose(Math.min(index + 1, state.shown.length - 1));
+  return isTaken;
 }
 
 async function undo() {
@@ -246,27 +291,26 @@ async function undo() {
   if (!item) return say(words.nothingToUndo);
   const by = await nameOfPerson();
   if (!by) return;
-  post(item, last.decision, last.decision_reason, by);
+  send(item, last.decision, last.decision_reason, by);
   state.chosen = item.name;
   if (!FILTERS[state.filter](item)) state.filter = "all";
   show();
 }
 
 // Shows a decision at once and sends it; the page's word is taken back if the server does not take it.
-function post(item, decision, reason, by) {
+function send(item, decision, reason, by) {
   const { name } = item;
-  Object.assign(item, { decision, decision_reason: reason, decided_by: by, decided_at: new Date().toISOString() });
+  const decided_at = new Date().toISOString();
+  Object.assign(item, { decision, decision_reason: reason, decided_by: by, decided_at, changed: false });
   const { catalogue } = state;
   setUnderWay(underWay + 1);
   posting = posting.then(async () => {
+    let isTaken = true;
     try {
-      const said = await ask(address("decision"), {
-        method: "POST",
-        headers: { "Content-Type": "application/json" },
-        body: JSON.stringify({ catalogue, name, version: item.version, decision, reason, by }),
-      });
+      const said = await post(address("decision"), { catalogue, name, version: item.version, decision, reason, by });
       item.version = said.version;
     } catch (error) {
+      isTaken = false;
       say(`${name}: ${error.message}`);
       state.undo = state.undo.filter((one) => one.name !== name);
       state.chosen = name;
@@ -274,7 +318,9 @@ function post(item, decision, reason, by) {
     }
     setUnderWay(underWay - 1);
     await refresh().catch(() => {}); // `watch` tells it
+    return isTaken;
   });
+  return posting;
 }
 
 function setUnderWay(count) {
@@ -286,27 +332,50 @@ window.addEventListener("beforeunload", (event) => {
   if (underWay) event.preventDefault(); // decisions would be lost
 });
 
-async function makeAgain() {
-  const item = current();
-  if (!item) return;
+async function makeAgain(name = current()?.name) {
+  if (!name) return;
   try {
-    const workflow = await ask(address("retry", { name: item.name }));
-    await ask("../prompt", {
-      method: "POST",
-      headers: { "Content-Type": "application/json" },
-      body: JSON.stringify({ prompt: workflow.prompt, extra_data: workflow.extra_data }),
-    });
-    say(words.queued);
+    const { prompt, extra_data } = await ask(address("retry", { name }));
+    await post("../prompt", { prompt, extra_data });
+    say(fill(words.queued, name));
     await showQueue();
   } catch (error) {
-    say(error.message);
+    say(`${name}: ${error.message}`);
   }
 }
 
+async function handOver() {
+  const { catalogue } = state;
+  const button = find("#handover");
+  button.disabled = true;
+  try {
+    await posting; // what was decided last is copied too
+    showHandover(folderOf(catalogue), await post(address("accepted"), { catalogue }));
+  } catch (error) {
+    say(error.message);
+  }
+  button.disabled = false;
+}
+
+const folderOf = (catalogue) => ["output", catalogue].filter(Boolean).join("/");
+
+function showHandover(folder, { pictures, new: added, moved, left_out }) {
+  const lines = [fill(words.copied, pictures, `${folder}/accepted`, added)];
+  if (moved) lines.push(fill(words.movedAside, moved, `${folder}/accepted_earlier`));
+  for (const [reason, names] of Object.entries(left_out)) {
+    const shown = NAMED.has(reason) ? `: ${names.slice(0, 10).join(", ")}${names.length > 10 ? " ..." : ""}` : "";
+    lines.push(fill(words.leftOut, names.length, words.leftOutFor[reason]) + shown);
+  }
+  find("#copied .lines").replaceChildren(...lines.map((line) => element("p", "", line)));
+  find("#copied").showModal();
+}
+
 async function reject() {
-  if (!current()) return;
+  const item = current();
+  if (!item) return;
   const reason = await chooseReason();
-  if (reason) await decide("rejected", reason);
+  const isAgain = find("#reasons .check input").checked;
+  if (reason && (await decide("rejected", reason)) && isAgain) await makeAgain(item.name);
 }
 
 function chooseReason() {
@@ -334,12 +403,15 @@ function chooseReason() {
     );
   };
   draw();
+  const again = dialog.querySelector(".check input");
   input.value = "";
+  again.checked = false;
   dialog.onkeydown = (event) => {
     const reason = reasons[Number(event.key) - 1];
-    if (!reason || input.value) return;
+    if (input.value || !reason && event.key !== "0") return;
     event.preventDefault();
-    dialog.answer(reason);
+    if (reason) dialog.answer(reason);
+    else again.checked = !again.checked;
   };
   return opened(dialog, () => {
     const reason = input.value.trim();
@@ -409,6 +481,7 @@ const KEYS = {
   m: makeAgain,
   c: () => viewer.toggleCompare(),
   z: () => viewer.toggleZoom(),
+  g: () => keep(KEPT.ground, viewer.changeGround()),
 };
 const REPEATED = /^Arrow/; // while a key is held down
 
@@ -428,7 +501,7 @@ function element(tag, className = "", text = "") {
 
 function nameParts() {
   document.title = `ConsisLoRA · ${words.title}`;
-  const buttons = { accept: "A", reject: "R", undo: "U", again: "M", compare: "C", zoom: "Z" };
+  const buttons = { accept: "A", reject: "R", undo: "U", again: "M", compare: "C", zoom: "Z", ground: "G" };
   for (const [id, key] of Object.entries(buttons)) {
     find(`#${id}`).append(words[id], " ", element("kbd", "", key));
     find(`#${id}`).addEventListener("click", (event) => {
@@ -457,44 +530,55 @@ function nameParts() {
     event.target.blur();
     show();
   });
+  find("#handover").textContent = find("#copied h2").textContent = words.handOver;
+  find("#handover").addEventListener("click", handOver);
   find("#who").addEventListener("click", () => nameOfPerson(true));
   find("#list").setAttribute("aria-label", words.results);
   find("#slider").setAttribute("aria-label", words.slider);
   find("#reasons h2").textContent = words.why;
   find("#reasons label span").textContent = words.otherReason;
+  find("#reasons .check span").textContent = words.rejectAgain;
   find("#name h2").textContent = words.who;
   find("#name p").textContent = words.whoLong;
   for (const button of document.querySelectorAll("dialog .cancel")) button.textContent = words.cancel;
   find("#reasons .go").textContent = words.reject;
   find("#name .go").textContent = words.save;
+  find("#copied .go").textContent = words.close;
   for (const picture of document.querySelectorAll("#viewer img")) {
     picture.addEventListener("error", () => picture.classList.add("missing"));
   }
   for (const stage of document.querySelectorAll(".stage")) stage.dataset.missing = words.missing;
+  find("#filters").title = words.countsTries;
+  find("#catalogue").addEventListener("change", ({ target }) => {
+    target.blur();
+    open(target.value).catch((error) => say(error.message));
+  });
+  window.addEventListener("focus", () => findCatalogues().catch(() => {})); // `watch` tells it
+  find("#ground").title = words.grounds;
+  viewer.layOn(kept(KEPT.ground));
   showName();
-  showSummary({});
 }
 
-async function start() {
-  nameParts();
+async function findCatalogues() {
   const names = await ask("review/catalogues");
-  const wanted = new URLSearchParams(location.search).get("catalogue");
   const choice = find("#catalogue");
-  choice.append(...Array.from(names, (name) => Object.assign(element("option", "", name || "output"), { value: name })));
-  choice.value = names.includes(wanted) ? wanted : (names[0] ?? "");
-  choice.addEventListener("change", () => {
-    choice.blur();
-    open(choice.value);
-  });
-  find("#empty").textContent = names.length ? words.nothing : words.noCatalogues;
-  if (names.length) open(choice.value);
-  watch();
+  if (names.join("\n") !== Array.from(choice.options, ({ value }) => value).join("\n") || !names.length) {
+    choice.replaceChildren(...names.map((name) => Object.assign(element("option", "", name || "output"), { value: name })));
+  }
+  const wanted = state.catalogue ?? new URLSearchParams(location.search).get("catalogue");
+  const catalogue = names.includes(wanted) ? wanted : (names[0] ?? null);
+  choice.value = catalogue ?? "";
+  if (catalogue === null) show();
+  else if (catalogue !== state.catalogue) await open(catalogue);
 }
 
 function open(catalogue) {
   Object.assign(state, { catalogue, etag: "", results: [], chosen: null, undo: [] });
+  find("#handover").title = fill(words.handOverLong, folderOf(catalogue));
   history.replaceState(null, "", `?${new URLSearchParams({ catalogue })}`);
-  refresh().catch((error) => say(error.message));
+  show();
+  return refresh();
 }
 
-start().catch((error) => say(error.message));
+nameParts();
+watch();

@@ -2,6 +2,7 @@
 
 const MOST = 8; // times the size that fits
 const STEP = 1.2; // a notch of the wheel
+const GROUNDS = ["white", "grey", "dark"]; // below cut-outs, as in style.css; none: that of the page
 
 export class Viewer {
   constructor(section) {
@@ -74,5 +75,16 @@ export class Viewer {
   toggleCompare() {
     this.section.classList.toggle("comparing");
     this.slide(50);
+  }
+
+  // ground: one of GROUNDS, or null.
+  layOn(ground) {
+    this.ground = ground;
+    document.body.dataset.ground = ground ?? "";
+  }
+
+  changeGround() {
+    this.layOn(GROUNDS[(GROUNDS.indexOf(this.ground) + 1) % GROUNDS.length]);
+    return this.ground;
   }
 }
