@@ -31,7 +31,7 @@ from catalogue.review import (
 from catalogue.sheets import RESULTS, Result, ResultsSheet
 from catalogue.summary import summarise, summary_text
 from catalogue.tables import read_table
-from consislora_core.files import written_whole
+from consislora_core.files import write_file
 
 YES = Verdict("accepted", "", "editor")
 LOAD = {"contents": "shop", "styles": "styles", "catalogue": "old", "name": "{content}", "run": "all", "index": 5}
@@ -358,7 +358,7 @@ def test_a_copy_that_breaks_off_is_known_the_next_time(sheet, monkeypatch):
     save(sheet, Result("pot", "k2", files="pot.png"))
     for name in ("cup", "pot"):
         accept(sheet, name)
-    monkeypatch.setattr(handover, "written_whole", full_after(1))
+    monkeypatch.setattr(handover, "write_file", full_after(1))
     with pytest.raises(OSError, match="full"):
         copy_accepted(sheet)
     monkeypatch.undo()
@@ -368,13 +368,13 @@ def test_a_copy_that_breaks_off_is_known_the_next_time(sheet, monkeypatch):
 
 
 def full_after(count: int):
-    """`written_whole` on a disk that is full after some files."""
+    """`write_file` on a disk that is full after some files."""
     left = iter(range(count))
 
-    def write(path):
+    def write(path, data):
         if next(left, None) is None:
             raise OSError("the disk is full")
-        return written_whole(path)
+        write_file(path, data)
 
     return write
 
