@@ -313,6 +313,68 @@ def test_a_server_that_has_refused_such_a_model_does_the_next_job(odd_server):
     assert odd_server.images(odd_server.run(after))
 
 
+# Relatives of SDXL that get a picture beside the latent, or none
+
+
+def random_model(kind="SDXL", **changes):
+    """A tiny MODEL of random weights, with changes to the UNet's config."""
+    import comfy.model_patcher
+    import comfy.supported_models
+
+    with torch.inference_mode():
+        torch.manual_seed(0)
+        config = getattr(comfy.supported_models, kind)({**INDEX["unet_config_comfyui"], **changes})
+        config.unet_config["num_head_channels"] = INDEX["unet_config_comfyui"]["num_head_channels"]
+        config.set_inference_dtype(torch.float32, None)
+        base = config.get_model({})
+        for parameter in base.parameters():
+            parameter.normal_(0, 0.05)
+        return comfy.model_patcher.ModelPatcher(base, torch.device("cpu"), torch.device("cpu"))
+
+
+@pytest.mark.parametrize(("kind", "channels"), [("SDXL", 9), ("SDXL_instructpix2pix", 8)], ids=["inpainting", "edits"])
+def test_a_model_that_paints_in_a_picture_trains_on_what_sampling_gives_it(
+    nodes, store, comfy, monkeypatch, kind, channels
+):
+    model = random_model(kind, in_channels=channels)
+    given, apply_model = [], model.model.apply_model
+    monkeypatch.setattr(
+        model.model, "apply_model", lambda x, *a, **k: given.append(k["c_concat"]) or apply_model(x, *a, **k)
+    )
+    picture(model)
+    losses = []
+    for memory in ("fast", "lean"):
+        losses.append(train_image(nodes, model, memory=memory)[1]["loss"])
+        shutil.rmtree(store.folder)
+    assert losses[0] == pytest.approx(losses[1])
+    assert torch.equal(given[-1], given[0][:1]) and given[0].shape[1] == channels - 4
+    assert all(torch.tensor(train_image(nodes, model, precision="bf16")[1]["loss"]).isfinite())
+
+
+def test_images_train_together_on_an_inpainting_model_as_each_would_alone(nodes, store, comfy):
+    model, latent = random_model(in_channels=9), inputs()["latent"]["samples"]
+    both = torch.cat([latent, latent.roll(1, -1)])
+    with torch.inference_mode():
+        together = nodes.TrainImages.execute(model, **inputs(latent={"samples": both}), at_once=2).result[0]
+    shutil.rmtree(store.folder)
+    for lora, one in zip(together, both.split(1), strict=True):
+        alone = train_image(nodes, model, latent={"samples": one})[0]
+        assert relative_error(flat(lora.parts), flat(alone.parts)) < 1e-4
+
+
+def test_one_picture_to_paint_in_is_taken_and_no_more(nodes, comfy):
+    ((text, extras),) = inputs()["positive"]
+    picture_in = {"concat_latent_image": torch.randn(1, 4, 16, 16), "concat_mask": torch.ones(1, 1, 16, 16)}
+    model = random_model(in_channels=9)
+    losses = [
+        train_image(nodes, model, positive=[[text, {**extras, **beside}]])[1]["loss"] for beside in ({}, picture_in)
+    ]
+    assert losses[0] != losses[1]
+    picture_in["concat_latent_image"] = torch.randn(2, 4, 16, 16)
+    with pytest.raises(ValueError, match="positive holds 2 texts; training takes one"):
+        train_image(nodes, model, positive=[[text, {**extras, **picture_in}]])
+
+
 # Smaller relatives of SDXL, at a tiny size; test_full_size.py has them whole
 
 
@@ -326,18 +388,7 @@ def test_a_server_that_has_refused_such_a_model_does_the_next_job(odd_server):
     ids=["SSD-1B and Vega", "KOALA"],
 )  # fmt: skip
 def test_models_of_fewer_layers_train_and_are_guided(nodes, pack, comfy, changes):
-    import comfy.model_patcher
-    import comfy.supported_models
-
-    with torch.inference_mode():
-        torch.manual_seed(0)
-        config = comfy.supported_models.SDXL({**INDEX["unet_config_comfyui"], **changes})
-        config.unet_config["num_head_channels"] = INDEX["unet_config_comfyui"]["num_head_channels"]
-        config.set_inference_dtype(torch.float32, None)
-        base = config.get_model({})
-        for parameter in base.parameters():
-            parameter.normal_(0, 0.05)
-        model = comfy.model_patcher.ModelPatcher(base, torch.device("cpu"), torch.device("cpu"))
+    model = random_model(**changes)
     lora = train_image(nodes, model)[0]
     prompt, settings = inputs()["positive"], pack.host.guider.GuidanceSettings()
     pictures = []
