@@ -3,16 +3,18 @@
 import logging
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from in_process import COMFYUI, ROOT
-from odd_models import gguf_like, quantised
+from odd_models import gguf_like, quantised, with_layers
 from PIL import Image
 from reference import INDEX, comfy_model, flat, relative_error
 from test_training_nodes import FEW_STEPS, inputs, key, picture, train_image
 
 from batch.comfy_client import WorkflowError
+from consislora_core import foreach
 from consislora_core.losses import add_noise, noise_from_x0, noise_loss, reconstruction_loss
 from demo.server import ComfyServer
 
@@ -90,6 +92,50 @@ def test_layers_without_a_gradient_are_refused_in_one_sentence_and_stay(nodes, c
     with pytest.raises(ValueError, match=r"time_embed\.0 .Blocks weights. gives no gradient.*in fp16, bf16 or fp8"):
         train_image(nodes, model)
     assert weights(model) == before
+
+
+class NoBackward(torch.nn.Module):
+    """A layer that says in its own way that it has no backward pass."""
+
+    comfy_cast_weights, error = True, None
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer, self.weight = layer, layer.weight
+        self.in_features, self.out_features = layer.in_features, layer.out_features
+
+    def forward(self, x):
+        if self.error and x.requires_grad:
+            raise self.error("for inference only")
+        return self.layer(x)
+
+
+@pytest.mark.parametrize("error", [AssertionError, AttributeError, KeyError, IndexError, NotImplementedError])
+def test_a_layer_that_raises_what_it_likes_in_training_is_refused_in_words(nodes, comfy, monkeypatch, error):
+    monkeypatch.setattr(NoBackward, "error", error)
+    model = with_layers(comfy_model(), lambda layer: NoBackward(layer) if is_query(layer) else None)
+    with pytest.raises(ValueError, match=r"to_q .*NoBackward. gives no gradient.*in fp16, bf16 or fp8"):
+        train_image(nodes, model)
+
+
+def test_attention_layers_that_do_not_say_their_size_are_refused_in_words(nodes, pack, comfy):
+    def convert(layer):
+        if not is_query(layer):
+            return None
+        new = NoBackward(layer)
+        del new.in_features
+        return new
+
+    model, words = with_layers(comfy_model(), convert), "NoBackward. does not say how many features it takes"
+    with pytest.raises(ValueError, match=words):
+        train_image(nodes, model)
+    with pytest.raises(ValueError, match=f"style does not fit the model.*{words}"):
+        pack.host.model_inputs.check_lora(model, train_image(nodes, comfy_model())[0], "style")
+
+
+def is_query(layer):
+    """Whether it is of the size of the attention layers, and not of those for text."""
+    return isinstance(layer, torch.nn.Linear) and layer.bias is None and layer.in_features == layer.out_features
 
 
 def test_quantised_models_that_differ_have_keys_of_their_own(nodes, comfy):
@@ -403,26 +449,57 @@ def test_models_of_fewer_layers_train_and_are_guided(nodes, pack, comfy, changes
 # Accelerations
 
 
-def test_an_acceleration_whose_private_function_has_moved_stays_off_and_is_logged(pack, caplog, monkeypatch):
-    caplog.set_level(logging.INFO)
+class Moved:
+    """Of torch, where a private name has gone."""
+
+    def __getattr__(self, name):
+        raise KeyError(name)
+
+
+@pytest.fixture
+def without_private_functions(pack, monkeypatch):
+    """torch without what training knows by private names."""
     accelerations = pack.host.accelerations
+    found = accelerations.onednn_linear, accelerations.gelu_backward, accelerations.group_norm_backward
+    own = SimpleNamespace(ones=torch.ones, ops=SimpleNamespace(mkldnn=Moved(), aten=Moved()), float32=torch.float32)
+    monkeypatch.setattr(accelerations, "torch", own)
+    for name in ("norm", "div_", "copy_", "lerp", "lerp_", "mul_", "sub_"):
+        monkeypatch.delattr(torch, f"_foreach_{name}")
+    caches = *found, foreach._log_missing, pack.host.fused_geglu._kernels
+    for function in caches:
+        function.cache_clear()
+    yield found
+    for function in caches:
+        function.cache_clear()
 
-    class Moved:
-        def __getattr__(self, name):
-            raise KeyError(name)
 
-    monkeypatch.setattr(torch.ops, "mkldnn", Moved())
-    accelerations.onednn_linear.cache_clear()
-    try:
-        assert accelerations.onednn_linear() is None
-    finally:
-        accelerations.onednn_linear.cache_clear()
-    pack.host.fused_geglu._kernels.cache_clear()
+def test_accelerations_whose_private_functions_have_moved_stay_off_and_are_logged(
+    pack, caplog, without_private_functions
+):
+    caplog.set_level(logging.INFO)
+    assert [find() for find in without_private_functions] == [None, None, None]
+    words = ["oneDNN's linear layer", "the fused GEGLU", "the split group norm"]
     if not torch.cuda.is_available():  # where torch's compiler of kernels raises what it likes
         assert pack.host.fused_geglu._kernels() is None
-        assert "the fused GEGLU kernels cannot be used here" in caplog.text
-    pack.host.fused_geglu._kernels.cache_clear()
-    assert "oneDNN's linear layer cannot be used here" in caplog.text
+        words.append("the fused GEGLU kernels")
+    for what in words:
+        assert f"{what} cannot be used here" in caplog.text
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+@pytest.mark.parametrize("preset", ["paper", "quality"])
+def test_training_goes_on_without_them(pack, nodes, store, comfy, request, monkeypatch, caplog, preset, precision):
+    """Also where the kernels would run that are for NVIDIA."""
+    frozen_unet = pack.host.frozen_unet
+    monkeypatch.setattr(frozen_unet, "has_measured_kernels", lambda device: True)
+    monkeypatch.setattr(frozen_unet, "LARGE", 1)
+    usual = train_image(nodes, comfy_model(), preset=preset, precision=precision)[1]["loss"]
+    shutil.rmtree(store.folder)
+    caplog.set_level(logging.INFO)
+    request.getfixturevalue("without_private_functions")
+    losses = train_image(nodes, comfy_model(), preset=preset, precision=precision)[1]["loss"]
+    assert losses == pytest.approx(usual, rel=1e-4 if precision == "fp32" else 1e-2)
+    assert caplog.text.count("norm runs tensor by tensor here") == 1
 
 
 @pytest.mark.parametrize(("cuda", "fast", "own"), [("13.0", set(), True), (None, set(), False), (None, {"all"}, True)])
