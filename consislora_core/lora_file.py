@@ -100,6 +100,12 @@ class ImageLora:
         return self.parts[role]
 
     @cached_property
+    def is_finite(self) -> bool:
+        """Whether no weight is NaN or infinite, in fp16 as in files."""
+        weights = (tensor for part in self.parts.values() for down, up, _ in part.values() for tensor in (down, up))
+        return all(bool(tensor.to(torch.float16).isfinite().all()) for tensor in weights)
+
+    @cached_property
     def weights_hash(self) -> str:
         """SHA-256 of the weights in fp16: a LoRA and all files saved from it, in fp16 or fp32, have the same."""
         digest = hashlib.sha256()

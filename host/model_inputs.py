@@ -21,15 +21,25 @@ def check_roles(model: ModelPatcher) -> None:
 
 
 def check_lora(model: ModelPatcher, lora: ImageLora, name: str) -> None:
-    """Raises ValueError for a LoRA that was trained on a model with other layers."""
+    """Raises ValueError for a LoRA that was trained on a model with other layers, or whose training failed."""
+    check_weights(lora, name)
     try:
         check_fit(model.model.diffusion_model, lora.parts)
     except ValueError as error:
         raise ValueError(f"{name} does not fit the model. {error}") from error
 
 
+def check_weights(lora: ImageLora, name: str) -> None:
+    """Raises ValueError for a LoRA with weights that are not finite, which draws nothing and which no file can hold."""
+    if not lora.is_finite:
+        raise ValueError(
+            f"{name} holds weights that are not numbers (NaN or infinity): its training failed. Train it again with a "
+            "lower learning rate, or in precision bf16 or fp32."
+        )
+
+
 def check_latent(model: ModelPatcher, latent: dict, name: str) -> None:
-    """Raises ValueError for a latent that the model cannot take, or with values that are not finite.
+    """Raises ValueError for a latent that the model cannot take, with values that are not finite, or a bad mask.
 
     An empty latent may have the channels of another base model: sampling makes them fit, as ComfyUI's KSampler does.
     """
@@ -44,7 +54,21 @@ def check_latent(model: ModelPatcher, latent: dict, name: str) -> None:
             f"this model takes (batch of at least 1, {channels} channels, height, width). "
             "Connect VAE Encode, with the VAE of this checkpoint."
         )
+    if min(samples.shape[2:]) < 2:
+        height, width = (8 * side for side in samples.shape[2:])
+        raise ValueError(f"{name} is a picture of {width} x {height} pixels; at least 16 x 16 are needed.")
     check_finite(samples, name, "the VAE may have overflowed in fp16: start ComfyUI with --fp32-vae")
+    mask, numbers = latent.get("noise_mask"), latent.get("batch_index")
+    if mask is not None and not (torch.is_tensor(mask) and mask.numel() and mask.isfinite().all()):
+        raise ValueError(
+            f"{name} has a noise mask that is empty or holds values that are not numbers (NaN or infinity). "
+            "Look at the mask of Set Latent Noise Mask."
+        )
+    if numbers is not None and len(numbers) != len(samples):
+        raise ValueError(
+            f"{name} holds {len(samples)} latents, but its batch_index numbers {len(numbers)}. Connect it from before "
+            "the node that changed its batch."
+        )
 
 
 def check_picture_in(latent: dict, name: str, purpose: str) -> None:

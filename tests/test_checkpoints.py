@@ -1,6 +1,7 @@
 """Checkpoints of other kinds than plain weights with noise of variance-exploding form: trained, or refused in words."""
 
 import logging
+import re
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -510,3 +511,47 @@ def test_kernels_that_were_measured_on_nvidia_run_elsewhere_only_when_asked_for(
     assert accelerations.has_measured_kernels(torch.device("cuda", 0)) is own
     for device in ("cpu", "mps", "xpu"):
         assert not accelerations.has_measured_kernels(torch.device(device))
+
+
+def with_an_option(model):
+    """As with a node that acts on attention."""
+    model.model_options["transformer_options"] = {"patches": {}}
+    return model
+
+
+@pytest.mark.parametrize(
+    ("change", "nvidia", "on_card", "words"),
+    [
+        (
+            lambda model: model,
+            True,
+            False,
+            r"moves weights to the card in each step .dynamic VRAM, .*--disable-dynamic",
+        ),
+        (lambda model: model, False, True, "measured on NVIDIA only"),
+        (gguf_like, True, True, "this model's weights are quantised"),
+        (with_an_option, True, True, "other nodes act on this model"),
+    ],
+    ids=["dynamic VRAM", "AMD", "quantised", "other nodes"],
+)
+def test_the_log_says_why_steps_are_not_recorded(pack, comfy, monkeypatch, caplog, change, nvidia, on_card, words):
+    training_model = pack.host.training_model
+    model = change(comfy_model().clone())
+    model.load_device = torch.device("cuda", 0)
+    monkeypatch.setattr(training_model, "has_measured_kernels", lambda device: nvidia)
+    caplog.set_level(logging.INFO)
+    with monkeypatch.context() as card:
+        card.setattr(torch.Tensor, "is_cuda", on_card)
+        assert not training_model._can_be_recorded(model)
+    assert re.search(f"trains without recorded steps, which is slower: .*{words}", caplog.text)
+
+
+def test_plain_weights_that_stay_on_the_card_are_recorded(pack, comfy, monkeypatch, caplog):
+    training_model, model = pack.host.training_model, comfy_model().clone()
+    model.load_device = torch.device("cuda", 0)
+    monkeypatch.setattr(training_model, "has_measured_kernels", lambda device: True)
+    caplog.set_level(logging.INFO)
+    with monkeypatch.context() as card:
+        card.setattr(torch.Tensor, "is_cuda", True)
+        assert training_model._can_be_recorded(model)
+    assert "recorded" not in caplog.text
