@@ -23,8 +23,7 @@ LAYER = re.compile(r"transformer_blocks[._](\d+)[._](attn[12])[._]to_(q|k|v|out[
 PREFIX = re.compile(r"((lora|lycoris|unet|model|base_model|diffusion_model|_orig_mod|module)_)*")
 SPELLED_LAYER = re.compile(r"transformer_blocks_(\d+)_(attn[12])_(?:processor_)?to_(q|k|v|out)(?:(?<=out)_0)?")
 
-
-COMPILED = "_orig_mod."  # before the names of what torch.compile has wrapped
+COMPILED = "_orig_mod."  # in the names of what torch.compile has wrapped
 
 
 class Target(NamedTuple):
@@ -47,7 +46,7 @@ def targets(module_names: Iterable[str], architecture: str = "sdxl") -> dict[str
             if layer != name and LAYER.fullmatch(layer):
                 found[name] = Target(role, layer)
     missing = [role for role in ROLES if role not in {target.role for target in found.values()}]
-    if missing and any(name.startswith(COMPILED) for name in module_names):
+    if missing and any(COMPILED in name for name in module_names):
         raise ValueError(
             "A node before this one has compiled the model with torch.compile in a way that hides its layers. Connect "
             "the model from before that node; ComfyUI's own TorchCompileModel is no problem."

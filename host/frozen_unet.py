@@ -374,10 +374,8 @@ def _split_group_norms(unet: nn.Module) -> Iterator[None]:
 
         def run(x: Tensor) -> Tensor:
             large = has_measured_kernels(x.device) and x.is_contiguous() and x[0].numel() >= LARGE
-            large = (
-                large and group_norm_backward() is not None and x.dtype != torch.float16
-            )  # in which the variance may overflow
-            return _SplitGroupNorm.apply(x, layer) if large else forward(x)
+            large = large and x.dtype != torch.float16  # in which the variance may overflow
+            return _SplitGroupNorm.apply(x, layer) if large and group_norm_backward() is not None else forward(x)
 
         return run
 

@@ -33,8 +33,8 @@ def check_weights(lora: ImageLora, name: str) -> None:
     """Raises ValueError for a LoRA with weights that are not finite, which draws nothing and which no file can hold."""
     if not lora.is_finite:
         raise ValueError(
-            f"{name} holds weights that are not numbers (NaN or infinity): its training failed. Train it again with a "
-            "lower learning rate, or in precision bf16 or fp32."
+            f"{name} holds weights that are not numbers (NaN or infinity), or too large for a file: its training "
+            "failed. Train it again with a lower learning rate, or in precision bf16 or fp32."
         )
 
 
