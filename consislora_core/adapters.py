@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from .foreach import foreach
 from .lora_file import LoraLayer, Part, Source
 from .roles import Target, targets
 
@@ -23,10 +24,10 @@ def fresh_part(unet: nn.Module, role: str, rank: int, generator: torch.Generator
     part = {}
     for name, target in targets(dict(unet.named_modules())).items():
         if target.role == role:
-            layer = unet.get_submodule(name)
+            features_in, features_out = _sizes(unet.get_submodule(name), name)
             part[target.layer] = LoraLayer(
-                down=torch.randn(rank, layer.in_features, generator=generator) / rank,
-                up=torch.zeros(layer.out_features, rank),
+                down=torch.randn(rank, features_in, generator=generator) / rank,
+                up=torch.zeros(features_out, rank),
                 alpha=float(rank),
             )
     return part
@@ -73,7 +74,7 @@ class _Cast(torch.autograd.Function):
 def _cast(tensors: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
     cast = [torch.empty_like(tensor, dtype=dtype) for tensor in tensors]
     if cast:
-        torch._foreach_copy_(cast, tensors)
+        foreach("copy_", cast, tensors)
     return cast
 
 
@@ -285,12 +286,21 @@ def check_fit(unet: nn.Module, parts: Mapping[str, Part]) -> None:
                 "transformer blocks: it was trained on another architecture."
             )
         for path, (down, up, _) in part.items():
-            sizes = expected[path].in_features, expected[path].out_features
+            sizes = _sizes(expected[path], path)
             if (down.shape[1], up.shape[0]) != sizes:
                 raise ValueError(
                     f"The {role} LoRA fits layers of {down.shape[1]} to {up.shape[0]} features where this model has "
                     f"{sizes[0]} to {sizes[1]} ({path}): it was trained on another architecture."
                 )
+
+
+def _sizes(layer: nn.Module, name: str) -> tuple[int, int]:
+    if not (hasattr(layer, "in_features") and hasattr(layer, "out_features")):
+        raise ValueError(
+            f"This model has layers of a kind that LoRA does not know: {name} ({type(layer).__qualname__}) does not "
+            "say how many features it takes. Load the checkpoint in fp16, bf16 or fp8."
+        )
+    return layer.in_features, layer.out_features
 
 
 def _blocks(layers: Iterable[str]) -> set[str]:

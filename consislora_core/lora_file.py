@@ -21,7 +21,7 @@ from .files import escape_text, patiently, written_whole
 from .roles import ROLES, Target, diffusers_name, kohya_name, parse_module
 
 # What the keys of a layer end in, by kind. LoRA (arXiv 2106.09685) as kohya, diffusers and PEFT spell it, PEFT with or
-# without its adapter's name:
+# without its adapter's name; what belongs to both matrices may stand at either's module, as in to_q.lora.alpha:
 LORA = {
     "down": r"lora_down\.weight|lora\.down\.weight|lora_linear_layer\.down\.weight|lora_A(?:\.[^.]+)?\.weight",
     "up": r"lora_up\.weight|lora\.up\.weight|lora_linear_layer\.up\.weight|lora_B(?:\.[^.]+)?\.weight",
@@ -30,6 +30,7 @@ LORA = {
 # What a LoRA here cannot hold, as PEFT, LyCORIS and OneTrainer spell it; DoRA is arXiv 2402.09353, LoHa 2108.06098.
 OTHER_KINDS = {
     "DoRA": r"dora_scale|lora_magnitude_vector(?:\..+)?",
+    "AdaLoRA": r"lora_E(?:\..+)?",
     "LoHa": r"hada_.+",
     "LoKr": r"lokr_.+",
     "OFT": r"b?oft_.+",
@@ -38,9 +39,12 @@ OTHER_KINDS = {
     "VeRA": r"vera_lambda_[bd](?:\..+)?",
     "LoRA with a third weight": r"lora_mid\.weight",
     "LoRA with a bias": r"(?:lora_up|lora\.up|lora_B(?:\.[^.]+)?)\.bias",
-    "layer trained in full": r"diff",
+    "layer trained in full": r"diff(?:_b)?|set_weight",
 }
-ENDINGS = {kind: re.compile(rf"(.+?)[._](?:{ending})") for kind, ending in (LORA | OTHER_KINDS).items()}
+ENDINGS = {
+    kind: re.compile(rf"(.+?)[._](?:lora(?:_linear_layer)?[._])?(?:{ending})")
+    for kind, ending in (LORA | OTHER_KINDS).items()
+}
 
 MAX_VALUES = 2**24  # of one tensor: rank 1024 in a layer of SDXL takes 2**21
 FLOATS = {torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.float8_e4m3fn, torch.float8_e5m2}
@@ -96,6 +100,12 @@ class ImageLora:
         return self.parts[role]
 
     @cached_property
+    def is_finite(self) -> bool:
+        """Whether no weight is NaN or infinite, in fp16 as in files."""
+        weights = (tensor for part in self.parts.values() for down, up, _ in part.values() for tensor in (down, up))
+        return all(bool(tensor.to(torch.float16).isfinite().all()) for tensor in weights)
+
+    @cached_property
     def weights_hash(self) -> str:
         """SHA-256 of the weights in fp16: a LoRA and all files saved from it, in fp16 or fp32, have the same."""
         digest = hashlib.sha256()
@@ -144,8 +154,8 @@ def _placed(keys: Collection[str]) -> tuple[dict[Target, dict[str, str]], tuple[
             left_out[module] = kind
         elif kind not in LORA:
             raise ValueError(
-                f"It is a {kind} (in the {target.role} part, for example at {target.layer}), which ConsisLoRA cannot "
-                "hold. Save it as plain LoRA."
+                f"It is {'an' if kind[0] in 'AIO' else 'a'} {kind} (in the {target.role} part, for example at "
+                f"{target.layer}), which ConsisLoRA cannot hold. Save it as plain LoRA."
             )
         elif placed.setdefault(target, {}).setdefault(kind, key) != key:
             raise ValueError(

@@ -5,6 +5,8 @@ from collections import defaultdict
 import torch
 from torch import Tensor
 
+from .foreach import foreach
+
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # the quintic a x + b x^3 + c x^5, which drives singular values towards 1
 ITERATIONS = 5
 
@@ -52,8 +54,8 @@ class Muon(torch.optim.Optimizer):
             if not self.state[weight]:
                 self.state[weight]["momentum_buffer"] = torch.zeros_like(weight)
         momenta = [self.state[weight]["momentum_buffer"] for weight in weights]
-        torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
-        ahead = torch._foreach_lerp(gradients, momenta, group["momentum"])  # Nesterov's
+        foreach("lerp_", momenta, gradients, 1 - group["momentum"])
+        ahead = foreach("lerp", gradients, momenta, group["momentum"])  # Nesterov's
         steps = orthogonalised(torch.stack(ahead)) * (0.2 * max(shape[-2:]) ** 0.5 * group["lr"])
-        torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
-        torch._foreach_sub_(weights, steps.unbind())
+        foreach("mul_", weights, 1 - group["lr"] * group["weight_decay"])
+        foreach("sub_", weights, steps.unbind())

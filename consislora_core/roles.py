@@ -19,8 +19,11 @@ LAYER = re.compile(r"transformer_blocks[._](\d+)[._](attn[12])[._]to_(q|k|v|out[
 
 # How LoRA files spell a UNet and such a layer: kohya lora_unet_, LyCORIS lycoris_, ComfyUI diffusion_model., PEFT
 # base_model.model., OneTrainer lora_unet. and unet.; older diffusers ...attn1.processor.to_out for ...attn1.to_out.0.
-PREFIX = re.compile(r"((lora|lycoris|unet|model|base_model|diffusion_model)_)*")
+# torch.compile adds _orig_mod. and DistributedDataParallel module. where a script has not taken them off.
+PREFIX = re.compile(r"((lora|lycoris|unet|model|base_model|diffusion_model|_orig_mod|module)_)*")
 SPELLED_LAYER = re.compile(r"transformer_blocks_(\d+)_(attn[12])_(?:processor_)?to_(q|k|v|out)(?:(?<=out)_0)?")
+
+COMPILED = "_orig_mod."  # in the names of what torch.compile has wrapped
 
 
 class Target(NamedTuple):
@@ -43,6 +46,11 @@ def targets(module_names: Iterable[str], architecture: str = "sdxl") -> dict[str
             if layer != name and LAYER.fullmatch(layer):
                 found[name] = Target(role, layer)
     missing = [role for role in ROLES if role not in {target.role for target in found.values()}]
+    if missing and any(COMPILED in name for name in module_names):
+        raise ValueError(
+            "A node before this one has compiled the model with torch.compile in a way that hides its layers. Connect "
+            "the model from before that node; ComfyUI's own TorchCompileModel is no problem."
+        )
     if missing:
         wanted = ", ".join(f"{role} in {BLOCKS[architecture][role]['comfyui']}" for role in missing)
         raise ValueError(

@@ -11,6 +11,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from .adapters import fresh_part, inserted
+from .foreach import foreach
 from .lora_file import Part
 from .losses import LOSSES, Draw, add_noise, draw, mask_weights
 from .muon import Muon
@@ -234,8 +235,8 @@ class Trainer:
             (losses.sum() * loss_scale).backward()
         grads = [parameter.grad for parameter in self.inserted.parameters]
         if loss_scale != 1:
-            torch._foreach_div_(grads, loss_scale)
-        norm = torch.stack(torch._foreach_norm(grads)).sum()
+            foreach("div_", grads, loss_scale)
+        norm = torch.stack(foreach("norm", grads)).sum()
         numbers = torch.stack([*losses.detach(), norm, sigma.mean()])  # one host sync for all of them
         return z_0_hat.detach()[:: len(z_0_hat) // self.loras], numbers
 

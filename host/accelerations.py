@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Callable
 from functools import cache
+from typing import Any
 
 import torch
 from comfy.cli_args import args
@@ -20,15 +21,36 @@ def has_fused_attention(device: torch.device) -> bool:
 
 @cache
 def onednn_linear() -> Callable | None:
-    """oneDNN's linear layer in fp32 on a CPU, which torch has under a private name; None where it has moved."""
+    """oneDNN's linear layer in fp32 on a CPU, or None."""
+    one = torch.ones(1, 1)
+    example = one, one, None, "none", [], ""
+    return _private("oneDNN's linear layer", lambda: torch.ops.mkldnn._linear_pointwise, *example)
+
+
+@cache
+def gelu_backward() -> Callable | None:
+    """The gradient of GELU's input, given that of its output and the input; or None."""
+    one = torch.ones(1)
+    return _private("the fused GEGLU", lambda: torch.ops.aten.gelu_backward, one, one)
+
+
+@cache
+def group_norm_backward() -> Callable | None:
+    """torch's backward pass of a group norm, or None."""
+    one, mean = torch.ones(1, 1, 1), torch.ones(1, 1)
+    example = one, one, mean, mean, one.flatten(), 1, 1, 1, 1, [True, False, False]
+    return _private("the split group norm", lambda: torch.ops.aten.native_group_norm_backward, *example)
+
+
+def _private(what: str, find: Callable[[], Callable], *example: Any) -> Callable | None:
+    """A function that torch has under a private name; None where it has moved or does not take this example."""
     try:
-        linear = torch.ops.mkldnn._linear_pointwise
-        one = torch.ones(1, 1)
-        linear(one, one, None, "none", [], "")
+        function = find()
+        function(*example)
     except Exception as error:
-        log_missing("oneDNN's linear layer", error)
+        log_missing(what, error)
         return None
-    return linear
+    return function
 
 
 def log_missing(what: str, error: Exception) -> None:

@@ -13,7 +13,7 @@ from comfy.ldm.modules.diffusionmodules.openaimodel import ResBlock
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .accelerations import has_measured_kernels, onednn_linear
+from .accelerations import gelu_backward, group_norm_backward, has_measured_kernels, onednn_linear
 from .fused_geglu import geglu, geglu_backward
 
 WIDE = 1280 * 1280  # input times output channels of a convolution; below this, activations cost more than weights
@@ -149,7 +149,7 @@ def _check_gradients(unet: nn.Module, dtype: torch.dtype, device: torch.device) 
 def _has_gradient(layer: nn.Module, x: Tensor) -> bool:
     try:
         (grad,) = torch.autograd.grad(layer(x).sum(), x)
-    except (RuntimeError, TypeError, NotImplementedError) as error:
+    except Exception as error:  # each kind of quantised layer says in its own way that it has no backward pass
         logging.info("ConsisLoRA: %s has no gradient: %s", type(layer).__qualname__, error)
         return False
     return bool(grad.isfinite().all())
@@ -325,7 +325,8 @@ def _fused_geglu(unet: nn.Module) -> Iterator[None]:
     layers = [
         layer
         for layer in unet.modules()
-        if type(layer) is GEGLU
+        if gelu_backward() is not None
+        and type(layer) is GEGLU
         and _is_plain(layer.proj)
         and "forward" not in vars(layer).keys() | vars(layer.proj).keys()
     ]
@@ -361,9 +362,7 @@ class _SplitGroupNorm(torch.autograd.Function):
         weight, bias, stream = comfy.ops.cast_bias_weight(ctx.layer, grad, offloadable=True)
         rows, channels, *side = x.shape
         shape = rows, channels, math.prod(side), ctx.layer.num_groups
-        grad_x, *_ = torch.ops.aten.native_group_norm_backward(
-            grad.contiguous(), x, mean, rstd, weight, *shape, [True, False, False]
-        )
+        grad_x, *_ = group_norm_backward()(grad.contiguous(), x, mean, rstd, weight, *shape, [True, False, False])
         comfy.ops.uncast_bias_weight(ctx.layer, weight, bias, stream)
         return grad_x, None
 
@@ -376,7 +375,7 @@ def _split_group_norms(unet: nn.Module) -> Iterator[None]:
         def run(x: Tensor) -> Tensor:
             large = has_measured_kernels(x.device) and x.is_contiguous() and x[0].numel() >= LARGE
             large = large and x.dtype != torch.float16  # in which the variance may overflow
-            return _SplitGroupNorm.apply(x, layer) if large else forward(x)
+            return _SplitGroupNorm.apply(x, layer) if large and group_norm_backward() is not None else forward(x)
 
         return run
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import gelu
 
-from .accelerations import has_measured_kernels, log_missing
+from .accelerations import gelu_backward, has_measured_kernels, log_missing
 
 FORWARD = """
 template <typename T> T geglu(T value, T gate) {
@@ -31,10 +31,10 @@ def geglu(value: Tensor, gate: Tensor) -> Tensor:
 
 
 def geglu_backward(grad: Tensor, value: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
-    """The gradients of `value` and `gate`, given that of the product; all of the same shape."""
+    """The gradients of `value` and `gate`, given that of the product; all of the same shape. Needs `gelu_backward`."""
     if has_measured_kernels(value.device) and (kernels := _kernels()):
         return kernels[1](grad, value, gate)
-    return gelu(gate).mul_(grad), torch.ops.aten.gelu_backward(grad * value, gate)
+    return gelu(gate).mul_(grad), gelu_backward()(grad * value, gate)
 
 
 @cache

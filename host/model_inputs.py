@@ -11,6 +11,7 @@ from ..consislora_core.lora_file import ImageLora
 from ..consislora_core.roles import targets
 
 Conditioning = list  # ComfyUI's: pairs of a tensor and a dict
+TEXT_OVERFLOW = "the text encoder may have overflowed in fp16: start ComfyUI with --fp32-text-enc"
 SIZE_FEATURES = 6 * 256  # of SDXL's vector `y`: six sizes, each embedded; the rest is the pooled text
 
 
@@ -20,15 +21,25 @@ def check_roles(model: ModelPatcher) -> None:
 
 
 def check_lora(model: ModelPatcher, lora: ImageLora, name: str) -> None:
-    """Raises ValueError for a LoRA that was trained on a model with other layers."""
+    """Raises ValueError for a LoRA that was trained on a model with other layers, or whose training failed."""
+    check_weights(lora, name)
     try:
         check_fit(model.model.diffusion_model, lora.parts)
     except ValueError as error:
         raise ValueError(f"{name} does not fit the model. {error}") from error
 
 
+def check_weights(lora: ImageLora, name: str) -> None:
+    """Raises ValueError for a LoRA with weights that are not finite, which draws nothing and which no file can hold."""
+    if not lora.is_finite:
+        raise ValueError(
+            f"{name} holds weights that are not numbers (NaN or infinity), or too large for a file: its training "
+            "failed. Train it again with a lower learning rate, or in precision bf16 or fp32."
+        )
+
+
 def check_latent(model: ModelPatcher, latent: dict, name: str) -> None:
-    """Raises ValueError for a latent that the model cannot take, or with values that are not finite.
+    """Raises ValueError for a latent that the model cannot take, with values that are not finite, or a bad mask.
 
     An empty latent may have the channels of another base model: sampling makes them fit, as ComfyUI's KSampler does.
     """
@@ -43,7 +54,21 @@ def check_latent(model: ModelPatcher, latent: dict, name: str) -> None:
             f"this model takes (batch of at least 1, {channels} channels, height, width). "
             "Connect VAE Encode, with the VAE of this checkpoint."
         )
+    if min(samples.shape[2:]) < 2:
+        height, width = (8 * side for side in samples.shape[2:])
+        raise ValueError(f"{name} is a picture of {width} x {height} pixels; at least 16 x 16 are needed.")
     check_finite(samples, name, "the VAE may have overflowed in fp16: start ComfyUI with --fp32-vae")
+    mask, numbers = latent.get("noise_mask"), latent.get("batch_index")
+    if mask is not None and not (torch.is_tensor(mask) and mask.numel() and mask.isfinite().all()):
+        raise ValueError(
+            f"{name} has a noise mask that is empty or holds values that are not numbers (NaN or infinity). "
+            "Look at the mask of Set Latent Noise Mask."
+        )
+    if numbers is not None and len(numbers) != len(samples):
+        raise ValueError(
+            f"{name} holds {len(samples)} latents, but its batch_index numbers {len(numbers)}. Connect it from before "
+            "the node that changed its batch."
+        )
 
 
 def check_picture_in(latent: dict, name: str, purpose: str) -> None:
@@ -54,21 +79,20 @@ def check_picture_in(latent: dict, name: str, purpose: str) -> None:
 
 def check_text(model: ModelPatcher, conditioning: Conditioning, name: str) -> None:
     """Raises ValueError for conditioning that was not encoded with the CLIP of a model like this one."""
-    if not isinstance(conditioning, list) or not conditioning:
+    if not isinstance(conditioning, list) or not conditioning or not all(map(_is_text, conditioning)):
         raise ValueError(f"{name} holds no text. Connect CLIP Text Encode with the CLIP of this checkpoint.")
     config = model.model.model_config.unet_config
     for text, extras in conditioning:
-        if text is None or text.shape[-1] != config["context_dim"]:
-            width = "no text features" if text is None else f"text features of width {text.shape[-1]}"
+        if text.shape[-1] != config["context_dim"]:
             raise ValueError(
-                f"{name} has {width}, this model takes {config['context_dim']}: "
+                f"{name} has text features of width {text.shape[-1]}, this model takes {config['context_dim']}: "
                 "it was encoded with the CLIP of another base model. Connect the CLIP of this checkpoint."
             )
-        check_finite(text, name, "the text encoder may have overflowed in fp16: start ComfyUI with --fp32-text-enc")
+        check_finite(text, name, TEXT_OVERFLOW)
         if "unclip_conditioning" in extras:  # a picture's features, from which the model makes the vector itself
             continue
         pooled = extras.get("pooled_output")
-        if pooled is None:
+        if not _is_filled(pooled, 2):
             raise ValueError(
                 f"{name} has no pooled text vector, which SDXL needs. "
                 "Connect CLIP Text Encode with the CLIP of this checkpoint."
@@ -78,6 +102,18 @@ def check_text(model: ModelPatcher, conditioning: Conditioning, name: str) -> No
                 f"{name} has a pooled vector of width {pooled.shape[-1]}, which does not fit this "
                 "model: it was encoded with the CLIP of another base model. Connect the CLIP of this checkpoint."
             )
+        check_finite(pooled, name, TEXT_OVERFLOW)
+
+
+def _is_text(entry: Any) -> bool:
+    """Whether it is a pair of text features (batch, tokens, width) and what belongs to them."""
+    return (
+        isinstance(entry, (list, tuple)) and len(entry) == 2 and _is_filled(entry[0], 3) and isinstance(entry[1], dict)
+    )
+
+
+def _is_filled(tensor: Any, axes: int) -> bool:
+    return torch.is_tensor(tensor) and tensor.ndim == axes and tensor.numel() > 0
 
 
 def check_vae(model: ModelPatcher, vae: Any, name: str = "vae") -> None:

@@ -56,10 +56,8 @@ class TrainingRequest:
         check_latent(model, latent, "latent")
         check_picture_in(latent, "latent", "Training")
         check_text(model, positive, "positive")
-        if len(positive) > 1:
-            raise ValueError(
-                f"positive holds {len(positive)} texts; training takes one. Connect a single CLIP Text Encode."
-            )
+        if (count := _count(positive)) > 1:
+            raise ValueError(f"positive holds {count} texts; training takes one. Connect a single CLIP Text Encode.")
         dtype = training_dtype(model, precision)
         mask = None if mask is None else latent_mask(mask, latent["samples"])
         return cls(model, latent, positive, stage, dtype, frozen or {}, base_fingerprint(model), mask)
@@ -94,6 +92,13 @@ class TrainingRequest:
         except Unhashable as error:
             logging.info("ConsisLoRA: not looked up in the store of trained LoRAs and not kept there: %s.", error)
             return None
+
+
+def _count(positive: list) -> int:
+    """How many texts a conditioning holds, or pictures to paint in; they may be rows of one tensor."""
+    text, extras = positive[0]
+    tensors = text, extras.get("pooled_output"), extras.get("concat_latent_image")
+    return max(len(positive), *(len(tensor) for tensor in tensors if torch.is_tensor(tensor)))
 
 
 def base_fingerprint(model: ModelPatcher) -> str:

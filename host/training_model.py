@@ -231,8 +231,9 @@ def clean_latents(model: ModelPatcher, latent: dict) -> Tensor:
 def encoded_conditioning(model: ModelPatcher, positive: list, z_0: Tensor) -> dict[str, Tensor]:
     """The conditioning that `denoise` takes: cross-attention text (1 n d) and SDXL's pooled-and-size vector `y` (1 d).
 
-    Size conditioning is the latent's own size unless the conditioning names one (CLIPTextEncodeSDXL). Call inside
-    `open_for_training`.
+    Size conditioning is the latent's own size unless the conditioning names one (CLIPTextEncodeSDXL). An inpainting or
+    editing model also gets `c_concat` (1 c h w): that all is to be painted, unless the conditioning says otherwise.
+    Call inside `open_for_training`.
     """
     ((text, extras),) = positive
     height, width = (8 * side for side in z_0.shape[-2:])
@@ -240,9 +241,10 @@ def encoded_conditioning(model: ModelPatcher, positive: list, z_0: Tensor) -> di
         "width": width,
         "height": height,
         "prompt_type": "positive",
+        "latent_image": z_0[:1],
         **extras,
         "cross_attn": text,
-        "noise": z_0,
+        "noise": z_0[:1],
         "device": z_0.device,
     }
     conds = model.model.extra_conds(

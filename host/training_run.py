@@ -26,8 +26,13 @@ from .training_model import clean_latents, encoded_conditioning, loss_scale, ope
 
 Cancelled = comfy.model_management.InterruptProcessingException
 OutOfMemory = comfy.model_management.OOM_EXCEPTION  # at which ComfyUI unloads its models
-# How allocators say it that have no exception of their own: MPS, DirectML, torch's on a CPU, and NVIDIA's libraries.
-NO_MEMORY = re.compile(r"out of memory|not enough (gpu video )?memory|can't allocate memory|_ALLOC_FAILED", re.I)
+# How allocators say it that have no exception of their own: MPS, DirectML, XPU, C++, torch's on a CPU, and NVIDIA's and
+# AMD's libraries.
+NO_MEMORY = re.compile(
+    r"out.?of.?(device.|host.)?memory|not enough (gpu video )?memory|(can't|cannot|failed to) allocate"
+    r"|invalid buffer size|bad.alloc|_ALLOC_FAILED",
+    re.I,
+)
 
 CHECKPOINT_EVERY = 50  # steps, and less often where saving would take more than this share of the time
 CHECKPOINT_SHARE = 1 / 100

@@ -1,6 +1,7 @@
 """Score pictures for content, style and leakage, and split them by their scores."""
 
 import json
+from numbers import Real
 from typing import Any
 
 import comfy.utils
@@ -146,6 +147,10 @@ class Gate(io.ComfyNode):
 
 def missed_bounds(count: int, scores: Scores, bounds: dict[str, float]) -> list[list[str]]:
     """For each of `count` pictures which bounds it misses. Raises ValueError for scores that do not fit."""
+    if not scores or not all(
+        isinstance(score, dict) and all(isinstance(value, Real) for value in score.values()) for score in scores
+    ):
+        raise ValueError("scores are not what Evaluate gives: numbers for each picture. Connect Evaluate.")
     if count != len(scores):
         raise ValueError(
             f"images holds {count} pictures, but scores are for {len(scores)}. "

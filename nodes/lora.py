@@ -12,7 +12,7 @@ from ..consislora_core.guidance import parts_of, wanted_mix
 from ..consislora_core.lora_file import ImageLora
 from ..consislora_core.lora_summary import summarise, summarise_left_out
 from ..host.guided_unet import with_mix
-from ..host.model_inputs import check_lora, check_roles
+from ..host.model_inputs import check_lora, check_roles, check_weights
 from ..host.paths import lora_names, lora_path, save_lora
 from ..host.progress import show_text
 from ..host.provenance import HIDDEN, note
@@ -81,6 +81,7 @@ class Save(io.ComfyNode):
     def execute(
         cls, consislora, filename, precision, rights="", permission=PERMISSION[0], format=KOHYA
     ) -> io.NodeOutput:
+        check_weights(consislora, "consislora")
         stated = {"rights": rights.strip(), "permission": permission if permission != PERMISSION[0] else ""}
         lora, name = with_rights(consislora, stated), portable_name(filename)
         return io.NodeOutput(save_lora(lora, name, PRECISIONS[precision], format == PEFT))

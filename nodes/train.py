@@ -4,6 +4,7 @@ from comfy_api.latest import io
 
 from ..consislora_core import lora_file
 from ..consislora_core.schedule import PRESETS, image_stage, style_stage
+from ..host.model_inputs import check_weights
 from ..host.progress import loss_curve
 from ..host.training_key import TrainingRequest
 from ..host.training_model import MEMORY, PRECISIONS
@@ -167,6 +168,7 @@ class TrainStyle(io.ComfyNode):
         cls, model, latent, positive, content_lora, steps, reconstruction_learning_rate, noise_offset, rank, seed,
         precision, memory=MEMORY[0], preset=PRESETS[0], mask=None,
     ) -> io.NodeOutput:  # fmt: skip
+        check_weights(content_lora, "content_lora")
         frozen = {"content": content_lora.part("content")}
         stage = style_stage(steps, reconstruction_learning_rate, noise_offset, preset, rank=rank, seed=seed)
         request = TrainingRequest.from_inputs(model, latent, positive, stage, precision, frozen, mask)

@@ -39,6 +39,22 @@ def foreign_lora():
     return replace(LORA, parts=parts)
 
 
+def failed_lora(value=NAN):
+    """A LoRA whose training has failed, or whose weights fp16 cannot hold."""
+    parts = {
+        role: {path: layer._replace(up=torch.full_like(layer.up, value)) for path, layer in part.items()}
+        for role, part in LORA.parts.items()
+    }
+    return replace(LORA, parts=parts)
+
+
+def compiled_model():
+    """A MODEL whose layers another node has hidden."""
+    model = comfy_model()
+    model.model.diffusion_model = torch.compile(model.model.diffusion_model, backend="eager")
+    return model
+
+
 def with_text(text=None, **extras):
     ((usual, known),) = conditioning("main")
     return [[usual if text is None else text, {**known, **extras}]]
@@ -56,7 +72,7 @@ class Vae:
 
 # By socket: what does not fit, each with a name.
 BAD_SOCKETS = {
-    "MODEL": {"SD 1.5": sd15_model},
+    "MODEL": {"SD 1.5": sd15_model, "compiled": compiled_model},
     "LATENT": {
         "no picture's": dict,
         "empty batch": lambda: latent(0, 4, 16, 16),
@@ -65,12 +81,26 @@ BAD_SOCKETS = {
         "a video's": lambda: latent(1, 4, 2, 16, 16),
         "NaN": lambda: latent(1, 4, 16, 16, value=NAN),
         "infinite in fp16": lambda: latent(1, 4, 16, 16, value=float("inf"), dtype=torch.float16),
+        "one pixel": lambda: latent(1, 4, 1, 1),
+        "empty mask": lambda: {**latent(1, 4, 16, 16), "noise_mask": torch.ones(0, 128, 128)},
+        "NaN in its mask": lambda: {**latent(1, 4, 16, 16), "noise_mask": torch.full((1, 128, 128), NAN)},
+        "a number too few": lambda: {**latent(2, 4, 16, 16), "batch_index": [0]},
     },
     "CONDITIONING": {
         "empty": list,
         "no text": lambda: [[None, {}]],
         "of SD 1.5": lambda: with_text(torch.zeros(1, 77, 768)),
         "NaN": lambda: with_text(torch.full((1, 77, 64), NAN)),
+        "one sentence as 2d": lambda: with_text(torch.zeros(77, 64)),
+        "no rows": lambda: with_text(torch.zeros(0, 77, 64)),
+        "no tokens": lambda: with_text(torch.zeros(1, 0, 64)),
+        "words": lambda: [["a crown", {}]],
+        "no pair": lambda: [[torch.zeros(1, 77, 64)]],
+        "nothing beside the text": lambda: [[torch.zeros(1, 77, 64), None]],
+        "NaN in the pooled vector": lambda: with_text(pooled_output=torch.full((1, 32), NAN)),
+        "infinite pooled vector": lambda: with_text(pooled_output=torch.full((1, 32), float("inf"))),
+        "empty pooled vector": lambda: with_text(pooled_output=torch.zeros(0, 32)),
+        "pooled vector as 1d": lambda: with_text(pooled_output=torch.zeros(32)),
         "no pooled vector": lambda: with_text(pooled_output=None),
         "another pooled vector": lambda: with_text(pooled_output=torch.zeros(1, 1280)),
     },
@@ -90,7 +120,12 @@ BAD_SOCKETS = {
         "another shape": lambda: torch.ones(1, 16, 64).tril(),
         "too many": lambda: torch.ones(3, 16, 16),
     },
-    "CONSISLORA": {"another architecture": foreign_lora},
+    "CONSISLORA": {
+        "another architecture": foreign_lora,
+        "NaN": failed_lora,
+        "infinite in fp16": lambda: failed_lora(1e6),
+    },
+    "CONSISLORA_SCORES": {"empty": list, "nothing": lambda: [None], "words": lambda: [{"edges": "high"}]},
     "VAE": {"of another base": lambda: Vae(16)},
 }
 # Tiny pictures are no fault elsewhere.
@@ -99,8 +134,7 @@ MORE = {("ConsisLoRAEvaluate", name): lambda: pictures(1, 7, 16, 3) for name in 
 FITS = {
     # Another model's LoRA can be saved, and named in a picture's metadata.
     ("ConsisLoRASave", "consislora", "another architecture"),
-    ("ConsisLoRACatalogSave", "content", "another architecture"),
-    ("ConsisLoRACatalogSave", "style", "another architecture"),
+    *(("ConsisLoRACatalogSave", one, kind) for one in ("content", "style") for kind in BAD_SOCKETS["CONSISLORA"]),
     # Accept or Reject looks at scores, and puts pictures aside.
     *(("ConsisLoRAGate", "images", kind) for kind in BAD_SOCKETS["IMAGE"] if kind != "empty batch"),
 }

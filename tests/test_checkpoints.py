@@ -1,18 +1,21 @@
 """Checkpoints of other kinds than plain weights with noise of variance-exploding form: trained, or refused in words."""
 
 import logging
+import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from in_process import COMFYUI, ROOT
-from odd_models import gguf_like, quantised
+from odd_models import gguf_like, quantised, with_layers
 from PIL import Image
 from reference import INDEX, comfy_model, flat, relative_error
 from test_training_nodes import FEW_STEPS, inputs, key, picture, train_image
 
 from batch.comfy_client import WorkflowError
+from consislora_core import foreach
 from consislora_core.losses import add_noise, noise_from_x0, noise_loss, reconstruction_loss
 from demo.server import ComfyServer
 
@@ -90,6 +93,50 @@ def test_layers_without_a_gradient_are_refused_in_one_sentence_and_stay(nodes, c
     with pytest.raises(ValueError, match=r"time_embed\.0 .Blocks weights. gives no gradient.*in fp16, bf16 or fp8"):
         train_image(nodes, model)
     assert weights(model) == before
+
+
+class NoBackward(torch.nn.Module):
+    """A layer that says in its own way that it has no backward pass."""
+
+    comfy_cast_weights, error = True, None
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer, self.weight = layer, layer.weight
+        self.in_features, self.out_features = layer.in_features, layer.out_features
+
+    def forward(self, x):
+        if self.error and x.requires_grad:
+            raise self.error("for inference only")
+        return self.layer(x)
+
+
+@pytest.mark.parametrize("error", [AssertionError, AttributeError, KeyError, IndexError, NotImplementedError])
+def test_a_layer_that_raises_what_it_likes_in_training_is_refused_in_words(nodes, comfy, monkeypatch, error):
+    monkeypatch.setattr(NoBackward, "error", error)
+    model = with_layers(comfy_model(), lambda layer: NoBackward(layer) if is_query(layer) else None)
+    with pytest.raises(ValueError, match=r"to_q .*NoBackward. gives no gradient.*in fp16, bf16 or fp8"):
+        train_image(nodes, model)
+
+
+def test_attention_layers_that_do_not_say_their_size_are_refused_in_words(nodes, pack, comfy):
+    def convert(layer):
+        if not is_query(layer):
+            return None
+        new = NoBackward(layer)
+        del new.in_features
+        return new
+
+    model, words = with_layers(comfy_model(), convert), "NoBackward. does not say how many features it takes"
+    with pytest.raises(ValueError, match=words):
+        train_image(nodes, model)
+    with pytest.raises(ValueError, match=f"style does not fit the model.*{words}"):
+        pack.host.model_inputs.check_lora(model, train_image(nodes, comfy_model())[0], "style")
+
+
+def is_query(layer):
+    """Whether it is of the size of the attention layers, and not of those for text."""
+    return isinstance(layer, torch.nn.Linear) and layer.bias is None and layer.in_features == layer.out_features
 
 
 def test_quantised_models_that_differ_have_keys_of_their_own(nodes, comfy):
@@ -313,6 +360,68 @@ def test_a_server_that_has_refused_such_a_model_does_the_next_job(odd_server):
     assert odd_server.images(odd_server.run(after))
 
 
+# Relatives of SDXL that get a picture beside the latent, or none
+
+
+def random_model(kind="SDXL", **changes):
+    """A tiny MODEL of random weights, with changes to the UNet's config."""
+    import comfy.model_patcher
+    import comfy.supported_models
+
+    with torch.inference_mode():
+        torch.manual_seed(0)
+        config = getattr(comfy.supported_models, kind)({**INDEX["unet_config_comfyui"], **changes})
+        config.unet_config["num_head_channels"] = INDEX["unet_config_comfyui"]["num_head_channels"]
+        config.set_inference_dtype(torch.float32, None)
+        base = config.get_model({})
+        for parameter in base.parameters():
+            parameter.normal_(0, 0.05)
+        return comfy.model_patcher.ModelPatcher(base, torch.device("cpu"), torch.device("cpu"))
+
+
+@pytest.mark.parametrize(("kind", "channels"), [("SDXL", 9), ("SDXL_instructpix2pix", 8)], ids=["inpainting", "edits"])
+def test_a_model_that_paints_in_a_picture_trains_on_what_sampling_gives_it(
+    nodes, store, comfy, monkeypatch, kind, channels
+):
+    model = random_model(kind, in_channels=channels)
+    given, apply_model = [], model.model.apply_model
+    monkeypatch.setattr(
+        model.model, "apply_model", lambda x, *a, **k: given.append(k["c_concat"]) or apply_model(x, *a, **k)
+    )
+    picture(model)
+    losses = []
+    for memory in ("fast", "lean"):
+        losses.append(train_image(nodes, model, memory=memory)[1]["loss"])
+        shutil.rmtree(store.folder)
+    assert losses[0] == pytest.approx(losses[1])
+    assert torch.equal(given[-1], given[0][:1]) and given[0].shape[1] == channels - 4
+    assert all(torch.tensor(train_image(nodes, model, precision="bf16")[1]["loss"]).isfinite())
+
+
+def test_images_train_together_on_an_inpainting_model_as_each_would_alone(nodes, store, comfy):
+    model, latent = random_model(in_channels=9), inputs()["latent"]["samples"]
+    both = torch.cat([latent, latent.roll(1, -1)])
+    with torch.inference_mode():
+        together = nodes.TrainImages.execute(model, **inputs(latent={"samples": both}), at_once=2).result[0]
+    shutil.rmtree(store.folder)
+    for lora, one in zip(together, both.split(1), strict=True):
+        alone = train_image(nodes, model, latent={"samples": one})[0]
+        assert relative_error(flat(lora.parts), flat(alone.parts)) < 1e-4
+
+
+def test_one_picture_to_paint_in_is_taken_and_no_more(nodes, comfy):
+    ((text, extras),) = inputs()["positive"]
+    picture_in = {"concat_latent_image": torch.randn(1, 4, 16, 16), "concat_mask": torch.ones(1, 1, 16, 16)}
+    model = random_model(in_channels=9)
+    losses = [
+        train_image(nodes, model, positive=[[text, {**extras, **beside}]])[1]["loss"] for beside in ({}, picture_in)
+    ]
+    assert losses[0] != losses[1]
+    picture_in["concat_latent_image"] = torch.randn(2, 4, 16, 16)
+    with pytest.raises(ValueError, match="positive holds 2 texts; training takes one"):
+        train_image(nodes, model, positive=[[text, {**extras, **picture_in}]])
+
+
 # Smaller relatives of SDXL, at a tiny size; test_full_size.py has them whole
 
 
@@ -326,18 +435,7 @@ def test_a_server_that_has_refused_such_a_model_does_the_next_job(odd_server):
     ids=["SSD-1B and Vega", "KOALA"],
 )  # fmt: skip
 def test_models_of_fewer_layers_train_and_are_guided(nodes, pack, comfy, changes):
-    import comfy.model_patcher
-    import comfy.supported_models
-
-    with torch.inference_mode():
-        torch.manual_seed(0)
-        config = comfy.supported_models.SDXL({**INDEX["unet_config_comfyui"], **changes})
-        config.unet_config["num_head_channels"] = INDEX["unet_config_comfyui"]["num_head_channels"]
-        config.set_inference_dtype(torch.float32, None)
-        base = config.get_model({})
-        for parameter in base.parameters():
-            parameter.normal_(0, 0.05)
-        model = comfy.model_patcher.ModelPatcher(base, torch.device("cpu"), torch.device("cpu"))
+    model = random_model(**changes)
     lora = train_image(nodes, model)[0]
     prompt, settings = inputs()["positive"], pack.host.guider.GuidanceSettings()
     pictures = []
@@ -352,26 +450,57 @@ def test_models_of_fewer_layers_train_and_are_guided(nodes, pack, comfy, changes
 # Accelerations
 
 
-def test_an_acceleration_whose_private_function_has_moved_stays_off_and_is_logged(pack, caplog, monkeypatch):
-    caplog.set_level(logging.INFO)
+class Moved:
+    """Of torch, where a private name has gone."""
+
+    def __getattr__(self, name):
+        raise KeyError(name)
+
+
+@pytest.fixture
+def without_private_functions(pack, monkeypatch):
+    """torch without what training knows by private names."""
     accelerations = pack.host.accelerations
+    found = accelerations.onednn_linear, accelerations.gelu_backward, accelerations.group_norm_backward
+    own = SimpleNamespace(ones=torch.ones, ops=SimpleNamespace(mkldnn=Moved(), aten=Moved()), float32=torch.float32)
+    monkeypatch.setattr(accelerations, "torch", own)
+    for name in ("norm", "div_", "copy_", "lerp", "lerp_", "mul_", "sub_"):
+        monkeypatch.delattr(torch, f"_foreach_{name}")
+    caches = *found, foreach._log_missing, pack.host.fused_geglu._kernels
+    for function in caches:
+        function.cache_clear()
+    yield found
+    for function in caches:
+        function.cache_clear()
 
-    class Moved:
-        def __getattr__(self, name):
-            raise KeyError(name)
 
-    monkeypatch.setattr(torch.ops, "mkldnn", Moved())
-    accelerations.onednn_linear.cache_clear()
-    try:
-        assert accelerations.onednn_linear() is None
-    finally:
-        accelerations.onednn_linear.cache_clear()
-    pack.host.fused_geglu._kernels.cache_clear()
+def test_accelerations_whose_private_functions_have_moved_stay_off_and_are_logged(
+    pack, caplog, without_private_functions
+):
+    caplog.set_level(logging.INFO)
+    assert [find() for find in without_private_functions] == [None, None, None]
+    words = ["oneDNN's linear layer", "the fused GEGLU", "the split group norm"]
     if not torch.cuda.is_available():  # where torch's compiler of kernels raises what it likes
         assert pack.host.fused_geglu._kernels() is None
-        assert "the fused GEGLU kernels cannot be used here" in caplog.text
-    pack.host.fused_geglu._kernels.cache_clear()
-    assert "oneDNN's linear layer cannot be used here" in caplog.text
+        words.append("the fused GEGLU kernels")
+    for what in words:
+        assert f"{what} cannot be used here" in caplog.text
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+@pytest.mark.parametrize("preset", ["paper", "quality"])
+def test_training_goes_on_without_them(pack, nodes, store, comfy, request, monkeypatch, caplog, preset, precision):
+    """Also where the kernels would run that are for NVIDIA."""
+    frozen_unet = pack.host.frozen_unet
+    monkeypatch.setattr(frozen_unet, "has_measured_kernels", lambda device: True)
+    monkeypatch.setattr(frozen_unet, "LARGE", 1)
+    usual = train_image(nodes, comfy_model(), preset=preset, precision=precision)[1]["loss"]
+    shutil.rmtree(store.folder)
+    caplog.set_level(logging.INFO)
+    request.getfixturevalue("without_private_functions")
+    losses = train_image(nodes, comfy_model(), preset=preset, precision=precision)[1]["loss"]
+    assert losses == pytest.approx(usual, rel=1e-4 if precision == "fp32" else 1e-2)
+    assert caplog.text.count("norm runs tensor by tensor here") == 1
 
 
 @pytest.mark.parametrize(("cuda", "fast", "own"), [("13.0", set(), True), (None, set(), False), (None, {"all"}, True)])
@@ -382,3 +511,47 @@ def test_kernels_that_were_measured_on_nvidia_run_elsewhere_only_when_asked_for(
     assert accelerations.has_measured_kernels(torch.device("cuda", 0)) is own
     for device in ("cpu", "mps", "xpu"):
         assert not accelerations.has_measured_kernels(torch.device(device))
+
+
+def with_an_option(model):
+    """As with a node that acts on attention."""
+    model.model_options["transformer_options"] = {"patches": {}}
+    return model
+
+
+@pytest.mark.parametrize(
+    ("change", "nvidia", "on_card", "words"),
+    [
+        (
+            lambda model: model,
+            True,
+            False,
+            r"moves weights to the card in each step .dynamic VRAM, .*--disable-dynamic",
+        ),
+        (lambda model: model, False, True, "measured on NVIDIA only"),
+        (gguf_like, True, True, "this model's weights are quantised"),
+        (with_an_option, True, True, "other nodes act on this model"),
+    ],
+    ids=["dynamic VRAM", "AMD", "quantised", "other nodes"],
+)
+def test_the_log_says_why_steps_are_not_recorded(pack, comfy, monkeypatch, caplog, change, nvidia, on_card, words):
+    training_model = pack.host.training_model
+    model = change(comfy_model().clone())
+    model.load_device = torch.device("cuda", 0)
+    monkeypatch.setattr(training_model, "has_measured_kernels", lambda device: nvidia)
+    caplog.set_level(logging.INFO)
+    with monkeypatch.context() as card:
+        card.setattr(torch.Tensor, "is_cuda", on_card)
+        assert not training_model._can_be_recorded(model)
+    assert re.search(f"trains without recorded steps, which is slower: .*{words}", caplog.text)
+
+
+def test_plain_weights_that_stay_on_the_card_are_recorded(pack, comfy, monkeypatch, caplog):
+    training_model, model = pack.host.training_model, comfy_model().clone()
+    model.load_device = torch.device("cuda", 0)
+    monkeypatch.setattr(training_model, "has_measured_kernels", lambda device: True)
+    caplog.set_level(logging.INFO)
+    with monkeypatch.context() as card:
+        card.setattr(torch.Tensor, "is_cuda", True)
+        assert training_model._can_be_recorded(model)
+    assert "recorded" not in caplog.text

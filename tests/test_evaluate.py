@@ -136,6 +136,12 @@ def test_scores_of_other_pictures_are_refused(nodes, owls):
         gate(nodes, pictures[:2], scores)
 
 
+@pytest.mark.parametrize("scores", [[], [None], [{"edges": "high"}]], ids=["none", "nothing", "words"])
+def test_what_evaluate_does_not_give_is_refused_in_words(nodes, scores):
+    with pytest.raises(ValueError, match="scores are not what Evaluate gives"):
+        gate(nodes, torch.rand(len(scores), 8, 8, 3), scores)
+
+
 # ---- in the server
 
 

@@ -104,6 +104,20 @@ def test_a_help_page_has_a_row_for_every_input_and_output_and_no_other(language,
         assert sorted(rows(page(name, language))) == sorted(expected_rows(schema, shown[name])), name
 
 
+@pytest.mark.parametrize(
+    ("language", "saving", "loading"),
+    [
+        ("en", "Save Checkpoint", "Load LoRA before Save Checkpoint"),
+        ("ja", "チェックポイントを保存", "「LoRAを読み込む」を「チェックポイントを保存」の前"),
+        ("zh", "保存Checkpoint", "“加载LoRA”接在“保存Checkpoint”之前"),
+    ],
+)
+def test_help_says_what_save_checkpoint_saves_after_apply(language, saving, loading):
+    page = (ROOT / "web" / "docs" / file("ConsisLoRAApply", language)).read_text(encoding="utf-8")
+    assert any(saving in line and "LoRA" in line for line in page.splitlines())
+    assert loading in page
+
+
 @pytest.mark.parametrize("language", LANGUAGES)
 def test_node_texts_are_there_for_every_input_and_output_and_no_other(language, schema_texts):
     translated, schema = flat(defs(language)), flat(schema_texts)

@@ -138,6 +138,7 @@ def equal_parts(parts, others):
 def test_a_file_that_people_have_is_read_at_its_scale(name, scale):
     lora = lora_file.read(CASES / f"lora_{name}.safetensors")
     assert equal_parts(lora.parts, plain_parts())
+    assert {role: len(part) for role, part in lora.parts.items()} == {"content": 16, "style": 16}
     assert {layer.alpha / layer.rank for part in lora.parts.values() for layer in part.values()} == {scale}
 
 
@@ -151,6 +152,27 @@ def test_a_file_that_people_have_is_read_at_its_scale(name, scale):
 def test_a_file_that_people_have_is_refused_by_its_true_name(name, words):
     with pytest.raises(ValueError, match=f"lora_{name}.safetensors: .*{words}"):
         lora_file.read(CASES / f"lora_{name}.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("spelled", "alpha"),
+    [
+        (lambda key: key, ".alpha"),
+        (lambda key: key, ".lora.alpha"),
+        (lambda key: key.replace(".lora.", ".lora_linear_layer."), ".lora_linear_layer.alpha"),
+        (lambda key: re.sub(r"\.(to_[a-z]+)(\.0)?\.lora\.", r".processor.\1_lora.", key), "_lora.alpha"),
+        (lambda key: "module." + key, ".lora.alpha"),
+        (lambda key: key.replace("unet.", "unet._orig_mod."), ".lora_alpha"),
+    ],
+    ids=["diffusers", "at lora", "at lora_linear_layer", "at the processor", "of DDP", "compiled"],
+)
+def test_alpha_is_found_wherever_it_stands(spelled, alpha, tmp_path):
+    state = {spelled(key): tensor for key, tensor in load_file(AUTHORS).items()}
+    modules = {re.split(r"[._]lora(?:_linear_layer)?\.", key)[0] for key in state}
+    save_file(state | {f"{module}{alpha}": torch.tensor(8.0) for module in modules}, tmp_path / "x.safetensors")
+    lora = lora_file.read(tmp_path / "x.safetensors")
+    assert equal_parts(lora.parts, lora_file.read(AUTHORS).parts) and not lora.left_out
+    assert {layer.alpha for part in lora.parts.values() for layer in part.values()} == {8.0}
 
 
 ELSEWHERE = {
@@ -214,7 +236,8 @@ def broken_files():
     layer = {key: tensor for key, tensor in whole.items() if key.startswith(f"{one}.")}
     rest = {key: tensor for key, tensor in whole.items() if key not in layer}
     for kind, ends in {
-        "DoRA": ["dora_scale", "lora_magnitude_vector.default.weight"],
+        "DoRA": ["dora_scale", "lora.dora_scale", "lora_magnitude_vector.default.weight"],
+        "AdaLoRA": ["lora_E", "lora_E.default"],
         "LoHa": ["hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"],
         "LoKr": ["lokr_w1", "lokr_w2_a", "lokr_w2_b"],
         "OFT": ["oft_blocks"],
@@ -223,10 +246,11 @@ def broken_files():
         "LoRA with a third weight": ["lora_mid.weight"],
         "GLoRA": ["a1.weight", "b2.weight"],
         "LoRA with a bias": ["lora_B.bias"],
-        "layer trained in full": ["diff"],
+        "layer trained in full": ["diff", "diff_b", "set_weight"],
     }.items():
-        other = {f"{one}.{end}": torch.ones(4, 4) for end in ends}
-        yield kind, {**rest, f"{one}.alpha": torch.tensor(4.0), **other}, f"It is a {kind} .in the {at}"
+        for end in ends:
+            other = {f"{one}.alpha": torch.tensor(4.0), f"{one}.{end}": torch.ones(4, 4)}
+            yield f"{kind}, {end}", {**rest, **other}, f"It is an? {kind} .in the {at}"
     yield "LoKr elsewhere alone", {"lora_te1_x.lokr_w1": torch.ones(2)}, "no LoRA weights .* LoKr, .*lora_te1_x"
     down, up, alpha = (f"{one}.{end}" for end in ("lora_down.weight", "lora_up.weight", "alpha"))
     yield "rank 0", {**whole, down: whole[down][:0], up: whole[up][:, :0]}, f"{at}.* has rank 0"

@@ -678,6 +678,27 @@ OUT_OF_MEMORY = {
 }
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        "level_zero backend failed with error: 39 (UR_RESULT_ERROR_OUT_OF_DEVICE_MEMORY)",
+        "Invalid buffer size: 20.00 GiB",
+        "Failed to allocate private MTLBuffer for size 9437184",
+        "hipErrorOutOfMemory",
+        "unable to mmap 5 bytes from file: Cannot allocate memory (12)",
+        "bad allocation",
+        "std::bad_alloc",
+    ],
+)
+def test_other_words_for_out_of_memory_are_known(pack, words):
+    assert pack.host.training_run.is_out_of_memory(RuntimeError(words))
+
+
+@pytest.mark.parametrize("words", ["CUDA error: an illegal memory access was encountered", "The size of tensor a (2)"])
+def test_other_errors_are_not_taken_for_it(pack, words):
+    assert not pack.host.training_run.is_out_of_memory(RuntimeError(words))
+
+
 @pytest.mark.parametrize("kind", OUT_OF_MEMORY)
 def test_out_of_memory_is_reported_with_advice_and_frees_all_and_the_next_training_works(
     nodes, pack, comfy, steps, store, monkeypatch, kind
