@@ -299,7 +299,12 @@ def test_an_accepted_picture_that_another_program_has_saved_over_waits_for_anoth
 
 def test_a_rejected_picture_is_made_again_at_once_not_the_next_one(page, server, three):
     queued = []
-    page.route("**/prompt", lambda route: queued.append(route.request.post_data_json) or route.fulfill(json={}))
+
+    def take(route):  # instead of a model
+        queued.append(route.request.post_data_json)
+        route.fulfill(json={"exec_info": {"queue_remaining": 1}})
+
+    page.route("**/prompt", take)
     with Image.open(three.path.parent / "b.png") as picture:
         workflow = json.loads(picture.info["prompt"])
     workflow["2"]["inputs"]["images"] = ["3", 0]
@@ -318,7 +323,7 @@ def test_a_rejected_picture_is_made_again_at_once_not_the_next_one(page, server,
     page.keyboard.press("1")  # the next one is only rejected
     wait_for(page, "a")
     page.keyboard.press("m")
-    page.get_by_text("a: ").wait_for()  # whose workflow has no sampler
+    page.get_by_text("a: The workflow in the picture has no").wait_for()
     page.unroute("**/prompt")
     assert decided(page, three) == {"b": "rejected", "c": "rejected"}
     (again,) = filter(None, queued)

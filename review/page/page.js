@@ -338,7 +338,7 @@ async function makeAgain(name = current()?.name) {
     const { prompt, extra_data } = await ask(address("retry", { name }));
     await post("../prompt", { prompt, extra_data });
     say(fill(words.queued, name));
-    await showQueue();
+    showQueue().catch(() => {}); // `watch` tells it
   } catch (error) {
     say(`${name}: ${error.message}`);
   }
