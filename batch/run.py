@@ -246,7 +246,8 @@ class Batch:
             await runner.run_all(self.left(jobs, sheet.read(), bar), keep, bar.set_postfix_str)
         if isinstance(runner, JobRunner):  # the folders of workers end with them
             await self.bring_review(sheet, runner, stop_if_cancelled)
-        summary = summarise(sheet.read().values(), changed_results(sheet))
+        results = sheet.read().values()
+        summary = summarise(results, changed_results(self.output, results))
         write_file(self.output / SUMMARY, json.dumps(summary, ensure_ascii=False, indent=1).encode())
         print(
             f"{len(jobs) - len(failed)} of {len(jobs)} are in {self.output}.",

@@ -98,9 +98,9 @@ def picture_files(folder: Path, files: str) -> list[Path]:
     return paths
 
 
-def changed_results(sheet: ResultsSheet) -> set[str]:
-    """The names of results whose pictures are no longer those that a person decided about."""
-    return {result.name for result in read_results(sheet).values() if is_changed(sheet.path.parent, result)}
+def changed_results(folder: Path, results: Iterable[Result]) -> set[str]:
+    """The names of a catalogue's results whose pictures are no longer those that a person decided about."""
+    return {result.name for result in results if is_changed(folder, result)}
 
 
 def is_changed(folder: Path, result: Result) -> bool:

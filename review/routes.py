@@ -92,8 +92,9 @@ async def send_results(request: web.Request) -> web.Response:
 
     def read() -> bytes:
         sheet = review.open_catalogue(output_folder(), request.query.get("catalogue", ""))
-        changed = review.changed_results(sheet)
-        summary = summarise(review.read_results(sheet).values(), changed)
+        results = review.read_results(sheet).values()
+        changed = review.changed_results(sheet.path.parent, results)
+        summary = summarise(results, changed)
         return json.dumps({"results": review.describe_results(sheet, changed), "summary": summary}).encode()
 
     body = await asyncio.to_thread(read)
@@ -103,7 +104,8 @@ async def send_results(request: web.Request) -> web.Response:
 async def send_summary(request: web.Request) -> web.Response:
     def read() -> dict:
         sheet = review.open_catalogue(output_folder(), request.query.get("catalogue", ""))
-        return summarise(review.read_results(sheet).values(), review.changed_results(sheet))
+        results = review.read_results(sheet).values()
+        return summarise(results, review.changed_results(sheet.path.parent, results))
 
     return web.json_response(await asyncio.to_thread(read), headers=SAFE)
 
