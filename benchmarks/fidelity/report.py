@@ -128,6 +128,7 @@ FADING = fading(PAPER)
 MUON_ALONE = FADING._replace(image=faster(FADING.image, MUON_RATE), muon=True)
 QUALITY = MUON_ALONE._replace(recolourings=24)
 FAST = shorter(QUALITY, SHORTER)
+FIFTH = QUALITY._replace(image=faster(QUALITY.image, 1, 5), style=faster(QUALITY.style, 1, 5))
 
 
 class Contender(NamedTuple):
@@ -155,9 +156,10 @@ CONTENDERS = {
     "i": Contender("c, guidance 0.5", PAPER, settings=HALF),
     "quality": Contender("Muon, rates fade; recolourings; guidance 0.5", QUALITY, settings=HALF),
     "fast": Contender("quality in half of the steps, at twice the rates", FAST, settings=HALF),
+    "fifth": Contender("quality in a fifth of the steps", FIFTH, settings=HALF),
 }
 DIFFERENCES = ("c-b", "b-a", "c-a", "c-d", "c-e", "c-f", "g-c", "h-c", "i-c", "quality-c", "quality-i", "quality-b",
-               "quality-a", "fast-c", "quality-fast")  # fmt: skip
+               "quality-a", "fast-c", "quality-fast", "fifth-c")  # fmt: skip
 TRADED = ("content", "style")
 
 # For the base model prompted by name: subjects and drawings that it has learned.
@@ -497,7 +499,7 @@ def main() -> None:
     measured = {name: bench.measured(contender) for name, contender in contenders.items()}
     against_c = [f"{name}-c" for name in contenders if name != "c"]
     wanted = [pair for pair in DIFFERENCES if contenders.keys() >= set(pair.split("-"))]
-    name = f"fidelity{'_tuning' * options.tune}"
+    name = f"fidelity{'_tuning' * options.tune}{'_full_length' * (scale == 1)}"
     sections = [
         introduction(bench, shlex.join(["", *sys.argv[1:]]).removeprefix("''")),
         scores_section(bench, measured, contenders),
