@@ -8,7 +8,7 @@ that have learned from real drawings only judge the pictures (judges.py), beside
 A stopped run continues: `--work` keeps LoRAs and pictures, under all that determines them. `--few` takes six pairs, a
 tenth of the paper's steps and one seed, and leaves its results there. `--tune` takes the pairs that settings were
 chosen on, and the settings that were tried. `--images` takes fewer pairs, `--only` fewer contenders. On a GPU take
-`--scale 1`, the paper's number of steps.
+`--scale 1`, the paper's number of steps, whose results have a file of their own.
 """
 
 import argparse
