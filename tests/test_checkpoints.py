@@ -102,7 +102,7 @@ class NoBackward(torch.nn.Module):
 
     def __init__(self, layer):
         super().__init__()
-        self.layer, self.weight = layer, layer.weight
+        self.layer, self.weight, self.bias = layer, layer.weight, layer.bias  # which ComfyUI 0.33 reads of every layer
         self.in_features, self.out_features = layer.in_features, layer.out_features
 
     def forward(self, x):
