@@ -1,4 +1,4 @@
-"""What ComfyUI says, told from what proxies, tunnels, pods that start and other packs say."""
+"""What ComfyUI says, and how it differs from what proxies, tunnels, pods that start and other packs say."""
 
 import json
 

@@ -66,7 +66,7 @@ def summary_text(summary: dict) -> str:
         f"{summary['undecided']} undecided."
     ]
     if summary["changed_since_decided"]:
-        lines.append(f"{summary['changed_since_decided']} pictures were changed after the decision: undecided again.")
+        lines.append(f"Changed after the decision, so undecided again: {summary['changed_since_decided']}.")
     if summary["seconds_a_picture"] is not None:
         lines.append(
             f"Machine time: {summary['seconds_a_picture']} s a picture, {summary['seconds'] / 60:.1f} min in all."

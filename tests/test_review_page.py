@@ -383,13 +383,13 @@ def test_a_button_copies_what_is_accepted_and_says_what_it_left_out(page, server
     with Image.open(sheet.path.parent / "b.png") as picture:
         picture.transpose(Image.Transpose.ROTATE_180).save(sheet.path.parent / "b.png")
     page.get_by_role("button", name="Copy accepted").click()
-    told = page.get_by_role("dialog")
+    report = page.get_by_role("dialog")
     folder = f"output/{sheet.path.parent.name}/accepted"
-    told.get_by_text(f"1 accepted pictures are in {folder}, of which 1 were copied now.").wait_for()
-    told.get_by_text("1 changed since they were accepted: b").wait_for()
-    told.get_by_text("1 undecided").wait_for()
+    report.get_by_text(f"Accepted pictures in {folder}: 1, copied now: 1.").wait_for()
+    report.get_by_text("1 changed since they were accepted: b").wait_for()
+    report.get_by_text("1 undecided").wait_for()
     page.keyboard.press("Enter")
-    told.wait_for(state="hidden")
+    report.wait_for(state="hidden")
     copied = sheet.path.parent / "accepted"
     assert {path.name for path in copied.iterdir()} == {"a.png", "accepted.csv"}
     assert (copied / "a.png").read_bytes() == (sheet.path.parent / "a_seed12.png").read_bytes()

@@ -36,8 +36,8 @@ const EN = {
   handOverLong: `Copies the accepted pictures to {0}/accepted under plain names, with a list of who accepted which
 (accepted.csv). Of several accepted tries at a picture, the one that was accepted last is copied.
 Copies that are no longer accepted are moved to {0}/accepted_earlier: nothing is deleted.`,
-  copied: "{0} accepted pictures are in {1}, of which {2} were copied now.",
-  movedAside: "{0} earlier copies are no longer accepted, or were changed: they are in {1} now.",
+  copied: "Accepted pictures in {1}: {0}, copied now: {2}.",
+  movedAside: "Earlier copies that are no longer accepted, or were changed, now in {1}: {0}.",
   leftOut: "Left out: {0} {1}",
   leftOutFor: {
     undecided: "undecided",
