@@ -59,23 +59,27 @@ def open_for_training(
     Raises ValueError for a model without SDXL's content and style blocks, one that adds noise in a way that the method
     does not know, and one of quantised weights that give no gradient.
     """
-    base = model.model
     check_roles(model)
     flow = is_flow(model)
-    lean = _load_model(model, latent_shape, dtype, memory)
-    own = {
-        "wrappers": model.wrappers,
-        "cond_or_uncond": [0],
-        "optimized_attention_override": _pinned_attention(model.load_device),
-    }
-    options = comfy.patcher_extension.merge_nested_dicts(options_that_act(model), own)
-    batched, recordable = _BatchedConditioning(dtype), _can_be_recorded(model)
-    _log_sampling(model)
-
-    def denoise(x: Tensor, sigma: Tensor, cond: dict[str, Tensor]) -> Tensor:
-        return base.apply_model(x, sigma, transformer_options={**options, "sigmas": sigma}, **batched.of(cond, len(x)))
-
     with ExitStack() as stack:
+        needed = _activations(model, latent_shape, dtype)
+        model = stack.enter_context(_with_resident_weights(model, needed.get(memory, needed["lean"])))
+        lean = _load_model(model, needed, memory)
+        base = model.model
+        own = {
+            "wrappers": model.wrappers,
+            "cond_or_uncond": [0],
+            "optimized_attention_override": _pinned_attention(model.load_device),
+        }
+        options = comfy.patcher_extension.merge_nested_dicts(options_that_act(model), own)
+        batched, recordable = _BatchedConditioning(dtype), _can_be_recorded(model)
+        _log_sampling(model)
+
+        def denoise(x: Tensor, sigma: Tensor, cond: dict[str, Tensor]) -> Tensor:
+            return base.apply_model(
+                x, sigma, transformer_options={**options, "sigmas": sigma}, **batched.of(cond, len(x))
+            )
+
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
         stack.enter_context(_in_training_flag())
@@ -146,38 +150,82 @@ def _is_wrapped(options: dict) -> bool:
 
 def _can_be_recorded(model: ModelPatcher) -> bool:
     """Whether every step runs the same kernels, on a GPU where recording is measured; else logs why it is not."""
-    unet = model.model.diffusion_model
     if model.load_device.type == "cpu":
         return False
+    why = _obstacle(model)
+    if why is None and not all(parameter.is_cuda for parameter in model.model.diffusion_model.parameters()):
+        why = "ComfyUI moves weights to the card in each step"
+    if why is not None:
+        logging.info("ConsisLoRA: trains without recorded steps, which is slower: %s.", why)
+    return why is None
+
+
+def _obstacle(model: ModelPatcher) -> str | None:
+    """Why its steps could not be recorded even with all weights on the card; None: they could."""
+    modules = list(model.model.diffusion_model.modules())
     if not has_measured_kernels(model.load_device):
-        why = "measured on NVIDIA only (on AMD, ComfyUI's option --fast turns them on)"
-    elif not all(parameter.is_cuda for parameter in unet.parameters()):
-        why = (
-            "ComfyUI moves weights to the card in each step (dynamic VRAM, or too little memory; where the model fits "
-            "the card, its option --disable-dynamic-vram lets them stay)"
-        )
-    elif any(has_quantised_weights(module) for module in unet.modules()):
-        why = "this model's weights are quantised"
-    elif any("forward" in vars(module) for module in unet.modules()) or model.wrappers or options_that_act(model):
-        why = "other nodes act on this model"
-    else:
-        return True
-    logging.info("ConsisLoRA: trains without recorded steps, which is slower: %s.", why)
-    return False
+        return "measured on NVIDIA only (on AMD, ComfyUI's option --fast turns them on)"
+    if any(has_quantised_weights(module) for module in modules):
+        return "this model's weights are quantised"
+    if any("forward" in vars(module) for module in modules) or model.wrappers or options_that_act(model):
+        return "other nodes act on this model"
+    if torch.cuda.get_allocator_backend() != "native":
+        # It ended the process: what a recording allocated and was freed before a replay cannot be freed.
+        return "torch's allocator cudaMallocAsync cannot record (ComfyUI's option --disable-cuda-malloc changes it)"
+    return None
 
 
-def _load_model(model: ModelPatcher, latent_shape: tuple[int, ...], dtype: torch.dtype, memory: str) -> bool:
-    """Unloads every other model and loads this one; returns whether to train lean."""
+def _activations(model: ModelPatcher, latent_shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, int]:
+    """Bytes of a step's activations, by kind of memory."""
     batch, _, height, width = latent_shape
     unit = batch * height * width * model.model.model_config.unet_config["model_channels"] * dtype.itemsize
-    needed = {kind: count * unit for kind, count in ACTIVATIONS.items()}
+    return {kind: count * unit for kind, count in ACTIVATIONS.items()}
+
+
+@contextmanager
+def _with_resident_weights(model: ModelPatcher, needed: int) -> Iterator[ModelPatcher]:
+    """The model; with dynamic VRAM, whose steps cannot be recorded, a copy whose weights stay on the card.
+
+    The copy is read from the checkpoint, and gone afterwards. It is the model itself where a copy has no room beside
+    the `needed` bytes, where its loader has not told ComfyUI how to read it again, and where its steps could not be
+    recorded either: then a copy is no faster (benchmarks/results/dynamic_vram.md).
+    """
+    is_dynamic = hasattr(model, "is_dynamic") and model.is_dynamic()
+    copy = _resident_copy(model, needed) if is_dynamic and _obstacle(model) is None else None
+    if copy is None:
+        yield model
+        return
+    logging.info("ConsisLoRA: reads the model again, so that its weights stay on the card and steps can be recorded.")
+    try:
+        yield copy
+    finally:
+        _unload_all([loaded for loaded in _loaded_models() if not loaded.model.is_clone(copy)], copy.load_device)
+
+
+def _resident_copy(model: ModelPatcher, needed: int) -> ModelPatcher | None:
+    _unload_all([], model.load_device)
+    room = comfy.model_management.get_free_memory(model.load_device) - comfy.model_management.minimum_inference_memory()
+    memory = comfy.model_management.get_free_memory(torch.device("cpu"))
+    if model.model_size() + needed > room or model.model_size() > memory:
+        return None
+    try:
+        return model.clone(disable_dynamic=True)
+    except RuntimeError:  # ComfyUI's, where the loader of another pack registered nothing to read it by
+        return None
+
+
+def _loaded_models() -> list:
+    return [loaded for loaded in comfy.model_management.current_loaded_models if loaded.model is not None]
+
+
+def _unload_all(but: list, device: torch.device) -> None:
+    comfy.model_management.free_memory(1e30, device, keep_loaded=but)
+
+
+def _load_model(model: ModelPatcher, needed: dict[str, int], memory: str) -> bool:
+    """Unloads every other model and loads this one; returns whether to train lean. needed: from `_activations`."""
     # Text encoders and VAE are not needed for minutes.
-    ours = [
-        loaded
-        for loaded in comfy.model_management.current_loaded_models
-        if loaded.model is not None and loaded.model.is_clone(model)
-    ]
-    comfy.model_management.free_memory(1e30, model.load_device, keep_loaded=ours)
+    _unload_all([loaded for loaded in _loaded_models() if loaded.model.is_clone(model)], model.load_device)
     comfy.model_management.load_models_gpu([model], memory_required=needed.get(memory, needed["lean"]))
     if memory != "auto":
         return memory == "lean"

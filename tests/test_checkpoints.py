@@ -1,8 +1,10 @@
 """Checkpoints of other kinds than plain weights with noise of variance-exploding form: trained, or refused in words."""
 
+import gc
 import logging
 import re
 import shutil
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,7 +14,7 @@ from in_process import COMFYUI, ROOT
 from odd_models import gguf_like, quantised, with_layers
 from PIL import Image
 from reference import INDEX, comfy_model, flat, relative_error
-from test_training_nodes import FEW_STEPS, inputs, key, picture, train_image
+from test_training_nodes import FEW_STEPS, bits, inputs, key, picture, train_image
 
 from batch.comfy_client import WorkflowError
 from consislora_core import foreach
@@ -522,12 +524,7 @@ def with_an_option(model):
 @pytest.mark.parametrize(
     ("change", "nvidia", "on_card", "words"),
     [
-        (
-            lambda model: model,
-            True,
-            False,
-            r"moves weights to the card in each step .dynamic VRAM, .*--disable-dynamic",
-        ),
+        (lambda model: model, True, False, "moves weights to the card in each step"),
         (lambda model: model, False, True, "measured on NVIDIA only"),
         (gguf_like, True, True, "this model's weights are quantised"),
         (with_an_option, True, True, "other nodes act on this model"),
@@ -539,6 +536,7 @@ def test_the_log_says_why_steps_are_not_recorded(pack, comfy, monkeypatch, caplo
     model = change(comfy_model().clone())
     model.load_device = torch.device("cuda", 0)
     monkeypatch.setattr(training_model, "has_measured_kernels", lambda device: nvidia)
+    monkeypatch.setattr(torch.cuda, "get_allocator_backend", lambda: "native")
     caplog.set_level(logging.INFO)
     with monkeypatch.context() as card:
         card.setattr(torch.Tensor, "is_cuda", on_card)
@@ -546,12 +544,87 @@ def test_the_log_says_why_steps_are_not_recorded(pack, comfy, monkeypatch, caplo
     assert re.search(f"trains without recorded steps, which is slower: .*{words}", caplog.text)
 
 
-def test_plain_weights_that_stay_on_the_card_are_recorded(pack, comfy, monkeypatch, caplog):
+@pytest.mark.parametrize("allocator", ["native", "cudaMallocAsync"])
+def test_plain_weights_that_stay_on_the_card_are_recorded_where_the_allocator_can(
+    pack, comfy, monkeypatch, caplog, allocator
+):
     training_model, model = pack.host.training_model, comfy_model().clone()
     model.load_device = torch.device("cuda", 0)
     monkeypatch.setattr(training_model, "has_measured_kernels", lambda device: True)
+    monkeypatch.setattr(torch.cuda, "get_allocator_backend", lambda: allocator)
     caplog.set_level(logging.INFO)
     with monkeypatch.context() as card:
         card.setattr(torch.Tensor, "is_cuda", True)
-        assert training_model._can_be_recorded(model)
-    assert "recorded" not in caplog.text
+        assert training_model._can_be_recorded(model) is (allocator == "native")
+    assert ("--disable-cuda-malloc" in caplog.text) is (allocator != "native")
+
+
+@pytest.fixture
+def dynamic_model(comfy):
+    """A MODEL that says it fetches its weights in every step; `copies` holds weak references to those that stay."""
+    import comfy.model_patcher
+
+    class Dynamic(comfy.model_patcher.ModelPatcher):
+        copies = []
+        is_registered = True
+
+        def is_dynamic(self):
+            return True
+
+        def clone(self, disable_dynamic=False):
+            if not disable_dynamic:
+                return super().clone()
+            if not self.is_registered:
+                raise RuntimeError("Cannot create non-dynamic delegate: cached_patcher_init is not initialized.")
+            copy = comfy_model()
+            self.copies.append(weakref.ref(copy.model))
+            return copy
+
+    model = comfy_model()
+    return Dynamic(model.model, model.load_device, model.offload_device)
+
+
+def test_with_dynamic_vram_a_copy_trains_whose_weights_stay_and_is_gone_afterwards(
+    pack, nodes, comfy, store, dynamic_model, monkeypatch, caplog
+):
+    import comfy.model_management
+
+    monkeypatch.setattr(pack.host.training_model, "_obstacle", lambda model: None)
+    caplog.set_level(logging.INFO)
+    expected = train_image(nodes, comfy_model())[0]
+    shutil.rmtree(store.folder)
+    before = weights(dynamic_model)
+    assert bits(train_image(nodes, dynamic_model)[0]) == bits(expected)
+    assert "its weights stay on the card" in caplog.text
+    assert weights(dynamic_model) == before
+    (copy,) = dynamic_model.copies
+    gc.collect()
+    assert copy() is None
+    assert not comfy.model_management.current_loaded_models
+
+
+@pytest.mark.parametrize("reason", ["card", "memory", "loader", "no recording"])
+def test_with_dynamic_vram_and_no_copy_to_be_had_the_model_itself_trains(
+    pack, nodes, comfy, store, dynamic_model, monkeypatch, caplog, reason
+):
+    import comfy.model_management
+
+    expected = train_image(nodes, comfy_model())[0]
+    shutil.rmtree(store.folder)
+    caplog.set_level(logging.INFO)
+    free = comfy.model_management.get_free_memory
+
+    def little(device=None, torch_free_too=False):
+        is_short = (device == torch.device("cpu")) is (reason == "memory")
+        return (1e6, 1e6) if is_short and torch_free_too else 1e6 if is_short else free(device, torch_free_too)
+
+    if reason != "no recording":
+        monkeypatch.setattr(pack.host.training_model, "_obstacle", lambda model: None)
+    if reason == "loader":
+        monkeypatch.setattr(type(dynamic_model), "is_registered", False)
+    elif reason in ("card", "memory"):
+        dynamic_model.load_device = torch.device("cpu", 0)  # another than the one that stands for memory
+        monkeypatch.setattr(comfy.model_management, "get_free_memory", little)
+    assert bits(train_image(nodes, dynamic_model)[0]) == bits(expected)
+    assert not dynamic_model.copies
+    assert "its weights stay" not in caplog.text
