@@ -1,4 +1,4 @@
-"""`python benchmarks/pair.py [--scale S] [--sdxl] [--tiny]`: a whole pair, from two pictures on disk to a saved one.
+"""`python benchmarks/pair.py [--scale S] [--sdxl] [--only ...] [--tiny]`: a pair, from two pictures to a saved one.
 
 Runs the workflow of a pair in a ComfyUI of its own for each contender: the presets, and ComfyUI's own Train LoRA.
 Reports the seconds of each part, also in benchmarks/results/pair.md; the same with the loop of the published scripts
@@ -33,7 +33,7 @@ from PIL import Image
 from benchmarks.common import RESULTS, comfyui_version, joined, measure_in_a_process, table, template
 from benchmarks.photo_graphs import CONTENDERS, DEMO, PLAIN, TINY_ENCODERS, Base, Graphs, sdxl
 from catalogue.api_form import Workflow
-from consislora_core.schedule import PRESETS
+from consislora_core.schedule import PAPER, PRESETS
 from demo.run import IMAGES
 from demo.server import PACK, ComfyServer
 
@@ -130,11 +130,11 @@ class Bench(NamedTuple):
 
 def parts_section(found: dict[str, Seconds]) -> tuple[str, list]:
     labels = {name: CONTENDERS[name].label if name in CONTENDERS else name for name in found}
-    paper = sum(found["paper"].values()) - found["paper"][START]
+    wholes = {name: sum(seconds.values()) - seconds[START] for name, seconds in found.items()}
     rows = []
     for name, seconds in found.items():
-        whole = sum(seconds.values()) - seconds[START]
-        rows.append([labels[name], *(f"{seconds[part]:.1f}" for part in PARTS), f"{whole:.1f}", f"{whole / paper:.2f}"])
+        ratio = f"{wholes[name] / wholes[PAPER]:.2f}" if PAPER in found else "not measured"
+        rows.append([labels[name], *(f"{seconds[part]:.1f}" for part in PARTS), f"{wholes[name]:.1f}", ratio])
     return table(["seconds", *PARTS, "in all, after the start", "times paper"], rows)
 
 
@@ -157,7 +157,7 @@ def with_published_loop(found: dict[str, Seconds], device: str) -> dict[str, Sec
     ours, plain = (
         measure_in_a_process(training, "side", name, device, "speed")["seconds"] for name in ("fast", "plain")
     )
-    paper = found["paper"]
+    paper = found[PAPER]
     slower = Counter(
         {part: paper[part] * (plain / ours if part in (CONTENT, STYLE_1, STYLE_2) else 1) for part in paper}
     )
@@ -168,6 +168,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0].partition(": ")[2])
     parser.add_argument("--scale", type=float, default=1.0, help="training steps, as a part of the paper's")
     parser.add_argument("--sdxl", action="store_true", help="SDXL's size with random weights, on an NVIDIA GPU")
+    contenders = (*PRESETS, PLAIN)
+    parser.add_argument("--only", nargs="+", choices=contenders, default=contenders, help="measure these alone")
     parser.add_argument("--tiny", action="store_true", help="try this script in a few steps of the demo model")
     options = parser.parse_args()
     is_full = options.sdxl and not options.tiny
@@ -182,9 +184,9 @@ def main() -> None:
 
             write_checkpoint(folder / "checkpoints" / CHECKPOINT)
         bench = Bench(base, TINY_SCALE if options.tiny else options.scale, folder)
-        found = {name: bench.measure(name) for name in (*PRESETS, PLAIN)}
+        found = {name: bench.measure(name) for name in options.only}
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    if not options.tiny:
+    if not options.tiny and PAPER in found:
         found = with_published_loop(found, device)
     introduction, growth = template("pair")
     facts = dict(

@@ -52,7 +52,9 @@ def checkpoint_shapes(relative: str = "SDXL") -> dict[str, list[int]]:
         model = config.get_model({}, device="meta")
         clip = comfy.sdxl_clip.SDXLClipModel(device="meta", dtype=torch.float16)
         vae = comfy.ldm.models.autoencoder.AutoencoderKL(ddconfig=VAE, embed_dim=4)
-        tensors = model.state_dict_for_saving(clip.state_dict(), vae.state_dict())
+        tensors = config.process_unet_state_dict_for_saving(model.diffusion_model.state_dict())
+        tensors |= config.process_clip_state_dict_for_saving(clip.state_dict())
+        tensors |= config.process_vae_state_dict_for_saving(vae.state_dict())
     return {name: list(tensor.shape) for name, tensor in tensors.items() if tensor.is_floating_point()}
 
 
