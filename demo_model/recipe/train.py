@@ -12,6 +12,7 @@ WORK/emoji keeps the drawings' sets, WORK/state all that a run on another machin
     python demo_model/recipe/train.py WORK --tokenizer     # once, when prompts or drawings have changed
     python demo_model/recipe/train.py WORK --export        # only writes demo_model/weights from WORK/state
     python demo_model/recipe/train.py WORK --further       # begins a fresh clock with demo_model/weights
+    python demo_model/recipe/train.py WORK --decoder       # so too, and only the VAE's decoder learns: same latents
 """
 
 import argparse
@@ -34,7 +35,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from recipe import autoencoder, diffusion, pool, texts
 from recipe.drawings import HELD_OUT, ICON_SETS, TRAIN_SETS, fetch_sets
-from recipe.run import Clock, load_shards, save_checkpoint
+from recipe.run import Clock, load_shards, save_checkpoint, save_shards
 from safetensors.torch import load_file, save_file
 
 UNTIL = {"autoencoder": 0.25, "unet": 0.92, "decoder": 0.985}  # shares of the time at which the stages end
@@ -53,8 +54,8 @@ def main(args: argparse.Namespace) -> None:
         return pool.prepare(work, size, os.cpu_count())
     if args.compile:
         return diffusion.compile_step(args.batch)
-    if args.further and not (state / "clock.json").exists():
-        begin_with_weights(state)
+    if (args.further or args.decoder) and not (state / "clock.json").exists():
+        begin_with_weights(state, vae_is_done=args.decoder)
     if not args.export:
         learn(args, work, state, size)
     export(state, pool.Pool(work, size, "cpu"))
@@ -67,7 +68,7 @@ def learn(args: argparse.Namespace, work: Path, state: Path, size: pool.Size) ->
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     torch.set_flush_denormal(True)  # tiny averages otherwise slow a CPU down many times
     torch.manual_seed(int(clock.seconds()))
-    if compiled:
+    if compiled and not args.decoder:
         subprocess.Popen([sys.executable, *sys.argv, "--compile"])
     without_cuda = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}  # it forks
     subprocess.run([sys.executable, *sys.argv, "--prepare"], check=True, env=without_cuda)
@@ -75,7 +76,7 @@ def learn(args: argparse.Namespace, work: Path, state: Path, size: pool.Size) ->
     pictures = pool.Pool(work, size, device)
     if not (state / "vae-0.safetensors").exists():
         autoencoder.train("autoencoder", pictures, clock, state, UNTIL["autoencoder"], args.batch // 6)
-    if clock.share() < UNTIL["unet"]:
+    if clock.share() < UNTIL["unet"] and not args.decoder:
         vae = autoencoder.frozen_vae(state, device)
         latents = encoded(work, pictures, vae, args.batch)
         print(f"{clock.seconds():6.0f} s  latents of {len(latents)} pictures are ready", flush=True)
@@ -83,8 +84,8 @@ def learn(args: argparse.Namespace, work: Path, state: Path, size: pool.Size) ->
     autoencoder.train("decoder", pictures, clock, state, UNTIL["decoder"], args.batch // 6)
 
 
-def begin_with_weights(state: Path) -> None:
-    """Makes checkpoints of the shipped weights: VAE, UNet and text encoders all learn further."""
+def begin_with_weights(state: Path, vae_is_done: bool) -> None:
+    """Makes checkpoints of the shipped weights: UNet and text encoders learn further, and the VAE if it is not done."""
     weights = load_file(demo.WEIGHTS)
     places = {"unet": "base.diffusion_model.", "clip": "clip.", "vae": ""}
     for stage, parts in (("autoencoder", ["vae"]), ("unet", ["unet", "clip"])):
@@ -94,6 +95,9 @@ def begin_with_weights(state: Path) -> None:
             for key, value in weights.items()
             if key.startswith(demo.PREFIXES[part])
         }
+        if stage == "autoencoder" and vae_is_done:
+            save_shards(state, "vae", learned)
+            continue
         average = {key: value.clone() for key, value in learned.items()}  # a file takes no tensor twice
         save_checkpoint(state, stage, learned, average, begun=None)
 
@@ -146,5 +150,6 @@ if __name__ == "__main__":
     parser.add_argument("--export", action="store_true", help="writes the weights, and trains nothing")
     parser.add_argument("--prepare", action="store_true", help="renders and reads prompts, and trains nothing")
     parser.add_argument("--further", action="store_true", help="begins with the shipped weights")
+    parser.add_argument("--decoder", action="store_true", help="begins with the shipped weights; UNet and latents stay")
     parser.add_argument("--compile", action="store_true", help="fills inductor's cache, and trains nothing")
     main(parser.parse_args())
