@@ -54,7 +54,7 @@ from demo.sheet import sheet
 TRAIN = PACK / "workflows" / "api" / "train_and_stylise_demo.json"
 STYLISE = PACK / "workflows" / "api" / "dual_guidance_demo.json"
 WEIGHTS = PACK / "demo_model" / "weights" / "consislora_demo.safetensors"
-SIDE = 128
+DRAWN, SIDE = 256, 128  # pixels of a picture when it is drawn, and when it is scored
 INTRODUCTION, SCALES_TEXT, STRENGTHS_TEXT, CHEAPER_TEXT, LOCK_TEXT = template("effects")
 
 SCALES = (0.0, 0.5, 1.0, 2.0, 4.0, 8.0)
@@ -135,7 +135,7 @@ def build_img2img(bench: Bench, pair: Pair, way: str, denoise: float) -> dict:
     settings = {"denoise": denoise, "structure_lock": way == "locked"}
     prompt = build_prompt(bench, pair, seeds, latent_image=["start", 0], **settings)
     (base,) = nodes(prompt, "ConsisLoRADemoModel")
-    size = {"upscale_method": "lanczos", "largest_size": SIDE}
+    size = {"upscale_method": "lanczos", "largest_size": DRAWN}
     start = {
         "image": ("LoadImage", {"image": f"{pair.content}.png"}),
         "sized": ("ImageScaleToMaxDimension", {"image": ["image", 0], **size}),
