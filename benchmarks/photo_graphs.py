@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from catalogue.api_form import Workflow
 from catalogue.sheets import Job
-from consislora_core.schedule import FAST, PAPER, QUALITY
+from consislora_core.schedule import DRAFT, FAST, PAPER, QUALITY
 
 Link = list  # node id and output
 
@@ -37,6 +37,7 @@ CONTENDERS = {
     "paper": Recipe("ConsisLoRA, as in the paper"),
     "quality": Recipe("preset quality (Muon), recolourings", QUALITY, RECOLOURINGS),
     "fast": Recipe("preset fast, recolourings", FAST, RECOLOURINGS),
+    "draft": Recipe("preset draft, recolourings", DRAFT, RECOLOURINGS),
     "muon": Recipe("preset quality alone", QUALITY),
     "recolourings": Recipe("paper with recolourings", PAPER, RECOLOURINGS),
     "b-lora": Recipe("B-LoRA", steps=1000, transition_step=1000, rates=(5e-5, 5e-5), style_steps=0),

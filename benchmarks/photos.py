@@ -65,7 +65,7 @@ from catalogue.names import portable
 from catalogue.pictures import SUFFIXES, open_picture
 from catalogue.sheets import RESULTS, Result, ResultsSheet, error_text
 from consislora_core.files import written_whole
-from consislora_core.schedule import FAST, SHORTER
+from consislora_core.schedule import SHORTER
 from demo.run import IMAGES
 from demo.server import PACK, ComfyServer, ServerError
 
@@ -304,7 +304,7 @@ def announcement(plan: Plan, graphs: Graphs) -> str:
     lines, seconds = [], 0.0
     for name in plan.contenders:
         recipe = CONTENDERS[name]
-        shorter = SHORTER if recipe.preset == FAST else 1
+        shorter = SHORTER.get(recipe.preset, 1)
         image, style = (math.ceil(graphs.scaled(steps) / shorter) for steps in (recipe.steps, recipe.style_steps))
         images = len(plan.contents) + len(plan.styles)
         trainings, steps = images + len(plan.styles) * bool(style), images * image + len(plan.styles) * style

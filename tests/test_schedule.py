@@ -7,6 +7,7 @@ import pytest
 
 from consislora_core.schedule import (
     ADAMW,
+    FASTER,
     MUON,
     MUON_RATE,
     NOISE,
@@ -50,14 +51,20 @@ def test_quality_has_the_last_rate_fade_and_stage_1_learn_by_muon_and_changes_no
     assert make(preset="quality") == replace(make(), phases=faster, optimizer=optimizer)
 
 
+@pytest.mark.parametrize("preset", SHORTER)
 @pytest.mark.parametrize("make", [image_stage, style_stage])
-def test_fast_is_quality_with_one_step_for_several_at_as_many_times_the_rates(make):
-    quality, fast = make(preset="quality"), make(preset="fast")
-    assert fast.optimizer == quality.optimizer
-    for ours, theirs in zip(fast.phases, quality.phases, strict=True):
-        assert theirs.steps <= SHORTER * ours.steps < theirs.steps + SHORTER
-        assert ours.learning_rate == pytest.approx(SHORTER * theirs.learning_rate)
+def test_the_short_presets_are_quality_in_a_part_of_its_steps_at_higher_rates(make, preset):
+    quality, short = make(preset="quality"), make(preset=preset)
+    assert short.optimizer == quality.optimizer
+    for ours, theirs in zip(short.phases, quality.phases, strict=True):
+        assert theirs.steps <= SHORTER[preset] * ours.steps < theirs.steps + SHORTER[preset]
+        assert ours.learning_rate == pytest.approx(FASTER * theirs.learning_rate)
         assert (ours.loss, ours.fades) == (theirs.loss, theirs.fades)
+
+
+def test_draft_trains_a_pair_in_a_twelfth_of_the_papers_steps():
+    steps = 2 * image_stage(preset="draft").steps + style_stage(preset="draft").steps
+    assert steps <= math.ceil((2 * image_stage().steps + style_stage().steps) / 12) + 3
 
 
 def test_a_stage_with_the_papers_optimizer_is_named_as_before_there_was_a_choice():

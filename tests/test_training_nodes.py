@@ -477,7 +477,7 @@ def other_latent():
 
 CHANGES = [
     {"steps": 4}, {"transition_step": 1}, {"learning_rate": 1.1e-3}, {"reconstruction_learning_rate": 1.1e-3},
-    {"rank": 3}, {"seed": 1}, {"precision": "bf16"}, {"preset": "quality"}, {"preset": "fast"},
+    {"rank": 3}, {"seed": 1}, {"precision": "bf16"}, {"preset": "quality"}, {"preset": "fast"}, {"preset": "draft"},
     {"latent": other_latent()}, {"positive": [[TEXT + 1e-6, POOLED]]},
     {"positive": [[TEXT, {"pooled_output": POOLED["pooled_output"] + 1e-6}]]}, {"positive": [[TEXT, POOLED]]},
 ]  # fmt: skip

@@ -54,7 +54,8 @@ from benchmarks.fidelity.studio import CFG, SAMPLER, SCHEDULER, STEPS, Own, Stud
 from benchmarks.picture_scores import perceptual_distance, ssim
 from consislora_core.metrics import leakage, structure_scores
 from consislora_core.roles import ROLES
-from consislora_core.schedule import ADAMW, MUON, MUON_RATE, NOISE, RECONSTRUCTION, SHORTER, Phase, Stage
+from consislora_core import schedule
+from consislora_core.schedule import ADAMW, FASTER, MUON, MUON_RATE, NOISE, RECONSTRUCTION, SHORTER, Phase, Stage
 from demo.server import PACK
 
 EARLY, LATE = 2e-3, 1e-3  # learning rates before and after the transition: ten times the paper's
@@ -119,16 +120,17 @@ def faster(phases: Phases, rate: float, fewer: int = 1) -> Phases:
     )
 
 
-def shorter(recipe: Recipe, n: int) -> Recipe:
-    return recipe._replace(image=faster(recipe.image, n, n), style=faster(recipe.style, n, n))
+def a_part(recipe: Recipe, n: int, rate: float = 1) -> Recipe:
+    """One of `n` parts of the steps, at `rate` times the rates."""
+    return recipe._replace(image=faster(recipe.image, rate, n), style=faster(recipe.style, rate, n))
 
 
 # The presets of the training nodes, and what they learn from.
 FADING = fading(PAPER)
 MUON_ALONE = FADING._replace(image=faster(FADING.image, MUON_RATE), muon=True)
 QUALITY = MUON_ALONE._replace(recolourings=24)
-FAST = shorter(QUALITY, SHORTER)
-FIFTH = QUALITY._replace(image=faster(QUALITY.image, 1, 5), style=faster(QUALITY.style, 1, 5))
+FAST, DRAFT = (a_part(QUALITY, SHORTER[preset], FASTER) for preset in (schedule.FAST, schedule.DRAFT))
+FIFTH = a_part(QUALITY, 5)
 
 
 class Contender(NamedTuple):
@@ -156,10 +158,11 @@ CONTENDERS = {
     "i": Contender("c, guidance 0.5", PAPER, settings=HALF),
     "quality": Contender("Muon, rates fade; recolourings; guidance 0.5", QUALITY, settings=HALF),
     "fast": Contender("quality in half of the steps, at twice the rates", FAST, settings=HALF),
+    "draft": Contender("quality in a twelfth of the steps, at twice the rates", DRAFT, settings=HALF),
     "fifth": Contender("quality in a fifth of the steps", FIFTH, settings=HALF),
 }
 DIFFERENCES = ("c-b", "b-a", "c-a", "c-d", "c-e", "c-f", "g-c", "h-c", "i-c", "quality-c", "quality-i", "quality-b",
-               "quality-a", "fast-c", "quality-fast", "fifth-c")  # fmt: skip
+               "quality-a", "fast-c", "quality-fast", "draft-c", "fifth-c")  # fmt: skip
 TRADED = ("content", "style")
 
 # For the base model prompted by name: subjects and drawings that it has learned.
@@ -175,7 +178,12 @@ TRIED = {
     "quality": CONTENDERS["quality"],
     "quality 2": Contender("quality without guidance", QUALITY),
     "quality 3": Contender("quality, content guidance 0.5 alone", QUALITY, settings=guided(0.5, 0.0)),
+    "quality 4": Contender("quality, content guidance 1, style guidance 0.5", QUALITY, settings=guided(1.0, 0.5)),
+    "quality 5": Contender("quality, guidance 1", QUALITY, settings=guided(1.0, 1.0)),
+    "quality 6": Contender("quality, content guidance 2, style guidance 0.5", QUALITY, settings=guided(2.0, 0.5)),
     "fast": CONTENDERS["fast"],
+    "draft": CONTENDERS["draft"],
+    "draft 1": Contender("quality in a twelfth of the steps", a_part(QUALITY, 12), settings=HALF),
     "patches": Contender("quality, style patches", QUALITY._replace(patches=24)),
     "patches 1": Contender("quality, style patches, one stage", QUALITY._replace(patches=24, style=())),
 }
