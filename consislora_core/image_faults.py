@@ -19,7 +19,6 @@ EMPTY, PAGE_BORDER = 0.85, 0.9  # share of cells that are page; of border pixels
 CELLS, ALIKE = 16, 16 / 255  # cells to a side; how much colours may differ that count as one
 LEAST = 32  # pixels to a side, below which there is too little to measure
 LOOKED_AT = 1024  # pixels to a side of the middle in which JPEG blocks are searched
-HEADING = "Poor to learn from:"  # above the faults of several pictures
 
 
 def find_faults(picture: Tensor, side: float, masked: bool = False) -> list[str]:

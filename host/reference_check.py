@@ -9,7 +9,7 @@ import folder_paths
 from PIL import Image, ImageOps
 
 from ..consislora_core.files import escape_text
-from ..consislora_core.image_faults import HEADING, find_faults
+from ..consislora_core.image_faults import find_faults
 from .drawing import to_image
 from .progress import show_text
 from .prompt_graph import widget_values_behind
@@ -38,7 +38,7 @@ def report_faults(request: TrainingRequest, hidden: Any) -> None:
     for name in dict.fromkeys(widget_values_behind(hidden, "latent", "image", LOADERS, FAITHFUL)):
         faults += faults_of_file(name, side, masked=request.mask is not None)
     if faults:
-        text = "\n".join([HEADING, *faults])
+        text = "\n".join(faults)
         logging.warning("ConsisLoRA %s stage: %s", request.stage.name, escape_text(text))
         show_text(hidden, text)
 

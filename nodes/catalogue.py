@@ -19,7 +19,7 @@ from ..catalogue.pictures import NAME, PictureCache
 from ..catalogue.plan import Plan, plan_catalogue
 from ..catalogue.sheets import disk_errors_named, error_text
 from ..catalogue.sizes import latent_size
-from ..consislora_core.image_faults import HEADING, find_faults
+from ..consislora_core.image_faults import find_faults
 from ..host import drawing
 from ..host.paths import input_folder, output_folder, temp_folder
 from ..host.progress import begin_run, show_text, stop_if_cancelled
@@ -191,7 +191,7 @@ def fault_lines(cache: PictureCache) -> list[str]:
     for fault in faults:
         logging.warning("ConsisLoRA catalogue: %s", fault)
     more = [f"... and {len(faults) - FAULTS} more, in ComfyUI's log"] if len(faults) > FAULTS else []
-    return [HEADING, *faults[:FAULTS], *more] if faults else []
+    return ["Poor to learn from:", *faults[:FAULTS], *more] if faults else []
 
 
 def decode(
