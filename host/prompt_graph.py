@@ -29,6 +29,27 @@ def numbers_behind(hidden: Any, input_name: str, names: Collection[str]) -> dict
     return found
 
 
+def widget_values_behind(
+    hidden: Any, input_name: str, widget: str, kinds: Collection[str], through: Collection[str]
+) -> list[str]:
+    """The texts of a widget of all nodes of some kinds upstream of an input of the running node.
+
+    through: the kinds of nodes that may lie between.
+    """
+    graph = (hidden and hidden.prompt) or {}
+    links = [graph.get(hidden and hidden.unique_id, {"inputs": {}})["inputs"].get(input_name)]
+    found, seen = [], set()
+    for link in links:
+        if isinstance(link, list) and link[0] in graph and link[0] not in seen:
+            seen.add(link[0])
+            node = graph[link[0]]
+            if node["class_type"] in through:
+                links += node["inputs"].values()
+            elif node["class_type"] in kinds and isinstance(value := node["inputs"].get(widget), str):
+                found.append(value)
+    return found
+
+
 def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 

@@ -21,6 +21,7 @@ from ..consislora_core.trainer import Trainer
 from .paths import training_store
 from .progress import Progress, stop_if_cancelled
 from .prompt_graph import text_behind
+from .reference_check import report_faults
 from .training_key import TrainingRequest, tensor_fingerprint
 from .training_model import clean_latents, encoded_conditioning, loss_scale, open_for_training
 
@@ -53,6 +54,7 @@ def train(request: TrainingRequest, memory: str, hidden: Any = None) -> Trained:
     ValueError for inputs that do not fit the model, FloatingPointError for a loss that is not finite, `Cancelled`, and
     `OutOfMemory` with advice.
     """
+    report_faults(request, hidden)
     (trained,) = _find_or_train([request], hidden, memory)
     return trained
 
@@ -62,6 +64,7 @@ def train_each(request: TrainingRequest, memory: str, at_once: int, hidden: Any 
 
     Raises as `train` does.
     """
+    report_faults(request, hidden)
     requests = request.for_each_image()
     names = [request.key or number for number, request in enumerate(requests)]
     wanted = dict(zip(names, requests, strict=True))  # equal images train once

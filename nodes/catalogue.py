@@ -19,6 +19,7 @@ from ..catalogue.pictures import NAME, PictureCache
 from ..catalogue.plan import Plan, plan_catalogue
 from ..catalogue.sheets import disk_errors_named, error_text
 from ..catalogue.sizes import latent_size
+from ..consislora_core.image_faults import find_faults
 from ..host import drawing
 from ..host.paths import input_folder, output_folder, temp_folder
 from ..host.progress import begin_run, show_text, stop_if_cancelled
@@ -26,6 +27,7 @@ from .sockets import CATEGORY, CatalogJob, aliases
 from .widget_values import checked
 
 ONE, ALL = "one pair per run", "all pairs in one run"
+FAULTS = 3  # so many of the pictures' are in the report
 
 
 class CatalogLoad(io.ComfyNode):
@@ -140,18 +142,19 @@ class CatalogLoad(io.ComfyNode):
         if not pairs:
             problems = [f"{name}: {problem}" for name, problem in plan.problems.items()]
             raise ValueError(error_text("The catalogue", problems or ["contents or styles is empty. Name a folder."]))
-        cache = picture_cache(plan, run, background)
+        cache = picture_cache(plan, run, background, resolution)
         jobs = plan.pending(pairs if run == ALL else [pairs[index % len(pairs)]], entries, cache)
         plan.record_bad_files(entries, cache, stop_if_cancelled)
         names = [job.name for job in jobs]
         report = plan.report(plan.count_done(pairs, entries), len(pairs), names, cache)
         logging.info("ConsisLoRA catalogue: %s", report)
+        report = "\n".join([report, *fault_lines(cache)])
         show_text(cls.hidden, report)
         if not jobs:
             return io.NodeOutput(*4 * [[ExecutionBlocker(None)]], report, *3 * [[ExecutionBlocker(None)]])
         contents, styles = zip(*map(cache.open_pair, jobs.values()), strict=True)
         jobs = {job._replace(in_run=len(jobs)): pair for job, pair in jobs.items()}
-        images, masks = map(list, zip(*contents, strict=True))
+        images, masks, _ = map(list, zip(*contents, strict=True))
         widths, heights = map(list, zip(*(latent_size(job.size, resolution) for job in jobs), strict=True))
         styles = [style.image for style in styles]
         return io.NodeOutput(images, styles, list(jobs), names, report, masks, widths, heights)
@@ -163,25 +166,40 @@ def make_plan(contents: str, styles: str, catalogue: str, name: str) -> Plan:
 
 
 class Opened(NamedTuple):
-    """A picture as IMAGE, and as MASK where it is opaque."""
+    """A picture as IMAGE, and as MASK where it is opaque; and what is wrong with it."""
 
     image: Tensor
     mask: Tensor
+    faults: list[str]
 
 
-def picture_cache(plan: Plan, run: str, background: Colour | str) -> PictureCache:
+def picture_cache(plan: Plan, run: str, background: Colour | str, resolution: int) -> PictureCache:
     """For the pictures of one pair in memory, or for those of all pairs in temporary files, for half of the disk."""
+    opened = partial(decode, resolution=resolution)
     if run == ONE:
-        return PictureCache(decode, plan.name_of, dict(plan.problems), background)
+        return PictureCache(opened, plan.name_of, dict(plan.problems), background)
     folder = temp_folder()
-    decode_there = partial(decode, keep=partial(drawing.mapped, folder=folder))
+    opened_there = partial(opened, keep=partial(drawing.mapped, folder=folder))
     limit = disk_usage(folder).free // 2
-    return PictureCache(decode_there, plan.name_of, dict(plan.problems), background, limit)
+    return PictureCache(opened_there, plan.name_of, dict(plan.problems), background, limit)
 
 
-def decode(picture: Image, alpha: Image | None, keep: Callable[[Tensor], Tensor] = lambda tensor: tensor) -> Opened:
-    """keep: puts a tensor where it is to stay."""
-    image = keep(drawing.to_image(picture))
+def fault_lines(cache: PictureCache) -> list[str]:
+    """What is wrong with the pictures that were opened: the first few for the report, all for the log."""
+    opened = {path: picture for (path, _), picture in cache.opened.items() if picture is not None}
+    faults = [f"- {cache.name_of(path)} {fault}" for path, picture in opened.items() for fault in picture.faults]
+    for fault in faults:
+        logging.warning("ConsisLoRA catalogue: %s", fault)
+    more = [f"... and {len(faults) - FAULTS} more, in ComfyUI's log"] if len(faults) > FAULTS else []
+    return ["Poor to learn from:", *faults[:FAULTS], *more] if faults else []
+
+
+def decode(
+    picture: Image, alpha: Image | None, resolution: int, keep: Callable[[Tensor], Tensor] = lambda tensor: tensor
+) -> Opened:
+    """resolution: the side of a square with the area at which it is learned. keep: puts a tensor where it stays."""
+    image = drawing.to_image(picture)
+    faults = find_faults(image[0], resolution, masked=alpha is not None)
     # Ones for a picture without alpha take the memory of one.
     mask = torch.ones(1, 1, 1).expand(image.shape[:3]) if alpha is None else keep(drawing.to_mask(alpha))
-    return Opened(image, mask)
+    return Opened(keep(image), mask, faults)

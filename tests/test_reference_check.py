@@ -1,0 +1,192 @@
+"""What a user is told of pictures that are poor to learn from, before they are learned."""
+
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from images import cut_out
+from PIL import Image, ImageDraw, ImageFilter
+from prompts import quick
+from reference import comfy_conditioning, comfy_model, run
+
+from consislora_core.image_faults import find_faults
+from consislora_core.schedule import image_stage
+from demo.run import IMAGES
+
+DEMO = sorted(IMAGES.glob("*.png"))
+SIDE = 256  # of the demo model's pictures
+
+
+def picture(file, side=SIDE):
+    return Image.open(file).convert("RGB").resize((side, side), Image.Resampling.LANCZOS)
+
+
+def photo():
+    """Like a photograph: shading everywhere, texture, soft and sharp edges, and no page."""
+    rng = np.random.default_rng(0)
+    coarse = Image.fromarray(rng.integers(0, 255, (12, 12, 3), np.uint8)).resize((512, 512), Image.Resampling.BICUBIC)
+    fine = Image.fromarray(rng.integers(0, 255, (128, 128, 3), np.uint8)).resize((512, 512), Image.Resampling.BICUBIC)
+    blended = Image.blend(coarse, fine, 0.2)
+    draw = ImageDraw.Draw(blended)
+    for x, y, radius in rng.integers(40, 470, (12, 3)) // (1, 1, 8):
+        draw.ellipse((x - radius, y - radius, x + radius, y + radius), tuple(rng.integers(0, 255, 3).tolist()))
+    return blended.resize((400, 400), Image.Resampling.LANCZOS)
+
+
+def faults(of, side=None, **settings):
+    return find_faults(torch.from_numpy(np.array(of)).float() / 255, side or of.width, **settings)
+
+
+def jpeg(of, quality):
+    file = io.BytesIO()
+    of.save(file, "JPEG", quality=quality)
+    return Image.open(file).convert("RGB")
+
+
+def noisy(of):
+    noise = np.random.default_rng(0).normal(0, 25, (of.height, of.width, 3))
+    return Image.fromarray((np.asarray(of) + noise).round().clip(0, 255).astype(np.uint8))
+
+
+def lost(of):
+    """On a page of ten times its area."""
+    page = Image.new("RGB", of.size, of.getpixel((0, 0)))
+    page.paste(of.resize((of.width // 3, of.height // 3), Image.Resampling.LANCZOS), (of.width // 5, of.height // 3))
+    return page
+
+
+DAMAGE = {
+    "is blurred": lambda of: of.filter(ImageFilter.GaussianBlur(3)),
+    "or was scaled up": lambda of: of.resize((of.width // 4, of.height // 4)).resize(of.size, Image.Resampling.BICUBIC),
+    "JPEG": lambda of: jpeg(of, 20),
+    "is noisy": noisy,
+    "empty page": lost,
+}
+
+
+@pytest.mark.parametrize("file", DEMO, ids=lambda file: file.stem)
+def test_a_clean_drawing_has_no_fault(file):
+    assert faults(picture(file)) == faults(Image.open(file).convert("RGB"), SIDE) == []
+
+
+@pytest.mark.parametrize("words", DAMAGE)
+@pytest.mark.parametrize("file", DEMO, ids=lambda file: file.stem)
+def test_each_damage_is_named(file, words):
+    (fault,) = faults(DAMAGE[words](picture(file)))
+    assert words in fault
+
+
+@pytest.mark.parametrize("words", list(DAMAGE)[:-1])
+def test_so_it_is_of_a_photograph(words):
+    assert faults(photo()) == []
+    assert any(words in fault for fault in faults(DAMAGE[words](photo())))
+
+
+def test_what_is_lost_when_a_picture_is_made_small_for_training_does_not_count():
+    sharp = picture(DEMO[0], 2048)
+    assert "is blurred" in str(faults(DAMAGE["is blurred"](sharp)))
+    assert (
+        faults(DAMAGE["is blurred"](sharp), SIDE) == faults(noisy(sharp), SIDE) == faults(jpeg(sharp, 20), SIDE) == []
+    )
+
+
+def test_a_small_picture_is_named_where_it_is_learned_large():
+    (fault,) = faults(picture(DEMO[0], 200), 1024)
+    assert fault.startswith("has 200 x 200 pixels and is scaled up 5.1 times")
+    assert faults(picture(DEMO[0], 200)) == faults(picture(DEMO[0], 512), 1024) == []
+
+
+def test_an_empty_page_does_not_count_behind_a_mask():
+    assert faults(lost(picture(DEMO[0])), masked=True) == []
+
+
+@pytest.mark.parametrize("size", [(1, 1), (7, 3), (8, 2000), (40, 40)])
+def test_odd_sizes_and_flat_pictures_are_looked_at_too(size):
+    for side in (1, 64, 1024):
+        faults(Image.new("RGB", size, "white"), side)
+        faults(noisy(Image.new("RGB", size, "grey")), side)
+
+
+def training(name, **changes):
+    """The demo's training of a content image, on a file in the input folder."""
+    prompt = quick("train_content_demo", **changes)
+    for node in prompt.values():
+        if node["class_type"] == "LoadImage":
+            node["inputs"]["image"] = name
+    return prompt
+
+
+def told(server, prompt):
+    """The texts that nodes show while a workflow runs."""
+    events = []
+    server.run(prompt, on_event=lambda kind, data: events.append(data))
+    return [data.decode(errors="replace") for data in events if isinstance(data, bytes)]
+
+
+def put(server, name, of):
+    of.save(server.base / "input" / name)
+    return name
+
+
+def test_the_training_node_and_the_log_name_the_file_and_its_fault(server):
+    blurred = put(server, "soft owl.png", DAMAGE["is blurred"](picture(DEMO[0])))
+    texts = told(server, training(blurred))
+    assert any("soft owl.png is blurred" in text for text in texts)
+    assert "image stage: soft owl.png is blurred" in server.log
+    again = told(server, training(blurred, memory="lean"))  # the same training, which the store has
+    assert any("soft owl.png is blurred" in text for text in again)
+
+
+def test_a_clean_picture_trains_without_a_word(server):
+    assert not [text for text in told(server, training(put(server, "owl.png", picture(DEMO[3])))) if "owl.png" in text]
+
+
+def test_behind_a_node_that_changes_the_picture_the_file_says_nothing(server):
+    blurred = put(server, "soft.png", DAMAGE["is blurred"](picture(DEMO[0])))
+    prompt = training(blurred)
+    (encode,) = [node for node in prompt.values() if node["class_type"] == "VAEEncode"]
+    prompt["sharp"] = {
+        "class_type": "ImageSharpen",
+        "inputs": {"image": encode["inputs"]["pixels"], "sharpen_radius": 1, "sigma": 1.0, "alpha": 1.0},
+    }
+    encode["inputs"]["pixels"] = ["sharp", 0]
+    assert not [text for text in told(server, prompt) if "soft.png" in text]
+
+
+def test_a_file_that_is_gone_or_has_16_bits_is_passed_over(pack, comfy):
+    import folder_paths
+
+    deep = Image.fromarray(np.full((64, 64), 40_000, np.uint16))
+    deep.save(Path(folder_paths.get_input_directory()) / "deep.png")
+    look = pack.host.reference_check.faults_of_file
+    assert look("deep.png", SIDE, False) == look("gone.png", SIDE, False) == []
+
+
+def test_a_latent_far_below_what_sdxl_draws_is_named_but_not_the_demo_models(pack, comfy, caplog, monkeypatch):
+    tensors = run("stage1_content")
+    stage = image_stage(2, 1, 1e-3, 1e-3, rank=2)
+    latent = {"samples": torch.ones(1, 4, 32, 48)}
+    conditioning = comfy_conditioning(tensors)
+    request = pack.host.training_key.TrainingRequest.from_inputs(comfy_model(), latent, conditioning, stage, "fp32")
+    pack.host.reference_check.report_faults(request, None)
+    assert not caplog.messages
+    # As if the small model were SDXL, which has no smaller size than its own.
+    monkeypatch.setattr(pack.host.reference_check, "FULL_SIZE_CHANNELS", 0)
+    pack.host.reference_check.report_faults(request, None)
+    assert "latent is of 384 x 256 pixels, and SDXL draws 1024 x 1024" in caplog.text
+
+
+def test_load_catalogue_reports_the_faults_of_its_pictures(pack, comfy):
+    import folder_paths
+
+    root = Path(folder_paths.get_input_directory()) / "poor"
+    for folder, of in (("photos", noisy(picture(DEMO[0]))), ("styles", lost(picture(DEMO[1])))):
+        (root / folder).mkdir(parents=True, exist_ok=True)
+        of.save(root / folder / f"{folder}.png")
+    cut_out("owl-flat").save(root / "photos" / "cut_out.png")
+    node = pack.nodes.catalogue.CatalogLoad
+    result = node.execute("poor/photos", "poor/styles", "poor", "", "all pairs in one run", 0, "white", SIDE).result
+    report = result[4].partition("Poor to learn from:")[2]
+    assert "photos.png is noisy" in report and "styles.png is 9" in report and "cut_out" not in report
