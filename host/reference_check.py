@@ -44,7 +44,7 @@ def report_faults(request: TrainingRequest, hidden: Any) -> None:
 
 
 def faults_of_file(name: str, side: float, masked: bool) -> list[str]:
-    """As `find_faults`, with the name before each; none for a file that cannot be opened any more, or of 16 bits.
+    """As `find_faults`, with the name before each; none for a file that Pillow cannot open, or of 16 bits.
 
     name: as Load Image has it.
     """
@@ -53,6 +53,7 @@ def faults_of_file(name: str, side: float, masked: bool) -> list[str]:
             if picture.mode not in BYTES:
                 return []
             pixels = to_image(ImageOps.exif_transpose(picture))[0]
-    except OSError:  # the picture may come from ComfyUI's cache
+    except Exception as error:  # the file may be gone since, and readers raise whatever they run into
+        logging.info("ConsisLoRA: %s is not looked at: %s.", escape_text(name), error)
         return []
     return [f"{Path(name).name} {fault}" for fault in find_faults(pixels, side, masked)]
