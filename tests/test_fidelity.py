@@ -154,7 +154,9 @@ def test_an_interval_is_over_the_images_that_pairs_share():
     assert found.high - found.low == pytest.approx(2 * 1.96 * alone, rel=0.05)
 
 
-@pytest.mark.parametrize(("name", "preset"), [("c", "paper"), ("quality", "quality"), ("fast", "fast"), ("draft", "draft")])
+@pytest.mark.parametrize(
+    ("name", "preset"), [("c", "paper"), ("quality", "quality"), ("fast", "fast"), ("draft", "draft")]
+)
 def test_these_contenders_train_as_the_nodes_do(name, preset):
     bench = Bench(None, PAIRS["report"], scale=1.0, seeds=1)
     image, style = bench.stages(CONTENDERS[name].recipe)

@@ -19,14 +19,13 @@ if __name__ == "__main__":
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 from torch import Tensor
 
 from benchmarks.common import RESULTS, bold, comfyui_version, joined, table, template
 from benchmarks.fidelity.faults import Damage, coarse, compressed, noisy
-from benchmarks.fidelity.judges import DRAWN, SIDE
+from benchmarks.fidelity.judges import DRAWN
 from benchmarks.fidelity.pairs import PAIRS, Drawing
 from benchmarks.fidelity.report import CONTENT_PROMPT, FAST, STYLE_PROMPT, Bench, first_pairs
 from benchmarks.fidelity.studio import Own, Studio
@@ -115,16 +114,6 @@ class References(Bench):
         pictures = (self.studio.drawn(poorer(style, kind))[0] for style in self.styles)
         return sum(bool(find_faults(rearrange(picture, "c h w -> h w c"), DRAWN)) for picture in pictures)
 
-    def sheet(self, drawn: dict[str, Tensor]) -> Image.Image:
-        """For each style image two rows: it in all kinds, and below each a content image in the style learned."""
-        rows = []
-        for number, style in enumerate(self.styles):
-            rows.append(torch.cat([self.studio.drawn(poorer(style, kind)) for kind in drawn], 3))
-            rows.append(torch.cat([pictures[[number]] for pictures in drawn.values()], 3))
-        pixels = F.adaptive_avg_pool2d(torch.cat(rows, 2), (len(rows) * SIDE, len(drawn) * SIDE))
-        array = (255 * rearrange(pixels, "1 c h w -> h w c")).byte().numpy()
-        return Image.fromarray(array).quantize(192, dither=Image.Dither.NONE)
-
 
 def poorer(drawing: Drawing, kind: str) -> tuple[str, ...]:
     return drawing if kind == CLEAN else (*drawing, kind)
@@ -152,11 +141,9 @@ def main() -> None:
         means = (f"{found[name].mean():.3f}" for name in SHOWN)
         rows.append([kind, *means, *(differences if kind != CLEAN else [""] * len(SHOWN)), bench.faulty(kind)])
     header = ["style image", *SHOWN, *(f"{name}, less clean's" for name in SHOWN), "the check finds it"]
-    sheet = RESULTS / "references_sheet.png"
-    bench.sheet(drawn).save(sheet, optimize=True)
     report = joined(template("references")).format(
         date=date.today(), images=options.images, styles=options.styles, scale=options.scale, pairs=len(pairs),
-        comfyui=comfyui_version(), torch=torch.__version__, table=table(header, rows), sheet=sheet.name,
+        comfyui=comfyui_version(), torch=torch.__version__, table=table(header, rows),
     )  # fmt: skip
     (RESULTS / "references.md").write_text(report, encoding="utf-8")
     print(report)

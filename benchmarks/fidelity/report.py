@@ -52,9 +52,9 @@ from benchmarks.fidelity.judges import FOLDER, SIDE, TRUTHS, load_judge
 from benchmarks.fidelity.pairs import ALIGNED_SETS, CONTENT_SET, PAIRS, SAME_STYLE, Drawing, Pair
 from benchmarks.fidelity.studio import CFG, SAMPLER, SCHEDULER, STEPS, Own, Studio
 from benchmarks.picture_scores import perceptual_distance, ssim
+from consislora_core import schedule
 from consislora_core.metrics import leakage, structure_scores
 from consislora_core.roles import ROLES
-from consislora_core import schedule
 from consislora_core.schedule import ADAMW, FASTER, MUON, MUON_RATE, NOISE, RECONSTRUCTION, SHORTER, Phase, Stage
 from demo.server import PACK
 
