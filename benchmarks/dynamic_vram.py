@@ -37,7 +37,6 @@ print("taken", flush=True)
 sys.stdin.read()
 """
 CHECKPOINT, PICTURE = "random_sdxl.safetensors", "picture.png"
-QUALITY = "quality"  # the preset
 OUTPUTS = ("SaveImage", "ConsisLoRASave", "LossGraphNode")
 TRAINING, SAMPLING = ("ConsisLoRATrainImage", "ConsisLoRATrainStyle"), ("ConsisLoRASampler",)
 
@@ -72,7 +71,7 @@ def workflow(size: Size) -> dict:
     from prompts import api
 
     prompt = api(size.template)
-    few = {"preset": QUALITY, "steps": size.steps, "transition_step": size.steps // 2}
+    few = {"preset": "quality", "steps": size.steps, "transition_step": size.steps // 2}
     few |= {"ckpt_name": CHECKPOINT, "image": PICTURE}
     for node in prompt.values():
         own = {name for name, value in node["inputs"].items() if not isinstance(value, list)}  # and not links

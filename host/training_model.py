@@ -187,7 +187,7 @@ def _with_resident_weights(model: ModelPatcher, needed: int) -> Iterator[ModelPa
     """The model; with dynamic VRAM, whose steps cannot be recorded, a copy whose weights stay on the card.
 
     The copy is read from the checkpoint, and gone afterwards. It is the model itself where a copy has no room beside
-    the `needed` bytes, where its loader has not told ComfyUI how to read it again, and where its steps could not be
+    the `needed` bytes, where its loader registered no way to read it again, and where its steps could not be
     recorded either: then a copy is no faster (benchmarks/results/dynamic_vram.md).
     """
     is_dynamic = hasattr(model, "is_dynamic") and model.is_dynamic()

@@ -1,4 +1,4 @@
-"""What a user is told of pictures that are poor to learn from, before they are learned."""
+"""What a user reads of pictures that are poor to learn from, before they are learned."""
 
 import io
 from pathlib import Path
@@ -118,7 +118,7 @@ def training(name, **changes):
     return prompt
 
 
-def told(server, prompt):
+def texts_shown(server, prompt):
     """The texts that nodes show while a workflow runs."""
     events = []
     server.run(prompt, on_event=lambda kind, data: events.append(data))
@@ -132,15 +132,16 @@ def put(server, name, of):
 
 def test_the_training_node_and_the_log_name_the_file_and_its_fault(server):
     blurred = put(server, "soft owl.png", DAMAGE["is blurred"](picture(DEMO[0])))
-    texts = told(server, training(blurred))
+    texts = texts_shown(server, training(blurred))
     assert any("soft owl.png is blurred" in text for text in texts)
     assert "image stage: soft owl.png is blurred" in server.log
-    again = told(server, training(blurred, memory="lean"))  # the same training, which the store has
+    again = texts_shown(server, training(blurred, memory="lean"))  # the same training, which the store has
     assert any("soft owl.png is blurred" in text for text in again)
 
 
 def test_a_clean_picture_trains_without_a_word(server):
-    assert not [text for text in told(server, training(put(server, "owl.png", picture(DEMO[3])))) if "owl.png" in text]
+    clean = put(server, "owl.png", picture(DEMO[3]))
+    assert not [text for text in texts_shown(server, training(clean)) if clean in text]
 
 
 def test_behind_a_node_that_changes_the_picture_the_file_says_nothing(server):
@@ -152,7 +153,7 @@ def test_behind_a_node_that_changes_the_picture_the_file_says_nothing(server):
         "inputs": {"image": encode["inputs"]["pixels"], "sharpen_radius": 1, "sigma": 1.0, "alpha": 1.0},
     }
     encode["inputs"]["pixels"] = ["sharp", 0]
-    assert not [text for text in told(server, prompt) if "soft.png" in text]
+    assert not [text for text in texts_shown(server, prompt) if "soft.png" in text]
 
 
 def test_a_file_that_cannot_be_looked_at_is_passed_over(pack, comfy, monkeypatch):
