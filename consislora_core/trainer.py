@@ -166,11 +166,11 @@ class Trainer:
         """
         loss, learning_rate = self.stage.at(self.step)
         self._set_learning_rate(learning_rate)
-        z_0_hat, losses, sigma = self._backward([z_0, *random, *([] if weight is None else [weight])], loss)
-        self.work.update()
+        computed, losses, sigma = self._backward([z_0, *random, *([] if weight is None else [weight])], loss)
+        self.work.update(*computed)
         self.step += 1
         self.random_state = self.drawn.before
-        return StepEvent(self.step, self.stage.name, loss, losses, learning_rate, sigma, z_0_hat)
+        return StepEvent(self.step, self.stage.name, loss, losses, learning_rate, sigma, computed[0])
 
     def _set_learning_rate(self, value: float) -> None:
         for group in self.optimizer.param_groups:
@@ -179,7 +179,10 @@ class Trainer:
             else:
                 group["lr"] = value
 
-    def _update(self) -> None:
+    def _update(self, z_0_hat: Tensor, numbers: Tensor, *gradients: Tensor) -> None:
+        """Moves the weights; takes what `_compute_gradients` returned."""
+        for parameter, gradient in zip(self.inserted.parameters, gradients, strict=True):
+            parameter.grad = gradient
         if self.stage.max_grad_norm is not None:
             self._clip(self.stage.max_grad_norm)
         self.optimizer.step()
@@ -191,17 +194,17 @@ class Trainer:
         for grad in grads:
             grad.mul_((max_grad_norm / (norms + 1e-6)).clamp(max=1).view(-1, 1, 1))
 
-    def _backward(self, inputs: Sequence[Tensor], loss_name: str) -> tuple[Tensor, tuple[float, ...], float]:
-        """Computes gradients; returns z_0_hat, the loss of each LoRA and the mean sigma.
+    def _backward(self, inputs: Sequence[Tensor], loss_name: str) -> tuple[Sequence[Tensor], tuple[float, ...], float]:
+        """Computes gradients; returns what `_compute_gradients` does, the loss of each LoRA and the mean sigma.
 
         inputs: as `_compute_gradients` takes them.
         """
         while True:
-            z_0_hat, numbers = self._work(loss_name).compute(*inputs)
+            computed = self._work(loss_name).compute(*inputs)
             self.drawn = self.drawn or self._draw()  # while a GPU computes
-            *values, norm, sigma = numbers.tolist()
+            *values, norm, sigma = computed[1].tolist()
             if math.isfinite(sum(values) + norm):
-                return z_0_hat, tuple(values), sigma
+                return computed, tuple(values), sigma
             if self.loss_scale <= 1 or not math.isfinite(sum(values)):
                 raise FloatingPointError(
                     f"The loss became {sum(values)} in step {self.step + 1} of {self.stage.steps} "
@@ -221,10 +224,10 @@ class Trainer:
 
     def _compute_gradients(
         self, loss_name: str, loss_scale: float, z_0: Tensor, noise: Tensor, sigma: Tensor, weight: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """Computes gradients; returns z_0_hat, and as one tensor the LoRAs' losses, gradient norm and mean sigma."""
+    ) -> tuple[Tensor, ...]:
+        """Returns z_0_hat; as one tensor the LoRAs' losses, gradient norm and mean sigma; a gradient of each weight."""
         x = add_noise(z_0, noise, sigma, self.model.flow)
-        self.optimizer.zero_grad()
+        self.optimizer.zero_grad()  # frees the last step's gradients
         with self.inserted.cast(self.model.dtype):
             z_0_hat = self.model.denoise(x, sigma.flatten(), self.cond)
             spans = zip(*(tensor.chunk(self.loras) for tensor in (z_0, z_0_hat, noise, sigma)), strict=True)
@@ -232,13 +235,13 @@ class Trainer:
             losses = torch.stack(
                 [LOSSES[loss_name](*span, self.model.flow, part) for span, part in zip(spans, weights, strict=True)]
             )
-            (losses.sum() * loss_scale).backward()
-        grads = [parameter.grad for parameter in self.inserted.parameters]
+            grads = torch.autograd.grad(losses.sum() * loss_scale, self.inserted.parameters)
+        grads = [grad.contiguous() for grad in grads]  # as the weights are, or a fused AdamW mistakes them
         if loss_scale != 1:
             foreach("div_", grads, loss_scale)
         norm = torch.stack(foreach("norm", grads)).sum()
         numbers = torch.stack([*losses.detach(), norm, sigma.mean()])  # one host sync for all of them
-        return z_0_hat.detach()[:: len(z_0_hat) // self.loras], numbers
+        return z_0_hat.detach()[:: len(z_0_hat) // self.loras], numbers, *grads
 
     def parts(self, lora: int = 0) -> dict[str, Part]:
         """The parts of one LoRA as trained so far, frozen ones included, by role, on the CPU in fp32."""

@@ -169,9 +169,6 @@ def _obstacle(model: ModelPatcher) -> str | None:
         return "this model's weights are quantised"
     if any("forward" in vars(module) for module in modules) or model.wrappers or options_that_act(model):
         return "other nodes act on this model"
-    if torch.cuda.get_allocator_backend() != "native":
-        # It ended the process: what a recording allocated and was freed before a replay cannot be freed.
-        return "torch's allocator cudaMallocAsync cannot record (ComfyUI's option --disable-cuda-malloc changes it)"
     return None
 
 
