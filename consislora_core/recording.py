@@ -2,8 +2,9 @@
 
 import gc
 import logging
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from functools import cache
 from traceback import clear_frames
 from typing import NamedTuple
@@ -11,7 +12,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-WARM_UP = 1  # steps before the recording, in which libraries choose their kernels and AdamW allocates its moments
+WARM_UP = (
+    2  # steps before the recording: one in which libraries choose their kernels, and one that shows the step as it is
+)
+WAITS = "synchronizing CUDA operation"  # of torch's words where the CPU waits for the GPU, in which a recording fails
 
 
 class Step(NamedTuple):
@@ -26,8 +30,9 @@ class RecordedStep:
 
     The next call overwrites what `compute` returned. A step that cannot be recorded runs as usual, which is logged.
 
-    What a recording allocates it frees as well: torch's allocator cudaMallocAsync, ComfyUI's default, ends the process
-    at memory that is freed later. So results are copied into the tensors that the step returned before it was recorded.
+    torch's allocator cudaMallocAsync, which is ComfyUI's default, ends the process where memory of a recording is freed
+    after it, and where a recording fails. So results are copied into tensors from before, gradients are computed by the
+    thread that records, and a step in which the CPU waits for the GPU is not tried.
     """
 
     def __init__(self, step: Step):
@@ -40,7 +45,7 @@ class RecordedStep:
         if self.graphs is None and self.recordable and self.warm >= WARM_UP:
             self._record(inputs)
         if self.graphs is None:
-            self.warm += 1
+            self.warm += 1  # so before the `update` that follows
             self.outputs = self._on_stream(self.step.compute, *inputs)
             return self.outputs
         for recorded, new in zip(self.inputs, inputs, strict=True):
@@ -59,9 +64,12 @@ class RecordedStep:
         if not self.recordable:
             return work(*inputs)
         self.stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self.stream), torch.autograd.set_multithreading_enabled(False):
+        with torch.cuda.stream(self.stream), torch.autograd.set_multithreading_enabled(False), _warnings() as warned:
             result = work(*inputs)
         torch.cuda.current_stream().wait_stream(self.stream)
+        if self.warm == WARM_UP and any(WAITS in warning for warning in warned):
+            self.recordable = False
+            _log("the CPU waits for the GPU in them")
         return result
 
     def _compute_in_place(self) -> None:
@@ -75,7 +83,7 @@ class RecordedStep:
 
         def noting(work: Callable, *inputs: Tensor):
             try:
-                with torch.autograd.set_multithreading_enabled(False):  # another thread frees tensors when it likes
+                with torch.autograd.set_multithreading_enabled(False):
                     return work(*inputs)
             except BaseException as error:
                 clear_frames(error.__traceback__)  # which hold tensors
@@ -100,13 +108,30 @@ class RecordedStep:
                 raise own_errors[0] from None
             if not isinstance(error, Exception):
                 raise
-            reason = str(error).partition("\n")[0] or type(error).__name__
-            logging.info("ConsisLoRA: steps cannot be recorded here, which makes training slower: %s", reason)
+            _log(str(error).partition("\n")[0] or type(error).__name__)
+
+
+def _log(reason: str) -> None:
+    logging.info("ConsisLoRA: steps cannot be recorded here, which makes training slower: %s", reason)
+
+
+@contextmanager
+def _warnings() -> Iterator[list[str]]:
+    """The warnings of a block of code, once it is over, with torch's for where the CPU waits for the GPU."""
+    mode, words = torch.cuda.get_sync_debug_mode(), []
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            yield words
+        finally:
+            torch.cuda.set_sync_debug_mode(mode)
+    words.extend(str(warning.message) for warning in found)
 
 
 @cache
 def _stream(device: int) -> torch.cuda.Stream:
-    """The stream of all recordings on a device: the default one cannot be recorded, and cuBLAS keeps memory for each."""
+    """The stream of all recordings: the default one cannot be recorded, and cuBLAS keeps memory for each other."""
     return torch.cuda.Stream(device)
 
 

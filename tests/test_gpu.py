@@ -1,6 +1,11 @@
-"""A training step that a GPU records. Skipped where there is no NVIDIA GPU."""
+"""A training step that a GPU records. Skipped where there is no NVIDIA GPU.
 
+It holds with either of torch's allocators; ComfyUI's default is PYTORCH_CUDA_ALLOC_CONF=backend:cudaMallocAsync.
+"""
+
+import gc
 import logging
+from contextlib import suppress
 from dataclasses import replace
 
 import pytest
@@ -41,6 +46,10 @@ def trained(recordable: bool, observe=lambda x: None, stage=STAGE, mask=None):
         return flat(trainer.parts()), trainer.work
 
 
+class Cancelled(BaseException):
+    """As ComfyUI's."""
+
+
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_recorded_steps_train_the_same_lora(optimizer):
     stage = replace(STAGE, optimizer=optimizer)
@@ -55,6 +64,31 @@ def test_recorded_steps_with_a_mask_train_the_same_lora():
     assert work.graphs is not None
     assert relative_error(lora, trained(recordable=False, mask=mask)[0]) < 1e-4
     assert relative_error(lora, trained(recordable=True)[0]) > 1e-2
+
+
+def test_trainings_follow_one_another_and_leave_no_memory_behind():
+    first = trained(recordable=True)[0]
+    gc.collect()
+    allocated = torch.cuda.memory_allocated()
+    for _ in range(3):
+        assert relative_error(trained(recordable=True)[0], first) < 1e-4
+    gc.collect()
+    assert torch.cuda.memory_allocated() == allocated
+
+
+@pytest.mark.parametrize("step", range(2, 8))
+def test_a_training_that_is_cancelled_before_in_or_after_a_recording_hinders_no_other(step):
+    steps = iter(range(1, step))
+
+    def cancel(x):
+        if next(steps, None) is None:
+            raise Cancelled
+
+    with suppress(Cancelled):  # a step that was recorded before is not seen
+        trained(recordable=True, observe=cancel)
+    lora, work = trained(recordable=True)
+    assert work.graphs is not None
+    assert relative_error(lora, trained(recordable=False)[0]) < 1e-4
 
 
 def test_steps_that_cannot_be_recorded_go_on_and_leave_the_gpu_fit_for_use(caplog):
