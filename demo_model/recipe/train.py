@@ -114,6 +114,8 @@ def export(state: Path, pictures: pool.Pool) -> None:
     """Averaged weights in fp16 under a checkpoint's usual prefixes, and the latents' preview colours."""
     net, vae = diffusion.TextAndUnet("cpu"), autoencoder.frozen_vae(state, "cpu")
     kept = load_shards(state, "unet")
+    if not kept:
+        sys.exit(f"{state} holds no UNet, so {demo.WEIGHTS} stays as it is.")
     net.load_state_dict(
         {key.removeprefix("average/"): value for key, value in kept.items() if key.startswith("average/")}, strict=False
     )
