@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from images import loaded
 from safetensors import safe_open
 
+from benchmarks.fidelity.controls import palette_distance, stroke_distance, style_weight
 from benchmarks.fidelity.judges import DEMO, KINDS, load_judge
 from benchmarks.fidelity.pairs import ALIGNED_SETS, CONTENT_SET, PAIRS, SAME_STYLE, STYLE_SETS
 from benchmarks.fidelity.report import CONTENDERS, EARLY, LATE, Bench
@@ -168,3 +169,22 @@ def test_a_score_that_only_some_pairs_have_is_the_mean_over_those():
     bench = Bench(None, PAIRS["report"], scale=1.0, seeds=1)
     aligned = torch.tensor([pair.style[0] in ALIGNED_SETS for pair in bench.pairs])
     assert bench.estimate(torch.where(aligned, 0.25, torch.nan)) == (0.25, 0.25, 0.25)
+
+
+@pytest.mark.parametrize("steepness", [0.0, 4.0])
+@pytest.mark.parametrize("style_scale", [-1.0, 0.4])
+def test_a_style_strength_over_the_noise_level_is_monotone_and_keeps_its_mean(style_scale, steepness):
+    sigmas = torch.tensor([14.6, 9.0, 5.0, 1.2, 0.4, 0.03, 0.0])
+    weights = torch.tensor([style_weight(sigma, sigmas, style_scale, steepness) for sigma in sigmas[:-1]])
+    assert weights.mean().item() == pytest.approx(1, abs=1e-6)
+    assert weights[[0, -1]].tolist() == pytest.approx([1 - style_scale, 1 + style_scale])
+    assert (style_scale * weights.diff() > 0).all()
+    between = style_weight(torch.tensor(7.0), sigmas, style_scale, steepness)
+    assert min(weights[1:3]) < between < max(weights[1:3])
+
+
+def test_palette_is_colour_without_place_and_strokes_are_lines_without_colour():
+    picture = loaded("crown-flat")[0] * 0.8
+    mirrored, lighter = picture.flip(-1), picture + 0.2
+    assert palette_distance(picture, mirrored) < 1e-3 < palette_distance(picture, lighter)
+    assert stroke_distance(picture, lighter) < 1e-3 < stroke_distance(picture, 0 * picture)
