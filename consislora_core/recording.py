@@ -12,9 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-WARM_UP = (
-    2  # steps before the recording: one in which libraries choose their kernels, and one that shows the step as it is
-)
+WARM_UP = 2  # steps before the recording; in the first, libraries choose their kernels
 WAITS = "synchronizing CUDA operation"  # of torch's words where the CPU waits for the GPU, in which a recording fails
 
 
