@@ -110,8 +110,8 @@ def test_odd_sizes_and_flat_pictures_are_looked_at_too(size):
 
 
 def training(name, **changes):
-    """The demo's training of a content image, on a file in the input folder."""
-    prompt = quick("train_content_demo", **changes)
+    """The demo's training of a content image, on a file in the input folder, saved under a name of its own."""
+    prompt = quick("train_content_demo", **{"filename": "reference_check", **changes})
     for node in prompt.values():
         if node["class_type"] == "LoadImage":
             node["inputs"]["image"] = name
