@@ -259,8 +259,7 @@ def take_screenshots(page: Page, work: Path) -> None:
     turn(page, {"seed": 1, "transition_step": 60})
     look_at(page, "ConsisLoRATrainImage", scale=1.0, top=110)
     queue(page)
-    at_step = "() => document.querySelector('.consislora-loss .words')?.textContent.includes('· 141 /')"
-    page.wait_for_function(at_step, timeout=3_600_000)
+    page.wait_for_function(AT_STEP, arg=141, timeout=3_600_000)
     picture = cut_screenshot(page, work, NODE, "ConsisLoRATrainImage")
     save(picture, HELP / "ConsisLoRATrainImage" / "training.jpg", widest=860)
     cancel(page)
