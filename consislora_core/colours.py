@@ -1,7 +1,7 @@
-"""Gives pictures the colours of their content image: hue and chroma move, lightness stays the style's.
+"""Gives a result the colours of its content image, or a content image the palette of its style image.
 
 Colours are compared in OKLab (B. Ottosson, 2020, https://bottosson.github.io/posts/oklab): lightness L, and hue and
-chroma as a and b. White and black have no chroma, so that they stay white and black, as does line art.
+chroma as a and b.
 """
 
 import torch
@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .metrics import COARSE, silhouette
+from .recolour import whiteness
 
 TO_CONES = torch.tensor(
     [
@@ -28,6 +29,7 @@ WIDE, NARROW = 12, 2  # radius of the windows in which colours and the silhouett
 SMOOTH, SHARP = 1e-2, 1e-3  # variance of colour in a window that counts as an edge, for the same
 HALVINGS = 12  # of the interval in which the largest chroma lies
 MARGIN = 1e-4  # by which a colour may be out of gamut: rounding
+CONTRAST = 4.0  # the largest factor of contrast: a flat picture's has nothing but noise in it
 
 
 def keep_colours(pictures: Tensor, content: Tensor, strength: float, mask: Tensor | None = None) -> Tensor:
@@ -38,17 +40,16 @@ def keep_colours(pictures: Tensor, content: Tensor, strength: float, mask: Tenso
 
         (a, b)' = (a, b)_r + strength m G((a, b)_c - (a, b)_r)
 
-    Only what a window differs by on average moves; the style's own variation of colour within it stays. Chroma
-    beyond sRGB is lowered at the same hue and lightness.
+    Only what a window differs by on average moves; the style's own variation of colour within it stays. White and black
+    have no chroma, so that they stay white and black, as does line art. Chroma beyond sRGB is lowered at the same hue
+    and lightness.
 
     strength: 0 to 1; 0 returns the pictures as they are. mask: 1 or b, any size, 0 to 1; without one the content
     image's silhouette. Pixels at 0 stay bit-identical. Raises ValueError for batches that do not go together.
     """
     if strength == 0:
         return pictures
-    for name, batch in {"content_image": content, "mask": mask}.items():
-        if batch is not None and len(batch) not in (1, len(pictures)):
-            raise ValueError(f"{name} has a batch of {len(batch)}; give 1, or one for each of {len(pictures)} images.")
+    _check_batches(pictures, content_image=content, mask=mask)
     rows = [
         (picture[None], content[[i % len(content)]], None if mask is None else mask[[i % len(mask)]])
         for i, picture in enumerate(pictures)
@@ -56,19 +57,76 @@ def keep_colours(pictures: Tensor, content: Tensor, strength: float, mask: Tenso
     return torch.cat([_keep_colours_of_one(*row, strength) for row in rows])
 
 
+def _check_batches(pictures: Tensor, **batches: Tensor | None) -> None:
+    for name, batch in batches.items():
+        if batch is not None and len(batch) not in (1, len(pictures)):
+            raise ValueError(f"{name} has a batch of {len(batch)}; give 1, or one for each of {len(pictures)} images.")
+
+
 def _keep_colours_of_one(picture: Tensor, content: Tensor, mask: Tensor | None, strength: float) -> Tensor:
     x, theirs = (image.movedim(-1, 1).float().clamp(0, 1) for image in (picture, content))
-    size = [max(1, side // max(1, min(x.shape[-2:]) // COARSE)) for side in x.shape[-2:]]
-    small, theirs = (F.interpolate(image, size, mode="area") for image in (x, theirs))
+    small = F.interpolate(x, _coarse_size(x), mode="area")
+    theirs = F.interpolate(theirs, small.shape[-2:], mode="area")
     lab, guide = to_oklab(x), to_oklab(small)
     missing = guided_filter(lab, guide, (to_oklab(theirs) - guide)[:, 1:], WIDE, SMOOTH)
     if mask is None:
-        inside = F.interpolate(silhouette(theirs).float(), size, mode="nearest")
-        weight = (1.2 * guided_filter(lab, guide, inside, NARROW, SHARP) - 0.1).clamp(0, 1)
+        weight = _inside(silhouette(theirs), lab, guide)
     else:
         weight = F.interpolate(mask[:, None].float().clamp(0, 1), x.shape[-2:], mode="bilinear", antialias=True)
     moved = to_srgb(torch.cat([lab[:, :1], lab[:, 1:] + strength * weight * missing], 1))
     return torch.where(weight.movedim(1, -1) > 0, moved.movedim(1, -1).to(picture.dtype), picture)
+
+
+def match_palette(pictures: Tensor, style: Tensor, strength: float = 1.0) -> Tensor:
+    """Pictures (b h w 3, 0 to 1) in the palette of a style image (1 or b, any size, 3). Shapes stay where they are.
+
+    With c and s the two in OKLab, and means and standard deviations over what is not white in their silhouettes
+    (E. Reinhard et al., Color Transfer between Images, 2001),
+
+        c' = c + strength ((c - mean c) std s / std c + mean s - c)
+
+    inside a picture's silhouette; white and the background stay. Without an even background all of a picture counts.
+
+    strength: 0 to 1; 0 returns the pictures as they are. Raises ValueError for batches that do not go together.
+    """
+    if strength == 0:
+        return pictures
+    _check_batches(pictures, style_image=style)
+    rows = [(picture[None], style[[i % len(style)]]) for i, picture in enumerate(pictures)]
+    return torch.cat([_match_palette_of_one(*row, strength) for row in rows])
+
+
+def _match_palette_of_one(picture: Tensor, style: Tensor, strength: float) -> Tensor:
+    x, theirs = (image.movedim(-1, 1).float().clamp(0, 1) for image in (picture, style))
+    small, theirs = (F.interpolate(image, _coarse_size(image), mode="area") for image in (x, theirs))
+    lab, guide = to_oklab(x), to_oklab(small)
+    (mean, std), (its_mean, its_std) = _palette(small), _palette(theirs)
+    moved = (lab - mean) * (its_std / std).clamp(max=CONTRAST) + its_mean
+    weight = strength * _inside(silhouette(small), lab, guide) * (1 - whiteness(x))
+    matched = to_srgb(torch.lerp(lab, moved, weight)).movedim(1, -1).to(picture.dtype)
+    return torch.where(weight.movedim(1, -1) > 0, matched, picture)
+
+
+def _palette(small: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation (1 3 1 1) of the colours in OKLab of what is not white in a silhouette (1 3 h w)."""
+    weight = F.interpolate(silhouette(small).float(), small.shape[-2:], mode="nearest") * (1 - whiteness(small)) + 1e-6
+    lab, weight = to_oklab(small), weight / weight.sum()
+    mean = (weight * lab).sum((2, 3), keepdim=True)
+    return mean, (weight * (lab - mean) ** 2).sum((2, 3), keepdim=True).sqrt() + 1e-6
+
+
+def _coarse_size(x: Tensor) -> list[int]:
+    """The size of a picture (b c h w) whose shorter side is scaled down to about COARSE."""
+    return [max(1, side // max(1, min(x.shape[-2:]) // COARSE)) for side in x.shape[-2:]]
+
+
+def _inside(silhouette: Tensor, lab: Tensor, guide: Tensor) -> Tensor:
+    """A coarse silhouette (b 1 h w) as weights (b 1 H W) from 0 to 1, which follow the picture's edges.
+
+    lab, guide: the picture in OKLab, in full size (b 3 H W) and coarse.
+    """
+    inside = F.interpolate(silhouette.float(), guide.shape[-2:], mode="nearest")
+    return (1.2 * guided_filter(lab, guide, inside, NARROW, SHARP) - 0.1).clamp(0, 1)
 
 
 def guided_filter(guide: Tensor, small_guide: Tensor, small: Tensor, radius: int, eps: float) -> Tensor:

@@ -30,5 +30,9 @@ def _recolour_once(image: Tensor, generator: torch.Generator) -> Tensor:
     tone = (image @ LUMA) ** 2 ** (2 * g - 1)
     tone = (LIGHTEST[0] + a * (LIGHTEST[1] - LIGHTEST[0])) * (tone if side < 0.5 else 1 - tone)
     chroma = SATURATION * s**0.5 * (image @ CHROMA.T) @ torch.tensor([[cos, sin], [-sin, cos]]) + tint
-    page = ((image.amin(-1, keepdim=True) - PAGE[0]) / (PAGE[1] - PAGE[0])).clamp(0, 1)
-    return torch.lerp((tone.unsqueeze(-1) + chroma @ CHROMA).clamp(0, 1), image, page)
+    return torch.lerp((tone.unsqueeze(-1) + chroma @ CHROMA).clamp(0, 1), image, whiteness(image, dim=-1))
+
+
+def whiteness(image: Tensor, dim: int = 1) -> Tensor:
+    """How white each pixel is, from 0 to 1; its channels lie along `dim`, of which one is left."""
+    return ((image.amin(dim, keepdim=True) - PAGE[0]) / (PAGE[1] - PAGE[0])).clamp(0, 1)

@@ -114,12 +114,14 @@ def trained_as_in_the_paper(prompt: dict) -> dict:
 
 
 def with_structure_lock(prompt: dict) -> dict:
-    """The same workflow, begun at the noise that the content image is made from."""
+    """The same workflow, begun at the noise that the content image is made from, in the style image's palette."""
     changed = with_sampler(prompt, structure_lock=True, latent_image=["content latent", 0])
-    recolour, _ = nodes(prompt, "ConsisLoRARecolour")
+    content, style = (prompt[recolour]["inputs"]["image"] for recolour in nodes(prompt, "ConsisLoRARecolour"))
     (decode,) = nodes(prompt, "VAEDecode")
-    inputs = {"pixels": prompt[recolour]["inputs"]["image"], "vae": prompt[decode]["inputs"]["vae"]}
-    changed["content latent"] = {"class_type": "VAEEncode", "inputs": inputs, "_meta": {"title": "To latent"}}
+    palettes = {"images": content, "style_image": style, "strength": 1.0}
+    encoded = {"pixels": ["palette", 0], "vae": prompt[decode]["inputs"]["vae"]}
+    changed["palette"] = {"class_type": "ConsisLoRAMatchPalette", "inputs": palettes, "_meta": {"title": "Palette"}}
+    changed["content latent"] = {"class_type": "VAEEncode", "inputs": encoded, "_meta": {"title": "To latent"}}
     return changed
 
 

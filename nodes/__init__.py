@@ -1,10 +1,10 @@
 """The list of nodes, in the order a user meets them."""
 
 from .catalogue import CatalogLoad
+from .colours import KeepColours, MatchPalette
 from .demo import LoadDemoModel
 from .evaluate import Evaluate, Gate
 from .guide import Guider, Sampler
-from .keep_colours import KeepColours
 from .keep_outside import KeepOutsideMask
 from .lora import Apply, Load, Save
 from .recolour import Recolour
@@ -23,6 +23,7 @@ NODES = [
     Apply,
     Guider,
     Sampler,
+    MatchPalette,
     StrengthGrid,
     KeepColours,
     Evaluate,

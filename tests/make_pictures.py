@@ -39,6 +39,7 @@ SHOWN = {
     "multi_reference": ([SUBJECT, STYLE, STYLE_2], ["SaveImage"]),
     "strength_grid": ([], ["SaveImage"]),
     "evaluate_and_gate": ([], ["ConsisLoRAEvaluate"]),
+    "structure_lock": ([SUBJECT, STYLE], ["SaveImage"]),
     "catalogue": ([SUBJECT, SUBJECT_2, STYLE], ["ConsisLoRACatalogSave"]),
     "catalogue_cut_out": ([f"{SUBJECT}-cut-out", STYLE], ["ConsisLoRACatalogSave"]),
 }

@@ -1,12 +1,15 @@
-"""Keep Colours gives a result its content image's hue and chroma, and leaves the style lightness, lines and page."""
+"""Keep Colours gives a result its content image's hue and chroma, and leaves the style lightness, lines and page.
+
+Match Palette gives a content image the style image's palette, before structure_lock begins with it.
+"""
 
 import pytest
 import torch
 import torch.nn.functional as F
 from images import loaded
 
-from consislora_core.colours import keep_colours, to_oklab, to_srgb
-from consislora_core.metrics import silhouette
+from consislora_core.colours import CONTRAST, keep_colours, match_palette, to_oklab, to_srgb
+from consislora_core.metrics import silhouette, structure_scores
 
 
 def drawn(name: str, side: int = 128) -> torch.Tensor:
@@ -136,7 +139,7 @@ def test_half_precision_comes_back_as_it_was_and_right(crown, blue):
 
 
 def node(pack, *inputs, **others) -> torch.Tensor:
-    return pack.nodes.keep_colours.KeepColours.execute(*inputs, **others).args[0]
+    return pack.nodes.colours.KeepColours.execute(*inputs, **others).args[0]
 
 
 def test_the_node_keeps_alpha_and_takes_grey_pictures(pack, crown, blue):
@@ -159,3 +162,46 @@ def test_the_node_takes_a_mask_without_a_batch(pack, crown, blue):
 def test_the_node_refuses_what_is_no_mask(pack, crown, mask):
     with pytest.raises(ValueError, match="mask"):
         node(pack, crown, crown, 1.0, mask)
+
+
+def palette(picture) -> torch.Tensor:
+    """Mean and standard deviation of the colours inside the silhouette, in OKLab: 2 3"""
+    colours = lab(picture)[0, silhouette(picture.movedim(-1, 1))[0, 0]]
+    return torch.stack([colours.mean(0), colours.std(0)])
+
+
+@pytest.fixture(scope="module")
+def owl():
+    return drawn("owl-flat")
+
+
+def test_a_palette_becomes_the_style_images_and_between_it_moves_evenly(crown, owl):
+    matched = [match_palette(crown, owl, strength) for strength in (0.0, 0.25, 0.5, 0.75, 1.0)]
+    distances = [(palette(picture) - palette(owl)).norm().item() for picture in matched]
+    assert torch.equal(matched[0], crown)
+    assert distances == sorted(distances, reverse=True) and distances[-1] < 0.25 * distances[0]
+
+
+def test_with_another_palette_outlines_and_the_page_stay_where_they_are(crown, owl):
+    matched = match_palette(crown, owl)
+    scores = structure_scores(matched.movedim(-1, 1), crown.movedim(-1, 1))
+    assert scores["silhouette"] > 0.97 and scores["edges"] > 0.8
+    assert torch.equal(matched[0, :8], crown[0, :8])
+
+
+def test_the_noise_of_a_flat_subject_does_not_become_a_pattern(owl):
+    flat = torch.ones(1, 128, 128, 3)
+    flat[0, 32:96, 32:96] = 0.5 + 0.01 * torch.randn(64, 64, 1, generator=torch.Generator().manual_seed(0))
+    inside = slice(40, 88)
+    spread = lab(match_palette(flat, owl))[0, inside, inside, 0].std()
+    assert spread < 1.1 * CONTRAST * lab(flat)[0, inside, inside, 0].std() < lab(owl)[..., 0].std()
+
+
+def test_a_photograph_without_a_background_changes_as_a_whole(owl):
+    photograph = torch.rand(1, 128, 128, 3, generator=torch.Generator().manual_seed(0))
+    assert (palette(match_palette(photograph, owl))[0] - palette(owl)[0]).norm() < 0.1
+
+
+def test_palettes_of_two_style_images_do_not_go_with_three_pictures(crown, owl):
+    with pytest.raises(ValueError, match="style_image has a batch of 2"):
+        match_palette(crown.expand(3, -1, -1, -1), owl.expand(2, -1, -1, -1))

@@ -24,6 +24,7 @@ ENDS = {
     "evaluate_and_gate_demo": ["ConsisLoRAEvaluate"],
     "multi_reference_demo": ["LossGraphNode", "SaveImage"],
     "strength_grid_demo": ["PreviewImage", "SaveImage"],
+    "structure_lock_demo": ["SaveImage"],
     "style_only_demo": ["SaveImage"],
     "train_and_stylise_demo": ["LossGraphNode", "SaveImage"],
     "train_content_demo": ["LossGraphNode"],

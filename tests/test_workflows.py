@@ -13,7 +13,7 @@ from demo.run import NAME
 
 USES = ["content_only", "dual_guidance", "style_only"]  # of saved LoRAs
 OTHERS = ["catalogue", "catalogue_cut_out", "evaluate_and_gate", "multi_reference", "strength_grid"]
-OTHERS += ["train_and_stylise", "train_content", "train_style"]
+OTHERS += ["structure_lock", "train_and_stylise", "train_content", "train_style"]
 NAMES = sorted(f"{use}_{base}" for use in [*USES, *OTHERS] for base in ("demo", "sdxl"))
 MADE_BESIDE = "0.3.75"
 # Newer frontends mark these when the server lacks the file, as it does the checkpoint and what nobody has trained yet.

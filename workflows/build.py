@@ -192,6 +192,29 @@ def evaluate_and_gate(settings: Settings, note: str) -> Workflow:
     ]
 
 
+def structure_lock(settings: Settings, note: str) -> Workflow:
+    """Saved LoRAs and their two pictures in, the subject in the style with its own outlines out."""
+    content, style = (
+        sized(image, f"{image.title()} image", file, settings.side)
+        for image, file in zip(("content", "style"), settings.images, strict=True)
+    )
+    palettes = {"images": From("content_sized", "IMAGE"), "style_image": From("style_sized", "IMAGE")}
+    start = {
+        "matched": Node("ConsisLoRAMatchPalette", "The subject in the style's palette", palettes),
+        "content_latent": encoded(From("matched", "images")),
+    }
+    locked = {**sampling(settings), "latent_image": From("content_latent", "LATENT"), "structure_lock": True}
+    sampled = {"sampled": Node("ConsisLoRASampler", "Sample, guided", {"model": MODEL, **LOADED, **locked})}
+    first, (loaded, words) = for_saved_loras(settings, note)
+    del words.columns[0]["empty"]
+    return [
+        first,
+        [loaded, words],
+        [Group("3. Where it begins", BLUE, [content, style, start])],
+        [Group("4. The subject in the style", GREEN, [sampled, shown("The subject in the style")])],
+    ]
+
+
 def for_saved_loras(settings: Settings, note: str, count: int = 1) -> Workflow:
     """The beginning of a workflow that makes `count` pictures with both LoRAs."""
     loaded = {f"{image}_lora": load(image) for image in LOADED}
@@ -486,6 +509,7 @@ WORKFLOWS = {
             (multi_reference, "", ()),
             (strength_grid, "Which guidance?", ("start",)),
             (evaluate_and_gate, "Only the good ones", ("start",)),
+            (structure_lock, "Its own outlines", ("start",)),
         )
         for base in (DEMO, SDXL)
     },

@@ -135,7 +135,8 @@ FIFTH = a_part(QUALITY, 5)
 
 class Contender(NamedTuple):
     """A way to draw all pairs. denoise: below 1 it begins at the content image, without a LoRA of it. settings: of Dual
-    Guidance. style_images: how many drawings of a set a style part is learned from.
+    Guidance. style_images: how many drawings of a set a style part is learned from. lock: with structure_lock it begins
+    at the content image, in its "own" colours or in the style image's "palette".
     """
 
     label: str
@@ -143,6 +144,11 @@ class Contender(NamedTuple):
     denoise: float = 1.0
     settings: dict = {}
     style_images: int = 1
+    lock: str = ""
+
+    @property
+    def is_img2img(self) -> bool:
+        return self.denoise < 1 and not self.lock
 
 
 HALF = guided(0.5, 0.5)
@@ -159,10 +165,15 @@ CONTENDERS = {
     "quality": Contender("Muon, rates fade; recolourings; guidance 0.5", QUALITY, settings=HALF),
     "fast": Contender("quality in half of the steps, at twice the rates", FAST, settings=HALF),
     "draft": Contender("quality in a twelfth of the steps, at twice the rates", DRAFT, settings=HALF),
+    "locked": Contender("quality, structure lock in the style's palette", QUALITY, settings=HALF, lock="palette"),
+    "fast locked": Contender("fast, structure lock in the style's palette", FAST, settings=HALF, lock="palette"),
+    "draft locked": Contender("draft, structure lock in the style's palette", DRAFT, settings=HALF, lock="palette"),
+    "c locked": Contender("c, structure lock in the style's palette", PAPER, lock="palette"),
     "fifth": Contender("quality in a fifth of the steps", FIFTH, settings=HALF),
 }
 DIFFERENCES = ("c-b", "b-a", "c-a", "c-d", "c-e", "c-f", "g-c", "h-c", "i-c", "quality-c", "quality-i", "quality-b",
-               "quality-a", "fast-c", "quality-fast", "draft-c", "fifth-c")  # fmt: skip
+               "quality-a", "fast-c", "quality-fast", "draft-c", "fifth-c", "locked-c", "locked-quality", "locked-b",
+               "locked-c locked", "fast locked-c", "draft locked-c")  # fmt: skip
 TRADED = ("content", "style")
 
 # For the base model prompted by name: subjects and drawings that it has learned.
@@ -181,8 +192,19 @@ TRIED = {
     "quality 4": Contender("quality, content guidance 1, style guidance 0.5", QUALITY, settings=guided(1.0, 0.5)),
     "quality 5": Contender("quality, guidance 1", QUALITY, settings=guided(1.0, 1.0)),
     "quality 6": Contender("quality, content guidance 2, style guidance 0.5", QUALITY, settings=guided(2.0, 0.5)),
+    **{
+        f"lock {denoise:g}": Contender(
+            f"quality, structure lock at denoise {denoise:g}", QUALITY, denoise, HALF, lock="own"
+        )
+        for denoise in (0.65, 0.8, 1.0)
+    },
+    "locked": CONTENDERS["locked"],
+    "locked 1": Contender("locked, style guidance 1", QUALITY, settings=guided(0.5, 1.0), lock="palette"),
+    "c locked": CONTENDERS["c locked"],
     "fast": CONTENDERS["fast"],
+    "fast locked": CONTENDERS["fast locked"],
     "draft": CONTENDERS["draft"],
+    "draft locked": CONTENDERS["draft locked"],
     "draft 1": Contender("quality in a twelfth of the steps", a_part(QUALITY, 12), settings=HALF),
     "patches": Contender("quality, style patches", QUALITY._replace(patches=24)),
     "patches 1": Contender("quality, style patches, one stage", QUALITY._replace(patches=24, style=())),
@@ -231,15 +253,17 @@ class Bench:
     def pictures(self, contender: Contender, pairs: list[Pair], take: int = 0) -> Tensor:
         """A picture of each pair (n 3 h w); each pair has a seed of its own, the same for every contender."""
         print(f"Drawing {len(pairs)} pictures, {contender.label} ...", file=sys.stderr, flush=True)
-        owns, from_content = self.loras(contender), contender.denoise < 1
+        owns, begins_at_content = self.loras(contender), contender.lock or contender.is_img2img
         return torch.cat(
             [
                 self.studio.picture(
-                    None if from_content else owns[pair.content],
+                    None if contender.is_img2img else owns[pair.content],
                     owns[pair.style],
                     seed=self.pairs.index(pair) + take * len(self.pairs),
-                    start=pair.content if from_content else None,
+                    start=pair.content if begins_at_content else None,
                     denoise=contender.denoise,
+                    locked=bool(contender.lock),
+                    palette=pair.style if contender.lock == "palette" else None,
                     **contender.settings,
                 )
                 for pair in pairs
@@ -340,6 +364,9 @@ def references(bench: Bench) -> dict[str, dict[str, Tensor]]:
             torch.cat([studio.decoded(studio.latents(truth)) for truth in truths]), bench.pairs
         ),
         "the content image": bench.scores(studio.drawn(*contents), bench.pairs),
+        "the content image in the style image's palette": bench.scores(
+            torch.cat([studio.in_palette(pair.content, pair.style) for pair in bench.pairs]), bench.pairs
+        ),
         "the style image": bench.scores(studio.drawn(*styles), bench.pairs),
     }
 
@@ -414,7 +441,7 @@ def own_section(bench: Bench, contenders: dict[str, Contender]) -> str:
     through_vae = torch.cat([bench.studio.decoded(bench.studio.latents(content)) for content in bench.contents])
     rows = [["", "the VAE alone", *map(estimate, bench.likeness(through_vae)), ""]]
     for name, contender in contenders.items():
-        if contender.denoise == 1:  # else it has no LoRA of the content image
+        if not contender.is_img2img:
             scores = bench.own_measured(contender).values()
             rows.append([name, contender.label, *("" if score.isnan().any() else estimate(score) for score in scores)])
     return OWN_TEXT.format(table(["", "contender", *OWN_SCORES], rows))

@@ -25,6 +25,7 @@ from benchmarks.fidelity.judges import DRAWN, render_everything
 from benchmarks.fidelity.pairs import Drawing
 from benchmarks.fidelity.patches import style_patches
 from benchmarks.guidance import SIZES, start_comfy
+from consislora_core.colours import match_palette
 from consislora_core.files import written_whole
 from consislora_core.lora_file import ImageLora, from_state_dict, to_state_dict, write_tensors
 from consislora_core.losses import add_noise, draw, noise_loss
@@ -90,8 +91,14 @@ class Studio:
         return self.drawings.batch([self.place[drawing] for drawing in drawings])
 
     @torch.inference_mode()
-    def latents(self, *drawings: Drawing, size: float = 1.0) -> dict[str, Tensor]:
-        return {"samples": self.vae.encode(resized(rearrange(self.drawn(*drawings), "b c h w -> b h w c"), size))}
+    def latents(self, *drawings: Drawing, size: float = 1.0, palette: Drawing | None = None) -> dict[str, Tensor]:
+        pictures = self.in_palette(*drawings, palette) if palette else self.drawn(*drawings)
+        return {"samples": self.vae.encode(resized(rearrange(pictures, "b c h w -> b h w c"), size))}
+
+    def in_palette(self, drawing: Drawing, palette: Drawing) -> Tensor:
+        """A drawing (1 3 h w) in the palette of another, as the node Match Palette gives it."""
+        picture, other = (rearrange(self.drawn(one), "b c h w -> b h w c") for one in (drawing, palette))
+        return rearrange(match_palette(picture, other), "b h w c -> b c h w")
 
     @torch.inference_mode()
     def recoloured_latents(self, drawing: Drawing, count: int, size: float = 1.0) -> Tensor:
@@ -221,27 +228,33 @@ class Studio:
         prompt: str = "a [c] in the style of [v]",
         start: Drawing | None = None,
         denoise: float = 1.0,
+        locked: bool = False,
+        palette: Drawing | None = None,
         size: float = 1.0,
         post_cfg: PostCfg | None = None,
         **settings,
     ) -> Tensor:
-        """1 3 h w, 0 to 1. start: the drawing to noise, instead of an empty latent. size: of the empty latent, as a
-        part of the drawings'. settings: other than DEFAULTS.
+        """1 3 h w, 0 to 1. start: the drawing to noise, instead of an empty latent; with palette in that drawing's, and
+        locked with its own noise. size: of the empty latent, as a part of the drawings'. settings: other than DEFAULTS.
         """
         settings = DEFAULTS | settings
         names = [own and own.name for own in (content, style)]
         more = (["size", size] if size != 1 else []) + (["post_cfg", *post_cfg.facts] if post_cfg else [])
+        more += ["locked"] * locked + (["palette", palette] if palette else [])
         name = fingerprint([self.whole, *names, seed, prompt, start, denoise, settings, *more])
         if not (file := self.pictures / f"{name}.png").exists():
             empty = {"samples": torch.zeros(1, CHANNELS, round(size * SIDE), round(size * SIDE))}
-            latent = self.latents(start) if start else empty
+            latent = self.latents(start, palette=palette) if start else empty
             sampling = self.pack.host.sampling
             sigmas = sampling.ksampler_sigmas(self.model, STEPS, SAMPLER, SCHEDULER, denoise)
             model = self.model.clone()
             if post_cfg:
                 model.set_model_sampler_post_cfg_function(post_cfg.function)
             with torch.inference_mode(), self._guider(model, content, style, self.text(prompt), settings) as guider:
-                (picture,) = self.decoded(sampling.sample(guider, latent, seed, SAMPLER, sigmas))
+                if locked:
+                    own = self.pack.host.guider.build_reconstruction_guider(model, self.text(""), content.lora)
+                    latent = sampling.invert(own, latent, sigmas)
+                (picture,) = self.decoded(sampling.sample(guider, latent, seed, SAMPLER, sigmas, noised=locked))
             with written_whole(file) as unfinished:
                 pixels = (255 * rearrange(picture, "c h w -> h w c")).round().byte().cpu().numpy()
                 Image.fromarray(pixels).save(unfinished, "png")

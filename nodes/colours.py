@@ -1,9 +1,10 @@
-"""Keep Colours: a result in the colours of its content image, as much as a strength says."""
+"""Keep Colours and Match Palette: one picture in the colours of another."""
 
 import torch
 from comfy_api.latest import io
 
 from ..consislora_core.colours import keep_colours as with_colours
+from ..consislora_core.colours import match_palette
 from ..host.masks import picture_masks
 from ..host.model_inputs import check_pictures
 from .sockets import CATEGORY, aliases
@@ -48,12 +49,58 @@ class KeepColours(io.ComfyNode):
     @classmethod
     @checked
     def execute(cls, images, content_image, keep_colours, mask=None) -> io.NodeOutput:
-        for name, batch in {"images": images, "content_image": content_image}.items():
-            check_pictures(batch, name)
+        check_both(images, content_image=content_image)
         if mask is not None:
             mask = picture_masks(mask, len(images), "images", images.shape[1:3], "no colour would change")[:, 0]
         if keep_colours == 0:
             return io.NodeOutput(images)
-        colours, alpha = images[..., :3].expand(-1, -1, -1, 3), images[..., 3:]
-        moved = with_colours(colours, content_image[..., :3].expand(-1, -1, -1, 3), keep_colours, mask)
+        colours, alpha = in_colour(images), images[..., 3:]
+        moved = with_colours(colours, in_colour(content_image), keep_colours, mask)
         return io.NodeOutput(torch.cat([moved, alpha], -1))
+
+
+class MatchPalette(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="ConsisLoRAMatchPalette",
+            display_name="Match Palette",
+            category=CATEGORY,
+            **aliases("color transfer", "color match", "colour match", "reinhard", "palette swap"),
+            description="Gives a content image the style image's palette. Encoded, it is where structure_lock begins: "
+            "outlines stay the product's, and its colours do not hold the style back.",
+            inputs=[
+                io.Image.Input("images", tooltip="A content image, or several."),
+                io.Image.Input(
+                    "style_image", tooltip="Whose palette they get, in any size: one for all, or one for each."
+                ),
+                io.Float.Input(
+                    "strength",
+                    default=1.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.05,
+                    tooltip="1: all of the style image's palette. 0: the colours stay.",
+                ),
+            ],
+            outputs=[
+                io.Image.Output(display_name="images", tooltip="For VAE Encode, and then latent_image of the sampler.")
+            ],
+        )
+
+    @classmethod
+    @checked
+    def execute(cls, images, style_image, strength) -> io.NodeOutput:
+        check_both(images, style_image=style_image)
+        matched = match_palette(in_colour(images), in_colour(style_image), strength)
+        return io.NodeOutput(torch.cat([matched, images[..., 3:]], -1))
+
+
+def check_both(images: torch.Tensor, **others: torch.Tensor) -> None:
+    for name, batch in {"images": images, **others}.items():
+        check_pictures(batch, name)
+
+
+def in_colour(images: torch.Tensor) -> torch.Tensor:
+    """Pictures b h w 3 without their alpha; grey ones too have three channels."""
+    return images[..., :3].expand(-1, -1, -1, 3)
