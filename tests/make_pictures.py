@@ -161,11 +161,14 @@ def checks(size: tuple[int, int]) -> Image.Image:
 
 
 def draw_strip(contact_sheet: Image.Image) -> Image.Image:
-    """The first picture of the README: content image + style image = result; below it, style strengths 0 to 1.3."""
-    between, small = 30, (3 * CELL + 60 - 5 * GAP) // 6
-    page = Image.new("RGB", (3 * CELL + 2 * between, CELL + small + 2 * LABEL + GAP), "white")
+    """The first picture of the README: content image + style image = results; below it, style strengths 0 to 1.3."""
+    between = 30
+    cells = [(0, "content image", "+"), (1, "style image", "="), (4, "result", "|"), (5, "with structure lock", "")]
+    width = len(cells) * (CELL + between) - between
+    small = (width + GAP) // len(STYLES) - GAP
+    page = Image.new("RGB", (width, CELL + small + 2 * LABEL + GAP), "white")
     draw, below = ImageDraw.Draw(page), CELL + LABEL + GAP
-    for i, (column, label, sign) in enumerate([(0, "content image", "+"), (1, "style image", "="), (4, "result", "")]):
+    for i, (column, label, sign) in enumerate(cells):
         x = i * (CELL + between)
         draw.text((x, 4), label, "black", ImageFont.load_default(18))
         draw.text((x + CELL + between // 2, LABEL + CELL // 2), sign, "#3f789e", ImageFont.load_default(34), "mm")

@@ -521,6 +521,7 @@ def main() -> None:
     parser.add_argument("--scale", type=float, default=0.4, help="training steps, as a part of the paper's")
     parser.add_argument("--seeds", type=int, default=2, help="pictures a pair")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="these contenders, beside c")
+    parser.add_argument("--name", help="of the results, where they are not to take the place of the last")
     parser.add_argument("--images", type=int, metavar="N", help="pairs of the first N content and N style images")
     options = parser.parse_args()
     split, contenders = ("tune", TRIED) if options.tune else ("report", CONTENDERS)
@@ -534,7 +535,7 @@ def main() -> None:
     measured = {name: bench.measured(contender) for name, contender in contenders.items()}
     against_c = [f"{name}-c" for name in contenders if name != "c"]
     wanted = [pair for pair in DIFFERENCES if contenders.keys() >= set(pair.split("-"))]
-    name = f"fidelity{'_tuning' * options.tune}{'_full_length' * (scale == 1)}"
+    name = options.name or f"fidelity{'_tuning' * options.tune}{'_full_length' * (scale == 1)}"
     sections = [
         introduction(bench, shlex.join(["", *sys.argv[1:]]).removeprefix("''")),
         scores_section(bench, measured, contenders),
