@@ -1,16 +1,16 @@
 """What a user reads of pictures that are poor to learn from, before they are learned."""
 
-import io
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from images import cut_out
-from PIL import Image, ImageDraw, ImageFilter
+from PIL import Image, ImageDraw
 from prompts import quick
 from reference import comfy_conditioning, comfy_model, run
 
+from benchmarks.fidelity.faults import blurred, coarse, compressed, noisy, on_large_page
 from consislora_core.image_faults import find_faults
 from consislora_core.schedule import image_stage
 from demo.run import IMAGES
@@ -39,30 +39,12 @@ def faults(of, side=None, **settings):
     return find_faults(torch.from_numpy(np.array(of)).float() / 255, side or of.width, **settings)
 
 
-def jpeg(of, quality):
-    file = io.BytesIO()
-    of.save(file, "JPEG", quality=quality)
-    return Image.open(file).convert("RGB")
-
-
-def noisy(of):
-    noise = np.random.default_rng(0).normal(0, 25, (of.height, of.width, 3))
-    return Image.fromarray((np.asarray(of) + noise).round().clip(0, 255).astype(np.uint8))
-
-
-def lost(of):
-    """On a page of ten times its area."""
-    page = Image.new("RGB", of.size, of.getpixel((0, 0)))
-    page.paste(of.resize((of.width // 3, of.height // 3), Image.Resampling.LANCZOS), (of.width // 5, of.height // 3))
-    return page
-
-
 DAMAGE = {
-    "is blurred": lambda of: of.filter(ImageFilter.GaussianBlur(3)),
-    "or was scaled up": lambda of: of.resize((of.width // 4, of.height // 4)).resize(of.size, Image.Resampling.BICUBIC),
-    "JPEG": lambda of: jpeg(of, 20),
-    "is noisy": noisy,
-    "empty page": lost,
+    "is blurred": blurred,
+    "or was scaled up": coarse,
+    "JPEG": lambda of: compressed(of, 20),
+    "is noisy": lambda of: noisy(of, 25),
+    "empty page": on_large_page,
 }
 
 
@@ -86,10 +68,8 @@ def test_so_it_is_of_a_photograph(words):
 
 def test_what_is_lost_when_a_picture_is_made_small_for_training_does_not_count():
     sharp = picture(DEMO[0], 2048)
-    assert "is blurred" in str(faults(DAMAGE["is blurred"](sharp)))
-    assert (
-        faults(DAMAGE["is blurred"](sharp), SIDE) == faults(noisy(sharp), SIDE) == faults(jpeg(sharp, 20), SIDE) == []
-    )
+    assert "is blurred" in str(faults(blurred(sharp)))
+    assert [faults(DAMAGE[words](sharp), SIDE) for words in ("is blurred", "is noisy", "JPEG")] == [[]] * 3
 
 
 def test_a_small_picture_is_named_where_it_is_learned_large():
@@ -99,14 +79,14 @@ def test_a_small_picture_is_named_where_it_is_learned_large():
 
 
 def test_an_empty_page_does_not_count_behind_a_mask():
-    assert faults(lost(picture(DEMO[0])), masked=True) == []
+    assert faults(on_large_page(picture(DEMO[0])), masked=True) == []
 
 
 @pytest.mark.parametrize("size", [(1, 1), (7, 3), (8, 2000), (40, 40)])
 def test_odd_sizes_and_flat_pictures_are_looked_at_too(size):
     for side in (1, 64, 1024):
         faults(Image.new("RGB", size, "white"), side)
-        faults(noisy(Image.new("RGB", size, "grey")), side)
+        faults(noisy(Image.new("RGB", size, "grey"), 25), side)
 
 
 def training(name, **changes):
@@ -131,11 +111,11 @@ def put(server, name, of):
 
 
 def test_the_training_node_and_the_log_name_the_file_and_its_fault(server):
-    blurred = put(server, "soft owl.png", DAMAGE["is blurred"](picture(DEMO[0])))
-    texts = texts_shown(server, training(blurred))
+    soft = put(server, "soft owl.png", blurred(picture(DEMO[0])))
+    texts = texts_shown(server, training(soft))
     assert any("soft owl.png is blurred" in text for text in texts)
     assert "image stage: soft owl.png is blurred" in server.log
-    again = texts_shown(server, training(blurred, memory="lean"))  # the same training, which the store has
+    again = texts_shown(server, training(soft, memory="lean"))  # the same training, which the store has
     assert any("soft owl.png is blurred" in text for text in again)
 
 
@@ -145,8 +125,8 @@ def test_a_clean_picture_trains_without_a_word(server):
 
 
 def test_behind_a_node_that_changes_the_picture_the_file_says_nothing(server):
-    blurred = put(server, "soft.png", DAMAGE["is blurred"](picture(DEMO[0])))
-    prompt = training(blurred)
+    soft = put(server, "soft.png", blurred(picture(DEMO[0])))
+    prompt = training(soft)
     (encode,) = [node for node in prompt.values() if node["class_type"] == "VAEEncode"]
     prompt["sharp"] = {
         "class_type": "ImageSharpen",
@@ -187,7 +167,7 @@ def test_load_catalogue_reports_the_faults_of_its_pictures(pack, comfy):
     import folder_paths
 
     root = Path(folder_paths.get_input_directory()) / "poor"
-    for folder, of in (("photos", noisy(picture(DEMO[0]))), ("styles", lost(picture(DEMO[1])))):
+    for folder, of in (("photos", noisy(picture(DEMO[0]), 25)), ("styles", on_large_page(picture(DEMO[1])))):
         (root / folder).mkdir(parents=True, exist_ok=True)
         of.save(root / folder / f"{folder}.png")
     cut_out("owl-flat").save(root / "photos" / "cut_out.png")

@@ -33,6 +33,10 @@ TENTH = 10
 FAULTS = {"small": "pixels and is", "blurred": "is blurred", "JPEG": "JPEG", "noisy": "is noisy", "empty": "empty page"}
 
 
+def blurred(picture: Image.Image, sigma: float = 3) -> Image.Image:
+    return picture.filter(ImageFilter.GaussianBlur(sigma))
+
+
 def compressed(picture: Image.Image, quality: int) -> Image.Image:
     file = io.BytesIO()
     picture.save(file, "JPEG", quality=quality)
@@ -60,7 +64,7 @@ def on_large_page(picture: Image.Image) -> Image.Image:
 
 
 DAMAGE: dict[str, Damage] = {
-    "Gaussian blur, sigma 3": lambda picture: picture.filter(ImageFilter.GaussianBlur(3)),
+    "Gaussian blur, sigma 3": blurred,
     "a quarter of the resolution": coarse,
     "JPEG, quality 20": lambda picture: compressed(picture, 20),
     "JPEG, quality 75": lambda picture: compressed(picture, 75),
