@@ -35,8 +35,12 @@ def find_faults(picture: Tensor, side: float, masked: bool = False) -> list[str]
     if min(learned.shape[:2]) < LEAST:
         return faults
     luma = learned @ LUMA
-    if edge_blur(luma) > SOFT:
-        faults.append("is blurred, or was scaled up. Use a sharp original, or train it at a smaller size.")
+    if (blur := edge_blur(luma)) > SOFT:
+        radius, sigma, alpha = sharpening(max(1, scale) * blur)
+        faults.append(
+            "is blurred, or was scaled up. Use a sharp original, or put ComfyUI's Image Sharpen last before VAE "
+            f"Encode, with sharpen_radius {radius}, sigma {sigma}, alpha {alpha}."
+        )
     # Scaled down further, the blocks are too small to matter.
     if scale >= 1 / ENLARGED and jpeg_grid(_middle(picture) @ LUMA) > ON_GRID:
         faults.append("shows JPEG blocks. Use the original, or one that is compressed less.")
@@ -61,6 +65,14 @@ def edge_blur(luma: Tensor, reference: float = 1.0) -> float:
     ratio = (before[strong] / after[strong]).clamp(min=1.0001)
     blur = reference / (ratio**2 - 1).sqrt()
     return blur.kthvalue(1 + len(blur) // 10).values.item()
+
+
+def sharpening(blur: float) -> tuple[int, float, float]:
+    """sharpen_radius, sigma and alpha of ComfyUI's Image Sharpen against a blur, in pixels.
+
+    It then adds twice what a Gaussian of this blur takes away: the node counts sigma in radii, and alpha in tens.
+    """
+    return min(31, round(3 * blur)), 0.33, 0.2
 
 
 def noise_level(luma: Tensor) -> float:

@@ -1,10 +1,12 @@
 """What a user reads of pictures that are poor to learn from, before they are learned."""
 
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from images import cut_out
 from PIL import Image, ImageDraw
 from prompts import quick
@@ -35,8 +37,12 @@ def photo():
     return blended.resize((400, 400), Image.Resampling.LANCZOS)
 
 
+def tensor(of):
+    return torch.from_numpy(np.array(of)).float() / 255
+
+
 def faults(of, side=None, **settings):
-    return find_faults(torch.from_numpy(np.array(of)).float() / 255, side or of.width, **settings)
+    return find_faults(tensor(of), side or of.width, **settings)
 
 
 DAMAGE = {
@@ -70,6 +76,24 @@ def test_what_is_lost_when_a_picture_is_made_small_for_training_does_not_count()
     sharp = picture(DEMO[0], 2048)
     assert "is blurred" in str(faults(blurred(sharp)))
     assert [faults(DAMAGE[words](sharp), SIDE) for words in ("is blurred", "is noisy", "JPEG")] == [[]] * 3
+
+
+@pytest.mark.parametrize("blur", [1.5, 3])
+@pytest.mark.parametrize("file", DEMO, ids=lambda file: file.stem)
+def test_image_sharpen_as_advised_makes_a_blurred_picture_more_like_the_sharp_one(comfy, file, blur):
+    from comfy_extras.nodes_post_processing import Sharpen
+
+    sharp, soft = picture(file), blurred(picture(file), blur)
+    (fault,) = faults(soft)
+    radius, sigma, alpha = map(float, re.findall(r"\d+\.?\d*", fault))
+    ours = Sharpen.execute(tensor(soft)[None], int(radius), sigma, alpha).args[0]
+    assert F.mse_loss(ours[0], tensor(sharp)) < 0.85 * F.mse_loss(tensor(soft), tensor(sharp))
+
+
+def test_the_radius_is_in_pixels_of_the_training():
+    soft = blurred(picture(DEMO[0]), 2)
+    once, twice = (int(re.search(r"sharpen_radius (\d+)", str(faults(soft, side)))[1]) for side in (SIDE, 2 * SIDE))
+    assert abs(twice - 2 * once) <= 1
 
 
 def test_a_small_picture_is_named_where_it_is_learned_large():
