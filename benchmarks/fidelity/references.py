@@ -1,14 +1,15 @@
-"""`python benchmarks/fidelity/references.py [--images 4] [--styles 3] [--scale 0.2]`: what a poor style image costs.
+"""`python benchmarks/fidelity/references.py [--images 4] [--styles 4] [--scale 0.2] [--mended]`
 
-On the pairs for tuning: the preset fast learns each style image as it is and damaged in eight ways; the content LoRAs
-are those of the clean content images. Scores are against the clean style image. Without guidance, one seed a pair.
-LoRAs and pictures are kept as by report.py, so that `--only KIND ...` can do some kinds before, in several processes.
-The table is also in benchmarks/results/references.md.
+What a poor style image costs, on the pairs for tuning: the preset fast learns each as it is, and damaged in eight ways,
+beside clean content images. `--mended`: what wins it back, and what a poor content image costs. Scores are against the
+clean images. Without guidance, one seed a pair. LoRAs and pictures are kept as by report.py, so that a stopped run
+continues. The tables are also in benchmarks/results/references.md and references_mended.md.
 """
 
 import argparse
 import sys
 from datetime import date
+from itertools import product
 from pathlib import Path
 
 if __name__ == "__main__":
@@ -19,22 +20,29 @@ if __name__ == "__main__":
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from einops import rearrange
-from PIL import Image, ImageDraw, ImageFilter, ImageFont
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from benchmarks.common import RESULTS, bold, comfyui_version, joined, table, template
-from benchmarks.fidelity.faults import Damage, coarse, compressed, noisy
-from benchmarks.fidelity.judges import DRAWN
+from benchmarks.fidelity.faults import Damage, blurred, coarse, compressed, noisy
+from benchmarks.fidelity.judges import DRAWN, SIDE
 from benchmarks.fidelity.pairs import PAIRS, Drawing
 from benchmarks.fidelity.report import CONTENT_PROMPT, FAST, STYLE_PROMPT, Bench, first_pairs
 from benchmarks.fidelity.studio import Own, Studio
-from consislora_core.image_faults import find_faults
+from consislora_core.image_faults import LUMA, edge_blur, find_faults, sharpening
 from demo.server import PACK
 
-SHOWN = ("content", "style", "leakage")
-CLEAN = "clean"
 DARK, MARK = (28, 30, 38), (128, 128, 128, 110)
+SHOWN = ("content", "outlines", "style", "leakage")
+LESS_CLEAN = [f"{name}, less clean's" for name in SHOWN]
+CLEAN = ()
+
+STRENGTHS, WIDTHS = (0.5, 1, 1.5, 2), (1, 1.5)  # of sharpening, times what is advised
+
+# What is done to a picture before it is learned, by its names in DAMAGES and MENDS.
+Changes = tuple[str, ...]
 
 
 def cropped(picture: Image.Image) -> Image.Image:
@@ -62,90 +70,188 @@ def on_dark_page(picture: Image.Image) -> Image.Image:
     return page
 
 
-KINDS: dict[str, Damage] = {
-    CLEAN: lambda picture: picture,
-    "blurred, sigma 3": lambda picture: picture.filter(ImageFilter.GaussianBlur(3)),
-    "JPEG, quality 20": lambda picture: compressed(picture, 20),
-    "noise, 25 of 255": lambda picture: noisy(picture, 25),
-    "a quarter of the resolution": coarse,
+def sharpened(picture: Image.Image, stronger: float = 1, wider: float = 1) -> Image.Image:
+    """By ComfyUI's node Image Sharpen, as the check of pictures advises, or so many times stronger and wider."""
+    from comfy_extras.nodes_post_processing import Sharpen
+
+    radius, sigma, alpha = sharpening(wider * edge_blur(pixels_of(picture) @ LUMA))
+    return picture_of(Sharpen.execute(pixels_of(picture)[None], radius, sigma, stronger * alpha).args[0][0])
+
+
+BLURRED, JPEG, NOISY, COARSE = "blurred, sigma 3", "JPEG, quality 20", "noise, 25 of 255", "a quarter of the resolution"
+DAMAGES: dict[str, Damage] = {
+    BLURRED: blurred,
+    JPEG: lambda picture: compressed(picture, 20),
+    NOISY: lambda picture: noisy(picture, 25),
+    COARSE: coarse,
     "watermark": watermarked,
     "dark page": on_dark_page,
     "cropped to a corner": cropped,
     "tilted by 15 degrees": tilted,
 }
+SHARPENED, HALF_SIZE = "sharpened", "trained at half the side"
+# The second changes the training, not the picture.
+MENDS: dict[str, Damage] = {SHARPENED: sharpened, HALF_SIZE: lambda picture: picture}
+CHANGES = DAMAGES | MENDS
+STYLES_MENDED = [
+    (BLURRED,),
+    (BLURRED, SHARPENED),
+    (BLURRED, HALF_SIZE),
+    (COARSE,),
+    (COARSE, SHARPENED),
+]
+POOR_CONTENTS = [(BLURRED,), (JPEG,), (NOISY,), (COARSE,)]
+
+
+def pixels_of(picture: Image.Image) -> Tensor:
+    """h w 3, 0 to 1."""
+    return torch.from_numpy(np.array(picture)).float() / 255
+
+
+def picture_of(pixels: Tensor) -> Image.Image:
+    return Image.fromarray((255 * pixels).round().byte().cpu().numpy())
 
 
 class PoorStudio(Studio):
-    """Also has each drawing damaged, under the name of its damage behind its own."""
+    """Also has each drawing changed, under the names of `CHANGES` behind its own."""
 
     def drawn(self, *drawings: tuple[str, ...]) -> Tensor:
-        return torch.cat([self._damaged(drawing) for drawing in drawings])
+        return torch.cat([self._changed(drawing) for drawing in drawings])
 
-    def _damaged(self, drawing: tuple[str, ...]) -> Tensor:
+    def _changed(self, drawing: tuple[str, ...]) -> Tensor:
         picture = Image.fromarray(self.drawings.pictures[self.place[drawing[:2]]].numpy())
-        for kind in drawing[2:]:
-            picture = KINDS[kind](picture)
-        return rearrange(torch.from_numpy(np.array(picture)), "h w c -> 1 c h w").float() / 255
+        for change in drawing[2:]:
+            picture = CHANGES[change](picture)
+        return rearrange(pixels_of(picture), "h w c -> 1 c h w")
 
 
 class References(Bench):
-    def contents_learned(self) -> dict[Drawing, Own]:
+    def contents_learned(self, changes: Changes = CLEAN) -> dict[Drawing, Own]:
+        """The LoRAs of the content images so changed, by the clean ones."""
         stage_1, _ = self.stages(FAST)
-        return self.studio.learned(stage_1, CONTENT_PROMPT, self.contents, recolourings=FAST.recolourings).owns
+        changed = [(*content, *changes) for content in self.contents]
+        owns = self.studio.learned(stage_1, CONTENT_PROMPT, changed, recolourings=FAST.recolourings).owns
+        return dict(zip(self.contents, owns.values(), strict=True))
 
-    def styles_learned(self, kind: str) -> dict[Drawing, Own]:
-        """The LoRAs of the style images so damaged, by the clean ones."""
-        stages, poor = self.stages(FAST), [poorer(style, kind) for style in self.styles]
-        whole = self.studio.learned(stages[0], "A [v]", poor, recolourings=FAST.recolourings)
-        owns = self.studio.learned(stages[1], STYLE_PROMPT, poor, whole).owns
-        return {style: owns[poor] for style, poor in zip(self.styles, poor, strict=True)}
+    def styles_learned(self, changes: Changes = CLEAN) -> dict[Drawing, Own]:
+        """The LoRAs of the style images so changed, by the clean ones."""
+        stages, changed = self.stages(FAST), [(*style, *changes) for style in self.styles]
+        sizes = [(0.5,) * len(stage.phases) if HALF_SIZE in changes else () for stage in stages]
+        whole = self.studio.learned(stages[0], "A [v]", changed, recolourings=FAST.recolourings, sizes=sizes[0])
+        owns = self.studio.learned(stages[1], STYLE_PROMPT, changed, whole, sizes=sizes[1]).owns
+        return dict(zip(self.styles, owns.values(), strict=True))
 
-    def pictures_of(self, kind: str) -> Tensor:
-        contents, styles = self.contents_learned(), self.styles_learned(kind)
-        return torch.cat(
-            [
-                self.studio.picture(contents[pair.content], styles[pair.style], seed)
-                for seed, pair in enumerate(self.pairs)
-            ]
-        )
+    def scores_with(self, of_content: Changes = CLEAN, of_style: Changes = CLEAN) -> dict[str, Tensor]:
+        contents, styles = self.contents_learned(of_content), self.styles_learned(of_style)
+        pictures = [
+            self.studio.picture(contents[pair.content], styles[pair.style], seed)
+            for seed, pair in enumerate(self.pairs)
+        ]
+        return self.scores(torch.cat(pictures), self.pairs)
 
-    def faulty(self, kind: str) -> int:
-        """In how many of the style images so damaged the check before a training finds a fault."""
-        pictures = (self.studio.drawn(poorer(style, kind))[0] for style in self.styles)
+    def faulty(self, changes: Changes) -> int:
+        """In how many of the style images so changed the check before a training finds a fault."""
+        pictures = (self.studio.drawn((*style, *changes))[0] for style in self.styles)
         return sum(bool(find_faults(rearrange(picture, "c h w -> h w c"), DRAWN)) for picture in pictures)
 
+    def differences(self, scores: dict[str, Tensor], others: dict[str, Tensor]) -> list[str]:
+        return [bold(self.estimate(scores[name] - others[name])) for name in SHOWN]
 
-def poorer(drawing: Drawing, kind: str) -> tuple[str, ...]:
-    return drawing if kind == CLEAN else (*drawing, kind)
+    def sheet(self, damage: str, mend: str) -> Image.Image:
+        """Of each style image clean, damaged and mended: the image, and a picture with what was learned from it."""
+        ways, rows = (CLEAN, (damage,), (damage, mend)), []
+        for seed, (content, style) in list(enumerate(self.pairs))[: len(self.styles)]:
+            learned = [self.studio.drawn((*style, *changes)) for changes in ways]
+            drawn = [
+                self.studio.picture(self.contents_learned()[content], self.styles_learned(changes)[style], seed)
+                for changes in ways
+            ]
+            rows.append(torch.cat([F.adaptive_avg_pool2d(picture, SIDE) for picture in learned + drawn], 3))
+        pixels = (255 * rearrange(torch.cat(rows, 2), "1 c h w -> h w c")).byte().numpy()
+        return Image.fromarray(pixels).quantize(256, dither=Image.Dither.NONE)
+
+
+def strengths_table(bench: References) -> str:
+    """How near the style judge finds all style images for tuning, damaged and sharpened, to the clean ones."""
+    styles = list(dict.fromkeys(pair.style for pair in PAIRS["tune"]))
+    pictures = [picture_of(rearrange(bench.studio.drawn(style)[0], "c h w -> h w c")) for style in styles]
+
+    def features(pictures: list[Image.Image]) -> Tensor:
+        pixels = rearrange(torch.stack([pixels_of(picture) for picture in pictures]), "b h w c -> b c h w")
+        return bench.judges["style"](F.adaptive_avg_pool2d(pixels, SIDE)).features
+
+    clean = features(pictures)
+
+    def likeness(pictures: list[Image.Image]) -> str:
+        return f"{(features(pictures) * clean).sum(1).mean():.3f}"
+
+    poor = {damage: [DAMAGES[damage](picture) for picture in pictures] for damage in (BLURRED, COARSE)}
+    rows = [["not sharpened", "", *map(likeness, poor.values())]]
+    for stronger, wider in product(STRENGTHS, WIDTHS):
+        mended = ([sharpened(picture, stronger, wider) for picture in damaged] for damaged in poor.values())
+        rows.append([stronger, wider, *map(likeness, mended)])
+    return table(["alpha, times", "radius, times", *poor], rows)
+
+
+def costs_report(bench: References) -> dict[str, str]:
+    """What each damage of the style images costs."""
+    scores = {changes: bench.scores_with(of_style=changes) for changes in (CLEAN, *((damage,) for damage in DAMAGES))}
+    rows = []
+    for changes, found in scores.items():
+        differences = bench.differences(found, scores[CLEAN]) if changes else [""] * len(SHOWN)
+        rows.append([*(changes or ["clean"]), *means(found), *differences, bench.faulty(changes)])
+    return {"table": table(["style image", *SHOWN, *LESS_CLEAN, "the check finds it"], rows)}
+
+
+def mended_report(bench: References) -> dict[str, str]:
+    """What mending the style images wins back, and what a poor content image costs."""
+    styles = {changes: bench.scores_with(of_style=changes) for changes in (CLEAN, *STYLES_MENDED)}
+    contents = {changes: bench.scores_with(of_content=changes) for changes in (CLEAN, *POOR_CONTENTS)}
+    won = [
+        [*changes, *bench.differences(found, styles[changes[:1]])] for changes, found in styles.items() if changes[1:]
+    ]
+    sheet = RESULTS / "references_mended.png"
+    bench.sheet(BLURRED, SHARPENED).save(sheet, optimize=True)
+    return {
+        "style_table": difference_table(bench, ["style image", "mended"], styles),
+        "won": table(["style image", "mended", *(f"{name}, less unmended's" for name in SHOWN)], won),
+        "content_table": difference_table(bench, ["content image"], contents),
+        "strength_table": strengths_table(bench),
+        "sheet": sheet.name,
+    }
+
+
+def difference_table(bench: References, header: list[str], scores: dict[Changes, dict[str, Tensor]]) -> str:
+    """The scores, and their differences from the clean images'; header: of the columns that say what was changed."""
+    rows = []
+    for changes, found in scores.items():
+        labels = [*(changes or ["clean"]), ""][: len(header)]
+        differences = bench.differences(found, scores[CLEAN]) if changes else [""] * len(SHOWN)
+        rows.append([*labels, *means(found), *differences])
+    return table([*header, *SHOWN, *LESS_CLEAN], rows)
+
+
+def means(scores: dict[str, Tensor]) -> list[str]:
+    return [f"{scores[name].mean():.3f}" for name in SHOWN]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="What a poor style image costs.")
+    parser = argparse.ArgumentParser(description="What a poor style image costs, and what wins it back.")
     parser.add_argument("--work", type=Path, metavar="DIR", default=PACK / "benchmarks" / "work", help="for resuming")
     parser.add_argument("--scale", type=float, default=0.2, help="training steps, as a part of the paper's")
     parser.add_argument("--images", type=int, metavar="N", default=4, help="content images")
-    parser.add_argument("--styles", type=int, metavar="N", default=3, help="style images")
-    parser.add_argument(
-        "--only", nargs="+", choices=KINDS, metavar="KIND", help="draw these kinds, and write no report"
-    )
+    parser.add_argument("--styles", type=int, metavar="N", default=4, help="style images")
+    parser.add_argument("--mended", action="store_true", help="mend what is poor, and damage content images too")
     options = parser.parse_args()
     pairs = first_pairs(PAIRS["tune"], options.images, options.styles)
     bench = References(PoorStudio(options.work), pairs, options.scale, 1)
-    drawn = {kind: bench.pictures_of(kind) for kind in options.only or KINDS}
-    if options.only:
-        return
-    scores = {kind: bench.scores(pictures, pairs) for kind, pictures in drawn.items()}
-    rows = []
-    for kind, found in scores.items():
-        differences = [bold(bench.estimate(found[name] - scores[CLEAN][name])) for name in SHOWN]
-        means = (f"{found[name].mean():.3f}" for name in SHOWN)
-        rows.append([kind, *means, *(differences if kind != CLEAN else [""] * len(SHOWN)), bench.faulty(kind)])
-    header = ["style image", *SHOWN, *(f"{name}, less clean's" for name in SHOWN), "the check finds it"]
-    report = joined(template("references")).format(
+    name = "references_mended" if options.mended else "references"
+    report = joined(template(name)).format(
         date=date.today(), images=options.images, styles=options.styles, scale=options.scale, pairs=len(pairs),
-        comfyui=comfyui_version(), torch=torch.__version__, table=table(header, rows),
+        comfyui=comfyui_version(), torch=torch.__version__,
+        **(mended_report(bench) if options.mended else costs_report(bench)),
     )  # fmt: skip
-    (RESULTS / "references.md").write_text(report, encoding="utf-8")
+    (RESULTS / f"{name}.md").write_text(report, encoding="utf-8")
     print(report)
 
 
