@@ -107,7 +107,11 @@ class GuidedPass:
             return executor(*inputs, control, options, **kwargs)
 
     def _can_share(self, options: dict) -> bool:
-        others = {name for name, patches in options.get("patches", {}).items() if patches} - ROWLESS_PATCHES
+        others = {
+            name
+            for name, patches in options.get("patches", {}).items()
+            if any(not getattr(patch, "knows_rows", False) for patch in patches)
+        } - ROWLESS_PATCHES
         others |= {name for name, patches in options.get("patches_replace", {}).items() if patches}
         if others and self.share_encoder:
             self.share_encoder = False

@@ -57,11 +57,12 @@ def sample(
     return {**latent, "samples": samples.to(comfy.model_management.intermediate_device())}
 
 
-def invert(guider: comfy.samplers.CFGGuider, latent: dict, sigmas: Tensor) -> dict:
+def invert(guider: comfy.samplers.CFGGuider, latent: dict, sigmas: Tensor, run: tuple[int, int] = (0, 1)) -> dict:
     """The noisy latent that Euler steps down `sigmas` turn into this one: DDIM inversion (arXiv 2010.02502).
 
     In fp32: the first step divides by `NEARLY_CLEAN`, which makes fp16's rounding larger than the latent itself.
-    Raises ValueError for a model of flow matching at sigma 1, where the latent that ComfyUI hands on has no noise left.
+    run: as for `sample`. Raises ValueError for a model of flow matching at sigma 1, where the latent that ComfyUI hands
+    on has no noise left.
     """
     if is_flow(guider.model_patcher) and sigmas[0] >= 1:
         raise ValueError(
@@ -70,4 +71,4 @@ def invert(guider: comfy.samplers.CFGGuider, latent: dict, sigmas: Tensor) -> di
         )
     latent = {**latent, "samples": latent["samples"].float()}
     ascending = torch.cat([sigmas.new_tensor([NEARLY_CLEAN]), sigmas.flip(0)[1:]])
-    return sample(guider, latent, 0, "euler", ascending, noised=True)
+    return sample(guider, latent, 0, "euler", ascending, noised=True, run=run)

@@ -3,6 +3,7 @@
 from comfy_api.latest import io
 
 from ..consislora_core.lora_file import ImageLora
+from ..host.frames import sample_frames, with_anchor_attention
 from ..host.guider import GuidanceSettings, build_dual_guider, build_reconstruction_guider
 from ..host.model_inputs import check_latent, check_picture_in
 from ..host.provenance import HIDDEN, note
@@ -10,6 +11,8 @@ from ..host.sampling import invert, ksampler_sigmas, sample
 from .guidance_inputs import guidance_inputs, model_and_prompts, optional_inputs, sampling_inputs
 from .sockets import CATEGORY, aliases
 from .widget_values import checked
+
+OFF, CONSISTENT = "off", "consistent"
 
 
 class Guider(io.ComfyNode):
@@ -54,6 +57,14 @@ class Sampler(io.ComfyNode):
                     "noise, so that outlines stay where they are. Connect the content image's latent.",
                 ),
                 *optional_inputs(),
+                io.Combo.Input(
+                    "frames",
+                    options=[OFF, CONSISTENT],
+                    default=OFF,
+                    optional=True,
+                    tooltip="consistent: latent_image holds the frames of a film. Each begins with its own noise, as with "
+                    "structure_lock, and also reads the first one, so that all look alike.",
+                ),
             ],
             outputs=[io.Latent.Output(tooltip="The denoised latent, for VAE Decode.")],
             hidden=HIDDEN,
@@ -63,21 +74,27 @@ class Sampler(io.ComfyNode):
     @checked
     def execute(
         cls, model, positive, negative, latent_image, seed, steps, sampler_name, scheduler, denoise,
-        structure_lock=False, content: ImageLora | None = None, style: ImageLora | None = None, **guidance,
+        structure_lock=False, content: ImageLora | None = None, style: ImageLora | None = None, frames=OFF, **guidance,
     ) -> io.NodeOutput:  # fmt: skip
-        guider = build_dual_guider(model, positive, negative, content, style, GuidanceSettings(**guidance))
+        settings, is_film = GuidanceSettings(**guidance), frames == CONSISTENT
+        guided = with_anchor_attention(model) if is_film else model
+        guider = build_dual_guider(guided, positive, negative, content, style, settings)
         check_latent(model, latent_image, "latent_image")
         sigmas = ksampler_sigmas(model, steps, sampler_name, scheduler, denoise)
-        if structure_lock:
-            check_lockable(latent_image)
-            latent_image = invert(build_reconstruction_guider(model, negative, content), latent_image, sigmas)
         noted = dict(seed=seed, steps=steps, sampler_name=sampler_name, scheduler=scheduler, denoise=denoise)
         note(cls.hidden, {"content": content, "style": style}, {**noted, **guidance})
-        return io.NodeOutput(sample(guider, latent_image, seed, sampler_name, sigmas, noised=structure_lock))
+        if not (is_film or structure_lock):
+            return io.NodeOutput(sample(guider, latent_image, seed, sampler_name, sigmas))
+        check_lockable(latent_image, "frames" if is_film else "structure_lock")
+        inverting = build_reconstruction_guider(model, negative, content)
+        if is_film:
+            return io.NodeOutput(sample_frames(guider, inverting, latent_image, seed, sampler_name, sigmas))
+        latent_image = invert(inverting, latent_image, sigmas)
+        return io.NodeOutput(sample(guider, latent_image, seed, sampler_name, sigmas, noised=True))
 
 
-def check_lockable(latent: dict) -> None:
-    """Raises ValueError for a latent whose structure cannot be locked."""
+def check_lockable(latent: dict, turned_on: str) -> None:
+    """Raises ValueError for a latent that cannot be inverted, as an input that is turned on wants it."""
     if "noise_mask" in latent:
-        raise ValueError("structure_lock does not work with a mask on latent_image. Turn it off, or remove the mask.")
-    check_picture_in(latent, "latent_image", "structure_lock")
+        raise ValueError(f"{turned_on} does not work with a mask on latent_image. Turn it off, or remove the mask.")
+    check_picture_in(latent, "latent_image", turned_on)

@@ -574,6 +574,56 @@ def test_a_lock_without_a_picture_or_beside_a_mask_is_refused_in_words(guide, lo
         by_node(guide, comfy_model(), loras, masked, structure_lock=True)
 
 
+# Frames of a film
+
+
+ROUNDING = 1e-3  # inversion begins with a division by `NEARLY_CLEAN`
+
+def film_of(count):
+    return {"samples": 2 * torch.randn(count, 4, 16, 16, generator=torch.Generator().manual_seed(6))}
+
+
+def test_frames_are_the_same_in_chunks_of_any_size_and_no_pass_sees_more_than_a_chunk(guide, pack, loras, monkeypatch):
+    model, pictures = comfy_model(), {}
+    rows = encoder_rows(model)
+    for at_once in (3, 8):
+        monkeypatch.setattr(pack.host.frames, "AT_ONCE", at_once)
+        rows.clear()
+        pictures[at_once] = by_node(guide, model, loras, film_of(5), frames="consistent")
+        assert max(rows) == 2 * min(at_once, 5)  # cond and uncond, whose encoder the guidance rows share
+    assert relative_error(pictures[3], pictures[8]) < ROUNDING
+
+
+def test_the_first_frame_is_locked_and_the_others_read_it_too(guide, loras):
+    model = comfy_model()
+    frames = by_node(guide, model, loras, film_of(3), frames="consistent")
+    locked = by_node(guide, model, loras, film_of(3), structure_lock=True)
+    assert relative_error(frames[:1], locked[:1]) < ROUNDING
+    assert relative_error(frames[1:], locked[1:]) > 10 * ROUNDING
+    assert torch.equal(frames, by_node(guide, model, loras, film_of(3), frames="consistent", seed=12))
+
+
+def test_frames_cancelled_in_the_second_chunk_leave_the_model_untouched(guide, pack, loras, monkeypatch):
+    from comfy.model_management import InterruptProcessingException
+
+    monkeypatch.setattr(pack.host.frames, "AT_ONCE", 2)
+    model = loaded_model()
+    usual, before = by_node(guide, model, loras, film_of(3), frames="consistent"), everything_about(model)
+    passes = []
+
+    def at_the_last_pass(*_):
+        passes.append(1)
+        if len(passes) == 4 * STEPS:  # each chunk is inverted, then sampled
+            cancel()
+
+    hook = model.model.diffusion_model.input_blocks[0][0].register_forward_hook(at_the_last_pass)
+    with pytest.raises(InterruptProcessingException):
+        by_node(guide, model, loras, film_of(3), frames="consistent")
+    hook.remove()
+    assert everything_about(model) == before
+    assert torch.equal(by_node(guide, model, loras, film_of(3), frames="consistent"), usual)
+
+
 # Hooks on conditioning
 
 

@@ -1,0 +1,65 @@
+"""Frames of a film, sampled so that each looks like the first: chunk by chunk, whatever their number."""
+
+from functools import partial
+
+import comfy.samplers
+import torch
+from comfy.model_patcher import ModelPatcher
+from einops import rearrange
+from torch import Tensor
+
+from .sampling import invert, sample
+
+AT_ONCE = 8  # latents of a chunk, the anchor among them
+
+
+class AnchorAttention:
+    """Self-attention of every latent also reads the keys and values of the first latent, the anchor.
+
+    ComfyUI's attn1_patch, called with what queries, keys and values are computed from (b tokens channels). The batch
+    holds one chunk for each conditioning, with all latents in it.
+    """
+
+    knows_rows = True  # and each row by itself, so that equal rows can share the encoder
+
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor, options: dict) -> tuple[Tensor, Tensor, Tensor]:
+        read = partial(_with_anchor, rows=len(options["cond_or_uncond"]))
+        keys = read(key)
+        return query, keys, keys if value is key else read(value)
+
+
+def _with_anchor(tensor: Tensor, rows: int) -> Tensor:
+    latents = rearrange(tensor, "(row latent) n c -> row latent n c", row=rows)
+    both = torch.cat([latents, latents[:, :1].expand_as(latents)], 2)
+    return rearrange(both, "row latent n c -> (row latent) n c")
+
+
+def with_anchor_attention(model: ModelPatcher) -> ModelPatcher:
+    """A clone of the model whose self-attention also reads the first latent of the batch."""
+    clone = model.clone()
+    clone.set_model_attn1_patch(AnchorAttention())
+    return clone
+
+
+def sample_frames(
+    guider: comfy.samplers.CFGGuider,
+    inverting: comfy.samplers.CFGGuider,
+    latent: dict,
+    seed: int,
+    sampler_name: str,
+    sigmas: Tensor,
+) -> dict:
+    """Samples frames from their own noise, each beside the first one: a chunk of `AT_ONCE` takes all the memory.
+
+    guider: of a model by `with_anchor_attention`. inverting: a guider that reconstructs the frames. latent: samples n c
+    h w, the first is the anchor.
+    """
+    anchor, others = latent["samples"].split([1, len(latent["samples"]) - 1])
+    chunks = [torch.cat([anchor, chunk]) for chunk in others.split(AT_ONCE - 1) if len(chunk)] or [anchor]
+    frames = []
+    for number, chunk in enumerate(chunks):
+        runs = 2 * len(chunks)
+        noisy = invert(inverting, {"samples": chunk}, sigmas, run=(2 * number, runs))
+        sampled = sample(guider, noisy, seed, sampler_name, sigmas, noised=True, run=(2 * number + 1, runs))
+        frames.append(sampled["samples"][min(number, 1) :])
+    return {**latent, "samples": torch.cat(frames)}
