@@ -52,8 +52,10 @@ def sample_frames(
     """Samples frames from their own noise, each beside the first one: a chunk of `AT_ONCE` takes all the memory.
 
     guider: of a model by `with_anchor_attention`. inverting: a guider that reconstructs the frames. latent: samples n c
-    h w, the first is the anchor.
+    h w, the first is the anchor. Raises ValueError for control with a picture for each of more frames than a chunk has.
     """
+    if len(latent["samples"]) > AT_ONCE:
+        _check_control(guider)
     anchor, others = latent["samples"].split([1, len(latent["samples"]) - 1])
     chunks = [torch.cat([anchor, chunk]) for chunk in others.split(AT_ONCE - 1) if len(chunk)] or [anchor]
     frames = []
@@ -63,3 +65,15 @@ def sample_frames(
         sampled = sample(guider, noisy, seed, sampler_name, sigmas, noised=True, run=(2 * number + 1, runs))
         frames.append(sampled["samples"][min(number, 1) :])
     return {**latent, "samples": torch.cat(frames)}
+
+
+def _check_control(guider: comfy.samplers.CFGGuider) -> None:
+    """Raises ValueError for a ControlNet with several pictures: every chunk would read those of the first."""
+    for control in {cond["control"] for conds in guider.original_conds.values() for cond in conds if "control" in cond}:
+        while control:
+            if control.cond_hint_original is not None and len(control.cond_hint_original) > 1:
+                raise ValueError(
+                    "A ControlNet has a picture for each frame, which works up to "
+                    f"{AT_ONCE} frames. Give it one picture, leave it out, or sample fewer frames."
+                )
+            control = control.previous_controlnet

@@ -62,8 +62,8 @@ class Sampler(io.ComfyNode):
                     options=[OFF, CONSISTENT],
                     default=OFF,
                     optional=True,
-                    tooltip="consistent: latent_image holds the frames of a film. Each begins with its own noise, as with "
-                    "structure_lock, and also reads the first one, so that all look alike.",
+                    tooltip="consistent: latent_image holds the frames of a film. Each begins with its own noise, as "
+                    "with structure_lock, and also reads the first one, so that all look alike.",
                 ),
             ],
             outputs=[io.Latent.Output(tooltip="The denoised latent, for VAE Decode.")],

@@ -4,6 +4,7 @@ It runs every demo workflow as it is, in a real ComfyUI, and looks at some of th
 ComfyUI's folders, so that a second run trains nothing anew; the first takes some fifteen minutes on one CPU core.
 """
 
+import math
 import os
 import runpy
 import shutil
@@ -14,6 +15,7 @@ if __name__ == "__main__":
     sys.path.append(str(Path(__file__).resolve().parent.parent))
     runpy.run_path(sys.path[-1] + "/bootstrap.py")["enter"]("tests")
 
+import av
 from browser import browser, cancel, drop, look_at, opened, queue, setting, turn
 from images import cut_out
 from PIL import Image, ImageDraw, ImageFont
@@ -36,6 +38,7 @@ SHOWN = {
     "dual_guidance": ([SUBJECT, STYLE], ["SaveImage"]),
     "content_only": ([SUBJECT], ["SaveImage"]),
     "style_only": ([STYLE], ["SaveImage"]),
+    "frames": ([SUBJECT, STYLE], ["SaveAnimatedWEBP"]),
     "multi_reference": ([SUBJECT, STYLE, STYLE_2], ["SaveImage"]),
     "strength_grid": ([], ["SaveImage"]),
     "evaluate_and_gate": ([], ["ConsisLoRAEvaluate"]),
@@ -68,6 +71,7 @@ AT_STEP = """step => {
 }"""
 ICON, BANNER = (400, 400), (1260, 540)  # what the registry takes: at most 400 pixels; 21:9
 CATALOGUE = {"contents": [SUBJECT, SUBJECT_2], "styles": [STYLE]}
+FILM = 16  # frames
 CHECK, GREYS = 12, ("#fff", "#d8d8d8")  # what shows through a transparent picture: squares of so many pixels
 
 
@@ -114,6 +118,19 @@ def paste_grid(page: Image.Image, files: list[Path], box: tuple[int, int, int, i
         x, y = left + i % columns * width, top + i // columns * height
         shown = Image.alpha_composite(checks(picture.size), picture).convert("RGB")
         page.paste(shown, (x + (width - picture.width) // 2, y + (height - picture.height) // 2))
+
+
+def write_film(path: Path) -> None:
+    """The subject, turning from one side to the other and back."""
+    picture = Image.open(IMAGES / f"{SUBJECT}.png").convert("RGB").resize((256, 256), Image.Resampling.LANCZOS)
+    with av.open(path, "w") as film:
+        stream = film.add_stream("libx264", rate=8, options={"crf": "14"})
+        stream.width, stream.height, stream.pix_fmt = *picture.size, "yuv420p"
+        for i in range(FILM):
+            angle = 18 * math.sin(2 * math.pi * i / FILM)
+            frame = picture.rotate(angle, Image.Resampling.BICUBIC, fillcolor="white")
+            film.mux(stream.encode(av.VideoFrame.from_image(frame)))
+        film.mux(stream.encode())
 
 
 def draw_icon(content: Path, result: Path) -> Image.Image:

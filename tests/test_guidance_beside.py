@@ -456,16 +456,15 @@ def latent_of(side=16):
 
 def by_node(guide, model, loras, latent, sampler="euler", scheduler="normal", denoise=1.0, **changes):
     usual = dict(content_strength=1.0, style_strength=1.0, start_percent=0.0, end_percent=1.0, reuse_steps=1, seed=11)
+    prompts = dict(positive=conditioning("main"), negative=conditioning("uncond"))
     return guide.Sampler.execute(
         model,
-        positive=conditioning("main"),
-        negative=conditioning("uncond"),
         latent_image=latent,
         steps=STEPS,
         sampler_name=sampler,
         scheduler=scheduler,
         denoise=denoise,
-        **{**SETTINGS, **usual, **loras, **changes},
+        **{**prompts, **SETTINGS, **usual, **loras, **changes},
     ).result[0]["samples"]
 
 
@@ -579,6 +578,7 @@ def test_a_lock_without_a_picture_or_beside_a_mask_is_refused_in_words(guide, lo
 
 ROUNDING = 1e-3  # inversion begins with a division by `NEARLY_CLEAN`
 
+
 def film_of(count):
     return {"samples": 2 * torch.randn(count, 4, 16, 16, generator=torch.Generator().manual_seed(6))}
 
@@ -622,6 +622,12 @@ def test_frames_cancelled_in_the_second_chunk_leave_the_model_untouched(guide, p
     hook.remove()
     assert everything_about(model) == before
     assert torch.equal(by_node(guide, model, loras, film_of(3), frames="consistent"), usual)
+
+
+def test_more_frames_than_a_chunk_with_a_control_picture_each_are_refused_in_words(guide, loras):
+    with pytest.raises(ValueError, match="picture for each frame, which works up to 8"):
+        prompts = controlled(controlnet, "positive", hints(9))
+        by_node(guide, comfy_model(), loras, film_of(9), frames="consistent", **prompts)
 
 
 # Hooks on conditioning

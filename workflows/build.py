@@ -31,6 +31,7 @@ CONTROLS = {"index": "increment"}  # how a number changes after each run, where 
 CONTENTS |= {"ConsisLoRATrainImage": 380, "ConsisLoRATrainStyle": 380}  # preview and loss while it trains
 CONTENTS |= {"ConsisLoRASampler": 200, "ConsisLoRAGuider": 200}  # the pad
 CONTENTS |= {"ConsisLoRALoad": 90}  # what was found in the file
+CONTENTS |= {"LoadVideo": 230, "SaveVideo": 320, "SaveAnimatedWEBP": 320}
 CONTENTS |= {"ConsisLoRAEvaluate": 240, "PreviewAny": 120, "PreviewImage": 300}
 
 
@@ -68,6 +69,7 @@ class Settings(NamedTuple):
     """What differs from one base model to the next.
 
     words: about it, for the notes. images: content and style. another: a second picture in the style image's style.
+    film: to draw in a style.
     stage_1, stage_2: inputs of the training nodes. bounds: of Gate. encoder: for Evaluate, if there is one. recolours:
     stage 1 learns from recolourings of the image.
     """
@@ -77,6 +79,7 @@ class Settings(NamedTuple):
     base: Node
     images: tuple[str, str]
     another: str
+    film: str
     side: int
     stage_1: dict[str, float | str]
     stage_2: dict[str, float | str]
@@ -134,6 +137,44 @@ def whole_method(settings: Settings, note: str, style: Group) -> Workflow:
             Group("4. Learn the style, in two stages", BROWN, learn_style(settings)),
         ],
         [Group("5. The subject in the style", GREEN, stylise(settings))],
+    ]
+
+
+def frames(settings: Settings, note: str) -> Workflow:
+    """A film and a style image in, the film in that style out."""
+    components, sized_frames = From("components", "images"), From("content_sized", "IMAGE")
+    film = {
+        "film": Node("LoadVideo", "Film", {"file": settings.film}),
+        "components": Node("GetVideoComponents", "Its frames", {"video": From("film", "VIDEO")}),
+        "content_sized": scaled(components, settings.side),
+    }
+    learned = latents("content", settings, recolourings=4)
+    own = {"frames_latent": encoded(sized_frames, "Frames to latent")} if settings.recolours else {}
+    loras = {"content": From("content_training", "consislora"), "style": From("stage_2_training", "consislora")}
+    begun = From("frames_latent" if own else "content_latent", "LATENT")
+    inputs = {"model": MODEL, **loras, **sampling(settings), "latent_image": begun, "frames": "consistent"}
+    fps = From("components", "fps")
+    video = {"images": From("decoded", "IMAGE"), "fps": fps, "audio": From("components", "audio")}
+    clip = {"images": From("decoded", "IMAGE"), "fps": fps, "lossless": False, "filename_prefix": "consislora_film"}
+    saved = {"video": From("created", "VIDEO"), "filename_prefix": "consislora_film"}
+    made = [
+        {"positive": text("Prompt", BOTH), "negative": text("Negative prompt", "")},
+        {"sampled": Node("ConsisLoRASampler", "Sample, guided", inputs), "decoded": decoded()},
+        {
+            "created": Node("CreateVideo", "To film", video),
+            "result": Node("SaveVideo", "The film in the style", saved),
+            "clip": Node("SaveAnimatedWEBP", "The same as a picture that moves", clip),
+        },
+    ]
+    style = [sized("style", "Style image", settings.images[1], settings.side), latents("style", settings)]
+    return [
+        [start_here(settings, note)],
+        [Group("1. The film", BLUE, [film, {**learned, **own}]), Group("2. The style", BLUE, style)],
+        [
+            Group("3. Learn the subject, from all frames", BROWN, learn_content(settings)),
+            Group("4. Learn the style, in two stages", BROWN, learn_style(settings)),
+        ],
+        [Group("5. The film in the style", GREEN, made)],
     ]
 
 
@@ -308,14 +349,14 @@ def scaled(image: From, side: int) -> Node:
     return Node("ImageScaleToMaxDimension", "Scale", {"image": image, **size})
 
 
-def latents(image: str, settings: Settings) -> Column:
+def latents(image: str, settings: Settings, **recolour: int) -> Column:
     """What trainings learn from. Beside recolourings of the style image stage 2 needs the image in its own colours."""
     sized = From(f"{image}_sized", "IMAGE")
     if not settings.recolours:
         return {f"{image}_latent": encoded(sized)}
     own = {"style_own_latent": encoded(sized, "To latent, own colours")} if image == "style" else {}
     return {
-        f"{image}_recoloured": Node("ConsisLoRARecolour", "In many colours", {"image": sized}),
+        f"{image}_recoloured": Node("ConsisLoRARecolour", "In many colours", {"image": sized, **recolour}),
         f"{image}_latent": encoded(From(f"{image}_recoloured", "images")),
         **own,
     }
@@ -456,6 +497,7 @@ DEMO = Settings(
     base=Node("ConsisLoRADemoModel", "Demo model"),
     images=("crown-flat.png", "balloon-halftone.png"),
     another="cherry-blossom-halftone.png",
+    film="crown-turning.mp4",
     side=256,
     recolours=True,
     stage_1={
@@ -482,6 +524,7 @@ SDXL = Settings(
     base=Node("CheckpointLoaderSimple", "SDXL checkpoint", {"ckpt_name": "sd_xl_base_1.0.safetensors"}),
     images=("example.png", "example.png"),
     another="example.png",
+    film="example.mp4",
     side=1024,
     stage_1={},  # the nodes' defaults are the paper's
     stage_2={},
@@ -507,6 +550,7 @@ WORKFLOWS = {
             (train_content, "", ()),
             (train_style, "", ()),
             (multi_reference, "", ()),
+            (frames, "", ()),
             (strength_grid, "Which guidance?", ("start",)),
             (evaluate_and_gate, "Only the good ones", ("start",)),
             (structure_lock, "Its own outlines", ("start",)),
@@ -666,7 +710,8 @@ def widget_values(node: Node, object_info: dict) -> list:
         if is_widget(spec):
             values.append(held(value, spec))
             values += [CONTROLS.get(name, "fixed")] * bool(spec[1:] and spec[1].get("control_after_generate"))
-            values += ["image"] * bool(spec[1:] and spec[1].get("image_upload"))
+            uploads = spec[1:] and (spec[1].get("image_upload") or spec[1].get("video_upload"))
+            values += ["image"] * bool(uploads)
     return values
 
 
