@@ -1,8 +1,10 @@
 """The demo's real pictures as tensors, and as files."""
 
 import json
+import math
 from pathlib import Path
 
+import av
 import numpy as np
 import torch
 from PIL import Image, ImageDraw
@@ -32,6 +34,19 @@ def cut_out(name: str, size: tuple[int, int] = (256, 256)) -> Image.Image:
     picture.paste((0, 0, 0), mask=Image.fromarray(((shadow & is_page) * 255).astype(np.uint8)))
     picture.putalpha(Image.fromarray(alpha))
     return picture
+
+
+def write_film(path: Path, frames: int = 16) -> None:
+    """The crown, which turns from one side to the other and back."""
+    picture = Image.open(IMAGES / "crown-flat.png").convert("RGB").resize((256, 256), Image.Resampling.LANCZOS)
+    with av.open(path, "w") as film:
+        stream = film.add_stream("libx264", rate=8, options={"crf": "14"})
+        stream.width, stream.height, stream.pix_fmt = *picture.size, "yuv420p"
+        for i in range(frames):
+            angle = 18 * math.sin(2 * math.pi * i / frames)
+            turned = picture.rotate(angle, Image.Resampling.BICUBIC, fillcolor="white")
+            film.mux(stream.encode(av.VideoFrame.from_image(turned)))
+        film.mux(stream.encode())
 
 
 def write_png(picture: Image.Image, path: Path, workflow: dict) -> None:

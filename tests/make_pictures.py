@@ -4,7 +4,6 @@ It runs every demo workflow as it is, in a real ComfyUI, and looks at some of th
 ComfyUI's folders, so that a second run trains nothing anew; the first takes some fifteen minutes on one CPU core.
 """
 
-import math
 import os
 import runpy
 import shutil
@@ -15,9 +14,8 @@ if __name__ == "__main__":
     sys.path.append(str(Path(__file__).resolve().parent.parent))
     runpy.run_path(sys.path[-1] + "/bootstrap.py")["enter"]("tests")
 
-import av
 from browser import browser, cancel, drop, look_at, opened, queue, setting, turn
-from images import cut_out
+from images import cut_out, write_film
 from PIL import Image, ImageDraw, ImageFont
 from playwright.sync_api import Page
 from prompts import FOLDER, api, graph
@@ -71,7 +69,6 @@ AT_STEP = """step => {
 }"""
 ICON, BANNER = (400, 400), (1260, 540)  # what the registry takes: at most 400 pixels; 21:9
 CATALOGUE = {"contents": [SUBJECT, SUBJECT_2], "styles": [STYLE]}
-FILM = 16  # frames
 CHECK, GREYS = 12, ("#fff", "#d8d8d8")  # what shows through a transparent picture: squares of so many pixels
 
 
@@ -120,17 +117,15 @@ def paste_grid(page: Image.Image, files: list[Path], box: tuple[int, int, int, i
         page.paste(shown, (x + (width - picture.width) // 2, y + (height - picture.height) // 2))
 
 
-def write_film(path: Path) -> None:
-    """The subject, turning from one side to the other and back."""
-    picture = Image.open(IMAGES / f"{SUBJECT}.png").convert("RGB").resize((256, 256), Image.Resampling.LANCZOS)
-    with av.open(path, "w") as film:
-        stream = film.add_stream("libx264", rate=8, options={"crf": "14"})
-        stream.width, stream.height, stream.pix_fmt = *picture.size, "yuv420p"
-        for i in range(FILM):
-            angle = 18 * math.sin(2 * math.pi * i / FILM)
-            frame = picture.rotate(angle, Image.Resampling.BICUBIC, fillcolor="white")
-            film.mux(stream.encode(av.VideoFrame.from_image(frame)))
-        film.mux(stream.encode())
+def some_frames(film: Path) -> list[Path]:
+    """Every fourth picture of an animation, as files beside it."""
+    files = []
+    with Image.open(film) as opened:
+        for i in range(0, opened.n_frames, 4):
+            opened.seek(i)
+            files.append(film.with_name(f"{film.stem}_{i}.png"))
+            opened.save(files[-1])
+    return files
 
 
 def draw_icon(content: Path, result: Path) -> Image.Image:
@@ -218,6 +213,9 @@ def make_thumbnails(server: ComfyServer) -> None:
     for use, (names, _) in SHOWN.items():
         drawn, images = draw(server, use), [folders.get(name, IMAGES) / f"{name}.png" for name in names]
         drawn = drawn[:1] if use == "evaluate_and_gate" else drawn
+        if use == "frames":
+            shutil.copy(drawn[0], ROOT / "benchmarks" / "results" / "frames.webp")
+            drawn = some_frames(drawn[0])
         save(draw_thumbnail(images, drawn), FOLDER / f"{use}_demo.jpg")
         save(draw_thumbnail(images, drawn, CAPTION), FOLDER / f"{use}_sdxl.jpg")
         if use == "train_and_stylise":
@@ -341,7 +339,8 @@ def cut_screenshot(page: Page, work: Path, box: str, kind: str = "") -> Image.Im
 
 def main(work: Path) -> None:
     with ComfyServer(work / "comfyui", Path(os.environ["COMFYUI_PATH"])) as server:
-        for file in IMAGES.glob("*.png"):
+        write_film(IMAGES / "crown-turning.mp4")
+        for file in [*IMAGES.glob("*.png"), *IMAGES.glob("*.mp4")]:
             server.upload(file)
         for folder, names in CATALOGUE.items():
             path = server.base / "input" / "catalogue" / folder

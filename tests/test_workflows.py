@@ -3,8 +3,10 @@
 from io import BytesIO
 from pathlib import Path
 
+import av
 import pytest
 from browser import drop, queued
+from images import write_film
 from PIL import Image
 from prompts import FOLDER, api, graph, load_script, quick
 from test_help import open_without_proxy
@@ -12,12 +14,12 @@ from test_help import open_without_proxy
 from demo.run import NAME
 
 USES = ["content_only", "dual_guidance", "style_only"]  # of saved LoRAs
-OTHERS = ["catalogue", "catalogue_cut_out", "evaluate_and_gate", "multi_reference", "strength_grid"]
+OTHERS = ["catalogue", "catalogue_cut_out", "evaluate_and_gate", "frames", "multi_reference", "strength_grid"]
 OTHERS += ["structure_lock", "train_and_stylise", "train_content", "train_style"]
 NAMES = sorted(f"{use}_{base}" for use in [*USES, *OTHERS] for base in ("demo", "sdxl"))
 MADE_BESIDE = "0.3.75"
 # Newer frontends mark these when the server lacks the file, as it does the checkpoint and what nobody has trained yet.
-FILE_LOADERS = ["CheckpointLoaderSimple", "CLIPVisionLoader", "ConsisLoRALoad", "LoadImage"]
+FILE_LOADERS = ["CheckpointLoaderSimple", "CLIPVisionLoader", "ConsisLoRALoad", "LoadImage", "LoadVideo"]
 
 
 @pytest.fixture(scope="module")
@@ -121,6 +123,15 @@ def test_the_grid_shows_every_pair_and_each_picture_is_another(server, trained):
 def test_four_pictures_are_split(server, trained):
     saved = server.images(server.run(quick("evaluate_and_gate_demo", steps=1)))
     assert sum(file.name.startswith(("consislora_accepted", "consislora_rejected")) for file in saved) == 4
+
+
+def test_a_film_comes_back_with_all_its_frames(server, trained):
+    write_film(server.base / "input" / "short.mp4", 3)
+    files = server.images(server.run(quick("frames_demo", file="short.mp4")))
+    with Image.open(next(file for file in files if file.suffix == ".webp")) as clip:
+        assert (clip.size, clip.n_frames) == ((256, 256), 3)
+    with av.open(next(file for file in files if file.suffix == ".mp4")) as film:
+        assert sum(1 for _ in film.decode(video=0)) == 3
 
 
 def size(file: Path) -> tuple[int, int]:

@@ -44,7 +44,7 @@ FRAMES = 6
 LEARNED = (0, 2, 5)  # the frames that the content LoRA learns from
 STEPS = 8  # of sampling
 SETTINGS = DEFAULTS | QUALITY.settings | {"reuse_steps": 2}
-IMAGES, CONTENTS = 4, 3  # content images and style images that are learned from; content images that are drawn
+IMAGES = 4  # content images and style images that are learned from
 STYLES = ("openmoji", "streamline-emojis")  # those that are drawn: least like the content images
 IN_FIGURE = (2, 5)  # films
 REACH = 9  # pixels around the subject that count as the subject
@@ -145,7 +145,7 @@ class FilmStudio(Studio):
 class Films(Bench):
     @property
     def drawn_pairs(self) -> list[Pair]:
-        return [pair for pair in first_pairs(self.pairs, CONTENTS, None) if pair.style[0] in STYLES]
+        return [pair for pair in self.pairs if pair.style[0] in STYLES]
 
     @cached_property
     def contents_and_styles(self) -> tuple[dict, dict]:
@@ -254,14 +254,16 @@ def main() -> None:
     for one, other in DIFFERENCES:
         difference = {name: measured[one][name] - measured[other][name] for name in SCORES}
         moved.append([f"{one}, less {other}", *map(bold, estimates(difference))])
+    ways = [[name, way.noise, f"{way.denoise:g}", "yes" if way.anchored else ""] for name, way in WAYS.items()]
     file = RESULTS / "frames.png"
     shown = {name: [films[i] for i in IN_FIGURE] for name, films in {"frames": sources, **drawn}.items()}
     strip(shown, file)
     report = joined(template("frames")).format(
         date=date.today(), comfyui=comfyui_version(), torch=torch.__version__, clips=len(bench.drawn_pairs),
-        frames=FRAMES, contents=CONTENTS, styles=len(STYLES), steps=STEPS, cfg=CFG, sampler=SAMPLER,
-        scheduler=SCHEDULER, file=file.name, scores=table(["start", *SCORES], rows),
-        moves=table(["", *SCORES], moved),
+        frames=FRAMES, contents=IMAGES, styles=len(STYLES), learned=len(LEARNED), steps=STEPS, cfg=CFG,
+        sampler=SAMPLER, scheduler=SCHEDULER, file=file.name,
+        ways=table(["", "noise", "denoise", "anchor"], ways),
+        scores=table(["", *SCORES], rows), moves=table(["", *SCORES], moved),
     )  # fmt: skip
     (RESULTS / "frames.md").write_text(report, encoding="utf-8")
     print(report)
