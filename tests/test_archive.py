@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from prompts import api
 from test_help import ROOT
+from test_workflows import NAMES
 
 from demo.server import ComfyServer
 
@@ -56,6 +57,6 @@ def test_it_trains_and_draws_in_an_empty_comfyui(tmp_path):
         for node in prompt.values():
             node["inputs"] |= {name: value for name, value in FEW.items() if name in node["inputs"]}
         assert server.images(server.run(prompt))
-        assert len(server.get("/workflow_templates")["ComfyUI-ConsisLoRA"]) == 22
+        assert len(server.get("/workflow_templates")["ComfyUI-ConsisLoRA"]) == len(NAMES)
         blueprints = [entry["info"]["node_pack"] for entry in server.get("/global_subgraphs").values()]
         assert sum("ConsisLoRA" in pack for pack in blueprints) == 3  # newer ComfyUIs have many of their own

@@ -8,6 +8,7 @@ import time
 
 import pytest
 from browser import cancel, drop, in_language, look_at, queue, queued, setting, turn
+from images import write_film
 from prompts import FEW, graph
 from test_help import LANGUAGES, ROOT, file
 from test_workflows import NAMES
@@ -22,6 +23,7 @@ ENDS = {
     "content_only_demo": ["SaveImage"],
     "dual_guidance_demo": ["SaveImage"],
     "evaluate_and_gate_demo": ["ConsisLoRAEvaluate"],
+    "frames_demo": ["LossGraphNode", "SaveAnimatedWEBP"],
     "multi_reference_demo": ["LossGraphNode", "SaveImage"],
     "strength_grid_demo": ["PreviewImage", "SaveImage"],
     "structure_lock_demo": ["SaveImage"],
@@ -89,7 +91,9 @@ def values(frontend, node: int, names: list[str]) -> list[float]:
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name.endswith("_demo") and name != MAIN])
-def test_a_dropped_workflow_is_queued_and_ends_with_pictures_on_its_nodes(name, frontend, trained, catalogue):
+def test_a_dropped_workflow_is_queued_and_ends_with_pictures_on_its_nodes(name, frontend, trained, catalogue, server):
+    if name == "frames_demo":
+        write_film(server.base / "input" / "crown-turning.mp4", 2)  # shorter than the film of this name
     run_dropped(frontend, name)
 
 
