@@ -202,6 +202,14 @@ def test_a_photograph_without_a_background_changes_as_a_whole(owl):
     assert (palette(match_palette(photograph, owl))[0] - palette(owl)[0]).norm() < 0.1
 
 
+def test_its_node_keeps_alpha_and_takes_grey_pictures(pack, crown, owl):
+    alpha, execute = torch.rand(1, 128, 128, 1), pack.nodes.colours.MatchPalette.execute
+    (matched,) = execute(torch.cat([crown, alpha], -1), torch.cat([owl, alpha], -1), 0.5).args
+    assert torch.equal(matched, torch.cat([match_palette(crown, owl, 0.5), alpha], -1))
+    (grey,) = execute(crown.mean(-1, keepdim=True), owl, 1.0).args
+    assert (palette(grey)[0] - palette(owl)[0]).norm() < 0.1
+
+
 def test_palettes_of_two_style_images_do_not_go_with_three_pictures(crown, owl):
     with pytest.raises(ValueError, match="style_image has a batch of 2"):
         match_palette(crown.expand(3, -1, -1, -1), owl.expand(2, -1, -1, -1))

@@ -440,8 +440,9 @@ def differences_section(bench: Bench, measured: dict[str, dict[str, Tensor]], wa
 def own_section(bench: Bench, contenders: dict[str, Contender]) -> str:
     through_vae = torch.cat([bench.studio.decoded(bench.studio.latents(content)) for content in bench.contents])
     rows = [["", "the VAE alone", *map(estimate, bench.likeness(through_vae)), ""]]
+    learned = {contender.recipe: name for name, contender in reversed(contenders.items()) if not contender.is_img2img}
     for name, contender in contenders.items():
-        if not contender.is_img2img:
+        if name in learned.values():
             scores = bench.own_measured(contender).values()
             rows.append([name, contender.label, *("" if score.isnan().any() else estimate(score) for score in scores)])
     return OWN_TEXT.format(table(["", "contender", *OWN_SCORES], rows))
