@@ -33,7 +33,7 @@ from PIL import Image
 from benchmarks.common import RESULTS, comfyui_version, joined, measure_in_a_process, table, template
 from benchmarks.photo_graphs import CONTENDERS, DEMO, PLAIN, TINY_ENCODERS, Base, Graphs, sdxl
 from catalogue.api_form import Workflow
-from consislora_core.schedule import PAPER, PRESETS
+from consislora_core.schedule import PAPER, PRESETS, image_stage, style_stage
 from demo.run import IMAGES
 from demo.server import PACK, ComfyServer
 
@@ -50,6 +50,11 @@ PART_OF = {
     **dict.fromkeys(("ConsisLoRASampler", "KSampler", "LoraLoaderModelOnly", "VAEDecode", "SaveImage"), DRAWN),
 }  # fmt: skip
 TRAINERS = "ConsisLoRATrainImage", "TrainLoraNode"
+TRAININGS = CONTENT, STYLE_1, STYLE_2
+# Steps a second on an H200 at full size: of whole trainings of SHORT steps, in the middle of one, drawn with guidance.
+SHORT, IN_SHORT, IN_MIDDLE, GUIDED = 60, 13.4, 23.3, 6.19  # results/dynamic_vram.md, training_gpu.md, dynamic_vram.md
+BEGINNING = SHORT / IN_SHORT - SHORT / IN_MIDDLE  # seconds that a training takes beside its steps
+GUIDED_STEPS = 30
 CATALOGUES = [(1, 1), (5, 5), (10, 10), (20, 10), (10, 20), (200, 1), (1, 200)]  # content images, style images
 
 Seconds = Counter[str]  # by part
@@ -130,12 +135,18 @@ class Bench(NamedTuple):
 
 def parts_section(found: dict[str, Seconds]) -> tuple[str, list]:
     labels = {name: CONTENDERS[name].label if name in CONTENDERS else name for name in found}
-    wholes = {name: sum(seconds.values()) - seconds[START] for name, seconds in found.items()}
+    sums = {
+        name: (sum(seconds[part] for part in TRAININGS), sum(seconds.values()) - seconds[START])
+        for name, seconds in found.items()
+    }
     rows = []
     for name, seconds in found.items():
-        ratio = f"{wholes[name] / wholes[PAPER]:.2f}" if PAPER in found else "not measured"
-        rows.append([labels[name], *(f"{seconds[part]:.1f}" for part in PARTS), f"{wholes[name]:.1f}", ratio])
-    return table(["seconds", *PARTS, "in all, after the start", "times paper"], rows)
+        ratios = ["not measured"] * 2
+        if PAPER in found:
+            ratios = [f"{ours / papers:.2f}" for ours, papers in zip(sums[name], sums[PAPER], strict=True)]
+        rows.append([labels[name], *(f"{seconds[part]:.1f}" for part in PARTS), f"{sums[name][1]:.1f}", *ratios])
+    header = ["seconds", *PARTS, "in all, after the start", "trained, times paper", "in all, times paper"]
+    return table(header, rows)
 
 
 def growth_section(found: dict[str, Seconds]) -> str:
@@ -151,6 +162,17 @@ def growth_section(found: dict[str, Seconds]) -> str:
     return table(["content x style images", "pairs", *found], rows)
 
 
+def computed_section() -> str:
+    """What a pair would take on an H200 at SDXL's size, by the rates measured there."""
+    rows = []
+    for preset in PRESETS:
+        steps = 2 * image_stage(preset=preset).steps + style_stage(preset=preset).steps
+        trained, drawn = steps / IN_MIDDLE + len(TRAININGS) * BEGINNING, GUIDED_STEPS / GUIDED
+        worst = steps / IN_SHORT + drawn
+        rows.append([preset, steps, *(f"{seconds:.0f}" for seconds in (trained, drawn, trained + drawn, worst))])
+    return table(["preset", "steps", "trained", "drawn", "in all", "in all, at worst"], rows)
+
+
 def with_published_loop(found: dict[str, Seconds], device: str) -> dict[str, Seconds]:
     """Adds what paper would take with the training of the published scripts, from steps on training.py's UNet."""
     training = str(PACK / "benchmarks" / "training.py")
@@ -158,9 +180,7 @@ def with_published_loop(found: dict[str, Seconds], device: str) -> dict[str, Sec
         measure_in_a_process(training, "side", name, device, "speed")["seconds"] for name in ("fast", "plain")
     )
     paper = found[PAPER]
-    slower = Counter(
-        {part: paper[part] * (plain / ours if part in (CONTENT, STYLE_1, STYLE_2) else 1) for part in paper}
-    )
+    slower = Counter({part: paper[part] * (plain / ours if part in TRAININGS else 1) for part in paper})
     return {**found, "published loop, computed": slower}
 
 
@@ -188,14 +208,16 @@ def main() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if not options.tiny and PAPER in found:
         found = with_published_loop(found, device)
-    introduction, growth = template("pair")
+    introduction, growth, computed = template("pair")
     facts = dict(
         options=shlex.join(["", *sys.argv[1:]]).removeprefix("''"), date=date.today(), comfyui=comfyui_version(),
         torch=torch.__version__, model="SDXL's size, random weights" if is_full else "demo model", side=base.side,
         machine=torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads",
-        scale=bench.scale, parts=parts_section(found), growth=growth_section(found),
+        scale=bench.scale, parts=parts_section(found), growth=growth_section(found), computed=computed_section(),
+        in_short=IN_SHORT, in_middle=IN_MIDDLE, beginning=BEGINNING, guided=GUIDED, guided_steps=GUIDED_STEPS,
     )  # fmt: skip
-    text = joined([introduction.format(**facts), growth.format(**facts)])
+    sections = [introduction, growth] if is_full else [introduction, growth, computed]
+    text = joined([section.format(**facts) for section in sections])
     print(text)
     if not options.tiny:
         (RESULTS / f"pair{'_sdxl' * options.sdxl}.md").write_text(text, encoding="utf-8")

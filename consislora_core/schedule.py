@@ -10,7 +10,7 @@ PRESETS = PAPER, QUALITY, FAST, DRAFT = "paper", "quality", "fast", "draft"
 LOSS_NAMES = NOISE, RECONSTRUCTION = "noise", "reconstruction"
 OPTIMIZERS = ADAMW, MUON = "adamw", "muon"
 MUON_RATE = 3  # times AdamW's learning rate
-SHORTER = {FAST: 2, DRAFT: 12}  # by which these presets divide the steps
+SHORTER = {FAST: 5, DRAFT: 16}  # by which these presets divide the steps
 FASTER = 2  # times the learning rates of quality, in both
 
 

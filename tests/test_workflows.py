@@ -79,7 +79,7 @@ def overlap(one: list, other: list) -> bool:
 def test_dropped_onto_the_canvas_it_queues_the_same_as_the_api_form(name, frontend):
     frontend.complaints.clear()
     drop(frontend, name, graph(name))
-    assert without_shown_text(queued(frontend)) == api(name)
+    assert as_saved(queued(frontend), api(name)) == api(name)
     assert nodes_where(frontend, "!(node.type in LiteGraph.registered_node_types)") == []  # missing ones
     assert nodes_where(frontend, f"node.has_errors && !{FILE_LOADERS}.includes(node.type)") == []
     assert nodes_where(frontend, "node.computeSize()[1] > node.size[1]") == []  # a widget hangs out
@@ -90,11 +90,12 @@ def nodes_where(frontend, condition: str) -> list[str]:
     return frontend.evaluate(f"app.graph.nodes.filter(node => {condition}).map(node => node.title)")
 
 
-def without_shown_text(prompt: dict) -> dict:
-    """What Preview Any shows is a widget of its own, which the frontend adds and queues."""
-    for node in prompt.values():
-        if node["class_type"] == "PreviewAny":
-            node["inputs"] = {"source": node["inputs"]["source"]}
+def as_saved(prompt: dict, saved: dict) -> dict:
+    """Without what ComfyUI's own nodes have beside the saved inputs: a shown text, or inputs that a newer one added."""
+    for name, node in prompt.items():
+        if not node["class_type"].startswith("ConsisLoRA"):
+            names = saved.get(name, node)["inputs"]
+            node["inputs"] = {key: value for key, value in node["inputs"].items() if key in names}
     return prompt
 
 
