@@ -2,8 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
-from itertools import groupby
+from functools import lru_cache, partial
 from typing import NamedTuple
 
 import torch
@@ -168,23 +167,47 @@ def _stacked(layers: Sequence[LoraLayer]) -> LoraLayer:
     return LoraLayer(torch.stack(downs).detach().float(), torch.stack(ups).detach().float(), alphas[0])
 
 
-class Span(NamedTuple):
-    """Neighbouring batch rows, from `start` to before `stop`, in which a part acts at the same strength."""
+class Addition(NamedTuple):
+    """What a layer's parts add to its output, in neighbouring batch rows: y += strength (x down) up.
 
-    start: int
-    stop: int
-    strength: float
+    down: in r; up: r out; both of one part, or of several, one after the other. strength: one number, or rows 1 r;
+    alpha / rank is in it. rows: those that change, of the `batch` that there are.
+    """
+
+    down: Tensor
+    up: Tensor
+    strength: float | Tensor
+    rows: slice
+    batch: int
+
+    def add(self, x: Tensor, y: Tensor) -> None:
+        """x: (row copy) ... in. y: (row copy) ... out, changed in place. Every operator here is time on the host."""
+        x, y = x.flatten(0, -2), y.view(-1, self.up.shape[1])
+        if self.rows.stop - self.rows.start < self.batch:
+            size = x.shape[0] // self.batch
+            rows = slice(self.rows.start * size, self.rows.stop * size)
+            x, y = x[rows], y[rows]
+        hidden = torch.mm(x, self.down)
+        if isinstance(self.strength, float):
+            y.addmm_(hidden, self.up, alpha=self.strength)
+        else:
+            hidden.view(self.strength.shape[0], -1, self.strength.shape[2]).mul_(self.strength)
+            y.addmm_(hidden, self.up)
 
 
-def spans(strengths: Sequence[float]) -> list[Span]:
-    """The spans in which a part acts, given its strength in every row."""
-    found, start = [], 0
-    for strength, same in groupby(strengths):
-        stop = start + len(list(same))
-        if strength != 0:
-            found.append(Span(start, stop, strength))
-        start = stop
-    return found
+@lru_cache(maxsize=16)
+def _acting(mixes: tuple[frozenset, ...], parts: tuple[tuple[Source, int, float], ...]) -> tuple | None:
+    """Where parts act and how strongly: a slice of the rows, one of the ranks, and `Addition`'s strength.
+
+    mixes: the items of each row's mix. parts: of a layer, each with its rank and its alpha / rank.
+    """
+    strengths = torch.tensor([[dict(mix).get(source, 0.0) * scale for source, _, scale in parts] for mix in mixes])
+    strengths = strengths.repeat_interleave(torch.tensor([rank for _, rank, _ in parts]), 1)  # rows r
+    if not strengths.any():
+        return None
+    rows, ranks = (slice(min(places), max(places) + 1) for places in strengths.nonzero().T.tolist())
+    acting = strengths[rows, ranks]
+    return rows, ranks, acting[0, 0].item() if (acting == acting[0, 0]).all() else acting[:, None]
 
 
 class Mixer:
@@ -195,26 +218,34 @@ class Mixer:
     """
 
     def __init__(self, unet: nn.Module, parts: Mapping[Source, Part]):
-        self.sources = set(parts)
         self.layers: dict[str, dict[Source, LoraLayer]] = {}  # by the module's name
         names = {target: name for name, target in targets(dict(unet.named_modules())).items()}
         for source, part in parts.items():
             check_fit(unet, {source.role: part})
             for path, layer in part.items():
                 self.layers.setdefault(names[Target(source.role, path)], {})[source] = layer
-        self.placed: dict[tuple, tuple[Tensor, Tensor]] = {}
-        self.attached: dict[nn.Module, _Hooks] = {}
+        self.handles: dict[nn.Module, list] = {}  # of the hooks, by the UNet
+        self.rows: dict[nn.Module, dict[str, tuple]] = {}  # of the pass through a UNet, by role: each row's mix
+        self.additions: dict[tuple, Addition | None] = {}
+        self.placed: dict[tuple, list[Tensor]] = {}
 
     def attach(self, unet: nn.Module) -> None:
         """Puts the hooks into a UNet that `mixed` then needs not put in for each pass, until `detach`."""
-        if unet not in self.attached:
-            self.attached[unet] = _Hooks(self, unet)
+        if unet not in self.handles:
+            self.handles[unet] = []
+            for name, (source, *_) in self.layers.items():
+                hook = partial(self._add, unet, name, source.role)
+                self.handles[unet].append(unet.get_submodule(name).register_forward_hook(hook))
 
     def detach(self, unet: nn.Module) -> None:
         """Takes the hooks out of a UNet, and frees the copies of the weights on other devices."""
-        if hooks := self.attached.pop(unet, None):
-            hooks.remove()
+        self._take_out(unet)
+        self.additions.clear()
         self.placed.clear()
+
+    def _take_out(self, unet: nn.Module) -> None:
+        for handle in self.handles.pop(unet, ()):
+            handle.remove()
 
     @contextmanager
     def mixed(self, unet: nn.Module, rows: Mapping[str, Sequence[Mapping[Source, float]]]) -> Iterator[None]:
@@ -223,53 +254,40 @@ class Mixer:
         rows: by role, for each batch row in its block, the strength of every part that acts. The batch may be any
         multiple of the rows, with each row's copies side by side.
         """
-        attached = self.attached.get(unet)
-        hooks = attached or _Hooks(self, unet)
-        before = hooks.rows, hooks.acting
-        hooks.rows = {role: len(its_rows) for role, its_rows in rows.items()}
-        hooks.acting = {part: spans([row.get(part, 0.0) for row in rows[part.role]]) for part in self.sources}
+        attached = unet in self.handles
+        self.attach(unet)
+        self.rows[unet] = {role: tuple(frozenset(mix.items()) for mix in mixes) for role, mixes in rows.items()}
         try:
             yield
         finally:
-            hooks.rows, hooks.acting = before
+            del self.rows[unet]
             if not attached:
-                hooks.remove()
+                self._take_out(unet)
 
-    def add(self, name: str, hooks: "_Hooks", module: nn.Module, inputs: tuple, output: Tensor) -> None:
-        """Adds to a layer's output what the parts that act add, in place."""
-        x = inputs[0]
-        for source in self.layers[name]:
-            for span in hooks.acting.get(source, ()):
-                copies = len(x) // hooks.rows[source.role]
-                down, up, scale = self._placed(name, source, x)
-                batch = slice(span.start * copies, span.stop * copies)
-                hidden = F.linear(x[batch], down)
-                output[batch].view(-1, len(up)).addmm_(hidden.flatten(0, -2), up.T, alpha=span.strength * scale)
+    def _add(self, unet: nn.Module, name: str, role: str, layer: nn.Module, inputs: tuple, output: Tensor) -> None:
+        """The hook of a layer, which does nothing except in a pass."""
+        if unet not in self.rows:
+            return
+        x, mixes = inputs[0], self.rows[unet][role]
+        key = name, mixes, x.device, x.dtype
+        if key not in self.additions:
+            self.additions[key] = self._addition(*key)
+        if addition := self.additions[key]:
+            addition.add(x, output)
 
-    def _placed(self, name: str, source: Source, x: Tensor) -> tuple[Tensor, Tensor, float]:
-        """down, up and alpha / rank of a layer; the tensors are cached copies on x's device in its dtype."""
-        layer, key = self.layers[name][source], (name, source, x.device, x.dtype)
-        if key not in self.placed:
-            with torch.inference_mode(False):  # else autograd refuses them when a mixed model is trained
-                self.placed[key] = tuple(tensor.to(x.device, x.dtype, copy=True) for tensor in (layer.down, layer.up))
-        return *self.placed[key], layer.alpha / layer.rank
-
-
-class _Hooks:
-    """A mixer's hooks on one UNet. They do nothing except in a pass.
-
-    rows: how many there are in each role's block. acting: the spans in which each part acts.
-    """
-
-    def __init__(self, mixer: Mixer, unet: nn.Module):
-        self.rows: dict[str, int] = {}
-        self.acting: dict[Source, list[Span]] = {}
-        layers = {name: unet.get_submodule(name) for name in mixer.layers}
-        self.handles = [layer.register_forward_hook(partial(mixer.add, name, self)) for name, layer in layers.items()]
-
-    def remove(self) -> None:
-        for handle in self.handles:
-            handle.remove()
+    @torch.inference_mode(False)  # whose tensors autograd refuses when a mixed model is trained
+    def _addition(self, name: str, mixes: tuple, device: torch.device, dtype: torch.dtype) -> Addition | None:
+        """What a layer's parts add in rows with these mixes; None if no part acts."""
+        layers = self.layers[name]
+        parts = tuple((source, layer.rank, layer.alpha / layer.rank) for source, layer in layers.items())
+        if (acting := _acting(mixes, parts)) is None:
+            return None
+        rows, ranks, strength = acting
+        if (key := (name, device, dtype)) not in self.placed:
+            sides = zip(*((layer.down, layer.up.T) for layer in layers.values()), strict=True)
+            self.placed[key] = [torch.cat([side.to(dtype) for side in one]).to(device) for one in sides]  # r in, r out
+        down, up = (weight[ranks] for weight in self.placed[key])
+        return Addition(down.T, up, strength if isinstance(strength, float) else strength.to(device), rows, len(mixes))
 
 
 def check_fit(unet: nn.Module, parts: Mapping[str, Part]) -> None:

@@ -30,7 +30,7 @@ def with_mix(model: ModelPatcher, parts: dict[Source, Part], mix: Mix) -> ModelP
 
     Raises ValueError for a part that does not fit the model.
     """
-    mixer = Mixer(model.model.diffusion_model, parts)
+    mixer = Mixer(model.model.diffusion_model, {source: part for source, part in parts.items() if source in mix})
 
     @torch.compiler.disable  # which does not notice hooks that come and go, and would leave LoRAs out
     def mixed_pass(executor, x, *args, **kwargs):
@@ -153,6 +153,8 @@ class SharedRows:
             "style": list(range(len(rows))),
         }
         self.kept = {section: sorted(set(firsts)) for section, firsts in self.firsts.items()}
+        # Rows with content parts side by side: a mixer computes from the first of them to the last.
+        self.kept["content"].sort(key=lambda row: not _of_role(rows[row].mix, "content"))
 
     def narrow(self, tensor: Tensor | None) -> Tensor | None:
         """The rows of the encoder section from those of the batch."""
@@ -180,6 +182,8 @@ class Widening:
         self.shared: SharedRows | None = None
         self.options: dict = {}  # transformer_options of the narrow pass
         self.per_row: dict[str, dict[str, list]] = {}  # by section, what of them has an entry for each row
+        # Each condition, narrow and wide, by section and id; the narrow one is held so that no other gets its id.
+        self.conditions: dict[tuple, tuple[Tensor, Tensor]] = {}
         batch_hooks = {
             STARTS["content"]: partial(self._widen_batch, "encoder", "content"),
             STARTS["style"]: partial(self._widen_batch, "content", "style"),
@@ -218,6 +222,7 @@ class Widening:
             yield narrow
         finally:
             self.shared = None
+            self.conditions.clear()
 
     def _widen_skip(self, h, skip, transformer_options):
         _, block = transformer_options["block"]
@@ -231,9 +236,13 @@ class Widening:
 
     def _widen_condition(self, section, layer, inputs):
         """Widens the time embedding or the text, where a layer takes one."""
-        if self.shared is None:
+        if self.shared is None or len(inputs) == 1:
             return None
-        return inputs[0], *(self.shared.widen(one, "encoder", section) for one in inputs[1:2]), *inputs[2:]
+        h, condition, *others = inputs
+        key = section, id(condition)
+        if key not in self.conditions:
+            self.conditions[key] = condition, self.shared.widen(condition, "encoder", section)
+        return h, self.conditions[key][1], *others
 
 
 def _chosen_rows(tensor: Tensor, count: int, rows: list[int]) -> Tensor:

@@ -74,7 +74,8 @@ class DualGuider(comfy.samplers.CFGGuider):
     def __init__(self, model: ModelPatcher, settings: GuidanceSettings):
         super().__init__(model)
         self.settings = settings
-        self.rows = guidance_rows(settings.scales)
+        # Style rows first, beside cond and uncond: a mixer computes from the first row with style parts to the last.
+        self.rows = guidance_rows(settings.scales)[::-1]
         self.guidance, self.computed_at = None, None
         self.set_cfg(settings.cfg)
 
@@ -153,7 +154,9 @@ def build_dual_guider(
     for name, lora in (("content", content), ("style", style)):
         if lora is not None:
             check_lora(model, lora, name)
-    guided = with_guided_pass(model, parts_of(content, style), settings.mix, share_encoder)
+    mixes = [settings.mix, *(row.mix for row in guidance_rows(settings.scales))]
+    acting = {source: part for source, part in parts_of(content, style).items() if any(source in mix for mix in mixes)}
+    guided = with_guided_pass(model, acting, settings.mix, share_encoder)
     guider = DualGuider(guided, settings)
     guider.set_prompts(positive, negative)
     return guider

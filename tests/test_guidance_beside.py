@@ -262,25 +262,34 @@ def test_torch_compile_changes_no_number_and_compiles_nothing_after_the_first_st
     assert set(graphs) == {graphs[0]}
 
 
-class Waits(TorchDispatchMode):
-    """Counts the operations for which a CPU waits until a GPU has computed a value."""
+class Counting(TorchDispatchMode):
+    """Counts the calls of some of torch's operators."""
 
-    count = 0
+    def __init__(self, *names):
+        super().__init__()
+        self.names, self.count = names, 0
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
-        self.count += operation._schema.name in ("aten::_local_scalar_dense", "aten::equal", "aten::nonzero")
+        self.count += operation._schema.name.removeprefix("aten::") in self.names
         return operation(*args, **(kwargs or {}))
 
 
 def test_guidance_adds_no_wait_for_a_gpu_to_a_step(guide, pack, loras):
     def waits_a_step(ours):
         counts = []
-        with Waits() as waits:
+        with Counting("_local_scalar_dense", "equal", "nonzero") as waits:  # for their results a CPU waits
             sampled(ours, callback=lambda *_: counts.append(waits.count))
         return {after - before for before, after in zip(counts, counts[1:], strict=False)}
 
     model = comfy_model()
     assert waits_a_step(guider(guide, model, loras)) == waits_a_step(cfg_guider(applied(pack, model, loras)))
+
+
+@pytest.mark.parametrize("prompts", [dict, own_prompts])
+def test_all_parts_of_a_layer_are_added_in_one_product(prompts, guide, loras):
+    with Counting("addmm_") as products:
+        sampled(guider(guide, comfy_model(), loras, **prompts()), sigmas=ONE_STEP)
+    assert products.count == sum(map(len, loras["content"].parts.values()))
 
 
 @pytest.mark.parametrize("kind", ["guided", "applied"])
@@ -781,6 +790,19 @@ def test_one_image_alone_is_guided(image, guide, pack, loras):
     shared, unshared = shared_and_unshared(guide, pack, model, one)
     assert relative_error(shared, unshared) < 1e-5
     assert relative_error(shared, by_hand(pack, model, one)) < 1e-5
+
+
+def test_loras_of_different_ranks_layers_and_precisions_are_guided_together(guide, pack, loras):
+    def other(part):
+        half = {path: lora_file.LoraLayer(down[:2], up[:, :2], 5.0) for path, (down, up, _) in part.items()}
+        del half["transformer_blocks.0.attn1.to_k"]
+        return {path: layer._replace(up=layer.up.bfloat16()) for path, layer in half.items()}
+
+    parts = {role: other(part) for role, part in loras["style"].parts.items()}
+    model, odd = comfy_model(), {**loras, "style": lora_file.ImageLora(parts, {})}
+    shared, unshared = shared_and_unshared(guide, pack, model, odd)
+    assert relative_error(shared, unshared) < 1e-5
+    assert relative_error(shared, by_hand(pack, model, odd)) < 1e-5
 
 
 def test_no_image_at_all_is_refused_in_words(guide):
