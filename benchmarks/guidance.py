@@ -12,9 +12,13 @@ its channels. What its work depends on shrinks with it, so that the parts of a s
 On the CPU time is the process's own on one thread, so that other processes do not count. The variants take turns, each
 repetition compares them with plain CFG in the same one, and the table has the median over repetitions: drift of the
 machine cancels. `--sdxl` takes the real size, in bf16 on a GPU. Exits with 1 if a bound is passed (`BOUNDS`).
+
+`--host` measures what a GPU waits for: SDXL's UNet in full depth, but so narrow, and with so few tokens, that a step is
+Python and torch's dispatch. It also counts torch's operators, of which those that compute are kernel launches on a GPU.
 """
 
 import json
+import os
 import statistics
 import sys
 import tempfile
@@ -48,6 +52,7 @@ class Size(NamedTuple):
     channels: int
     side: int  # of the latent
     tokens: int
+    text: int  # numbers in a token
     rank: int
     device: str
     dtype: str
@@ -55,9 +60,10 @@ class Size(NamedTuple):
 
 
 SIZES = {
-    "small": Size(32, 64, 19, 6, "cpu", "float32", steps=2),
+    "small": Size(32, 64, 19, 2048, 6, "cpu", "float32", steps=2),
     # LoRAs are copied to the GPU in each sampling, so this one must be as long as a user's.
-    "sdxl": Size(320, 128, 77, 64, "cuda", "bfloat16", steps=33),
+    "sdxl": Size(320, 128, 77, 2048, 64, "cuda", "bfloat16", steps=33),
+    "host": Size(32, 4, 1, 64, 1, "cpu", "float32", steps=33),
 }
 
 
@@ -145,13 +151,18 @@ VARIANTS: dict[str, Callable[[Bench], Any]] = {
 SAME_PICTURE = ["ours", "ours, nothing shared", "one pass after another"]
 FEWEST_STEPS = {"ours, in a window": 11, "ours, reuse_steps 3": 3}  # so that END guides 45 %, and 3 divides them
 BOUNDS = {"ours": 2.2, "ours, in a window": 1.5}
+NO_KERNEL = tuple(
+    f"aten::{name}" for name in ("empty", "detach", "alias", "_unsafe_view", "_reshape_alias")
+)  # and views
 
 
 def start_comfy(size: Size) -> ModuleType:
     """The pack, in a ComfyUI in this process."""
-    sys.path.append(str(ROOT / "tests"))
+    sys.path += [str(ROOT / "tests"), os.environ["COMFYUI_PATH"]]
+    from comfy.cli_args import args
     from in_process import load_comfy, load_pack
 
+    args.use_pytorch_cross_attention = size == SIZES["host"]  # as ComfyUI chooses for an NVIDIA GPU
     with tempfile.TemporaryDirectory() as base:
         load_comfy(Path(base), cpu=size.device == "cpu")
         return load_pack()
@@ -165,7 +176,7 @@ def random_model(size: Size):
 
     from benchmarks.trainers import SDXL_UNET
 
-    config = comfy.supported_models.SDXL(dict(SDXL_UNET, model_channels=size.channels))
+    config = comfy.supported_models.SDXL(dict(SDXL_UNET, model_channels=size.channels, context_dim=size.text))
     config.set_inference_dtype(getattr(torch, size.dtype), None)
     model = config.get_model({}, device=size.device)
     for name, weights in model.named_parameters():
@@ -194,10 +205,15 @@ def make_bench(size: Size) -> Bench:
     torch.manual_seed(0)
     model = random_model(size)
     prompts = {
-        name: [[torch.randn(1, size.tokens, 2048), {"pooled_output": torch.randn(1, 1280)}]]
+        name: [[torch.randn(1, size.tokens, size.text), {"pooled_output": torch.randn(1, 1280)}]]
         for name in ["positive", "negative", *PROMPTS]
     }
     images = {image: random_lora(pack, model, size.rank) for image in ("content", "style")}
+    if size == SIZES["host"]:
+        matrices = {}  # one of each shape: they fit in the CPU's cache, and no operator waits for memory
+        for weights in model.model.parameters():
+            if weights.ndim > 1:
+                weights.data = matrices.setdefault(weights.shape, weights.data)
     return Bench(size, pack, model, prompts, images)
 
 
@@ -209,13 +225,14 @@ def sigmas(bench: Bench, steps: int):
     return bench.pack.host.sampling.ksampler_sigmas(bench.model, steps, "euler", "simple", 1.0)
 
 
-def sample(bench: Bench, guider, steps: int):
+def sample(bench: Bench, guider, steps: int, callback=None):
     import comfy.samplers
     import torch
 
     start = torch.randn(1, 4, bench.size.side, bench.size.side, generator=torch.Generator().manual_seed(7))
     euler = comfy.samplers.sampler_object("euler")
-    return guider.sample(start, torch.zeros_like(start), euler, sigmas(bench, steps), disable_pbar=True, seed=1)
+    levels = sigmas(bench, steps)
+    return guider.sample(start, torch.zeros_like(start), euler, levels, callback=callback, disable_pbar=True, seed=1)
 
 
 def read_clock(device: str) -> float:
@@ -273,6 +290,28 @@ def measure_times(bench: Bench) -> dict:
     return {"rounds": rounds, "encoder": measure_encoder_share(bench), "guided": int((levels >= end).sum())}
 
 
+def count_operators(bench: Bench, name: str) -> dict:
+    """torch's operators in a step: all, and those that are a kernel launch on a GPU.
+
+    The mean over all steps but the first, in which LoRAs are copied to their device.
+    """
+    import torch
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    counts, seen = {"operators": 0, "kernels": 0}, []
+
+    class Counting(TorchDispatchMode):
+        def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+            counts["operators"] += 1
+            counts["kernels"] += not (operator.is_view or operator._schema.name.startswith(NO_KERNEL))
+            return operator(*args, **(kwargs or {}))
+
+    guider, steps = VARIANTS[name](bench), count_steps(bench.size, name)
+    with torch.inference_mode(False), torch.no_grad(), Counting():  # in inference mode composite operators count as one
+        sample(bench, guider, steps, callback=lambda *_: seen.append(dict(counts)))
+    return {kind: (seen[-1][kind] - seen[0][kind]) / (steps - 1) for kind in counts}
+
+
 def measure_memory(bench: Bench, name: str) -> dict:
     sample(bench, plain_cfg(bench), 1)  # so that code loaded on first use is not counted
     from benchmarks.trainers import peak_growth
@@ -283,12 +322,14 @@ def measure_memory(bench: Bench, name: str) -> dict:
 
 
 def measure(size: str, *variant: str) -> dict:
-    """All times, or the memory of one variant, in this process; in seconds and bytes."""
+    """All times, or the memory or the operators of one variant, in this process; in seconds and bytes."""
     import torch
 
     with torch.inference_mode():
         bench = make_bench(SIZES[size])
-        return measure_memory(bench, *variant) if variant else measure_times(bench)
+        if not variant:
+            return measure_times(bench)
+        return (count_operators if size == "host" else measure_memory)(bench, *variant)
 
 
 MEMORY = {
@@ -301,7 +342,7 @@ def write_explanation(size: Size, times: dict) -> str:
     import torch
 
     gpu = size.device == "cuda"
-    (explanation,) = template("guidance")
+    (explanation,) = template("guidance_host" if size == SIZES["host"] else "guidance")
     return explanation.rstrip().format(
         date=date.today(),
         comfyui=comfyui_version(),
@@ -338,8 +379,8 @@ def report(name: str) -> bool:
         cells = [variant, f"{ratio:.2f} ({min(ratios):.2f} to {max(ratios):.2f})"]
         if size.device == "cuda":
             cells.append(f"{1000 * statistics.median(turn[variant] for turn in times['rounds']):.0f}")
-        memory = measure_in_a_process(__file__, "--measure", name, variant, malloc=GIVE_BACK)
-        cells.append(f"{memory['growth'] / 1e6:.0f} MB")
+        alone = measure_in_a_process(__file__, "--measure", name, variant, malloc=GIVE_BACK)
+        cells += [f"{alone[kind]:.0f}" for kind in alone] if name == "host" else [f"{alone['growth'] / 1e6:.0f} MB"]
         say(f"| {' | '.join(cells)} |")
     results = RESULTS / ("guidance.md" if name == "small" else f"guidance_{name}.md")
     results.write_text("\n".join(lines) + "\n")
@@ -350,14 +391,14 @@ def main(arguments: list[str]) -> int | str:
     if arguments[:1] == ["--measure"]:
         print(json.dumps(measure(*arguments[1:])))
         return 0
-    if arguments not in ([], ["--sdxl"]):
-        return "Usage: python benchmarks/guidance.py [--sdxl]"
+    if arguments not in ([], ["--sdxl"], ["--host"]):
+        return "Usage: python benchmarks/guidance.py [--sdxl | --host]"
     set_up()
     import torch
 
-    if arguments and not torch.cuda.is_available():
+    if arguments == ["--sdxl"] and not torch.cuda.is_available():
         return "--sdxl needs a GPU with CUDA, and torch finds none. Without --sdxl a small UNet runs on the CPU."
-    return int(not report("sdxl" if arguments else "small"))
+    return int(not report(arguments[0].removeprefix("--") if arguments else "small"))
 
 
 if __name__ == "__main__":
