@@ -77,7 +77,7 @@ def _keep_colours_of_one(picture: Tensor, content: Tensor, mask: Tensor | None, 
     return torch.where(weight.movedim(1, -1) > 0, moved.movedim(1, -1).to(picture.dtype), picture)
 
 
-def match_palette(pictures: Tensor, style: Tensor, strength: float = 1.0) -> Tensor:
+def match_palette(pictures: Tensor, style: Tensor, strength: float = 1.0, together: bool = False) -> Tensor:
     """Pictures (b h w 3, 0 to 1) in the palette of a style image (1 or b, any size, 3). Shapes stay where they are.
 
     With c and s the two in OKLab, and means and standard deviations over what is not white in their silhouettes
@@ -87,32 +87,45 @@ def match_palette(pictures: Tensor, style: Tensor, strength: float = 1.0) -> Ten
 
     inside a picture's silhouette; white and the background stay. Without an even background all of a picture counts.
 
-    strength: 0 to 1; 0 returns the pictures as they are. Raises ValueError for batches that do not go together.
+    strength: 0 to 1; 0 returns the pictures as they are. together: means and standard deviations of the whole batch, so
+    that a colour becomes the same one in every frame of a film. Raises ValueError for batches that do not go together.
     """
     if strength == 0:
         return pictures
     _check_batches(pictures, style_image=style)
-    rows = [(picture[None], style[[i % len(style)]]) for i, picture in enumerate(pictures)]
+    palettes = [
+        [_palette(batch)] if together else [_palette(one) for one in batch.split(1)] for batch in (pictures, style)
+    ]
+    rows = [[picture, *(some[i % len(some)] for some in palettes)] for i, picture in enumerate(pictures.split(1))]
     return torch.cat([_match_palette_of_one(*row, strength) for row in rows])
 
 
-def _match_palette_of_one(picture: Tensor, style: Tensor, strength: float) -> Tensor:
-    x, theirs = (image.movedim(-1, 1).float().clamp(0, 1) for image in (picture, style))
-    small, theirs = (F.interpolate(image, _coarse_size(image), mode="area") for image in (x, theirs))
+Palette = tuple[Tensor, Tensor]  # mean and standard deviation in OKLab, 1 3 1 1
+
+
+def _match_palette_of_one(picture: Tensor, palette: Palette, its_palette: Palette, strength: float) -> Tensor:
+    (mean, std), (its_mean, its_std) = palette, its_palette
+    x, small = picture.movedim(-1, 1).float().clamp(0, 1), _coarse(picture)
     lab, guide = to_oklab(x), to_oklab(small)
-    (mean, std), (its_mean, its_std) = _palette(small), _palette(theirs)
     moved = (lab - mean) * (its_std / std).clamp(max=CONTRAST) + its_mean
     weight = strength * _inside(silhouette(small), lab, guide) * (1 - whiteness(x))
     matched = to_srgb(torch.lerp(lab, moved, weight)).movedim(1, -1).to(picture.dtype)
     return torch.where(weight.movedim(1, -1) > 0, matched, picture)
 
 
-def _palette(small: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation (1 3 1 1) of the colours in OKLab of what is not white in a silhouette (1 3 h w)."""
+def _palette(pictures: Tensor) -> Palette:
+    """Of what is not white in the silhouettes of all pictures (b h w 3)."""
+    small = torch.cat([_coarse(picture) for picture in pictures.split(1)])
     weight = F.interpolate(silhouette(small).float(), small.shape[-2:], mode="nearest") * (1 - whiteness(small)) + 1e-6
     lab, weight = to_oklab(small), weight / weight.sum()
-    mean = (weight * lab).sum((2, 3), keepdim=True)
-    return mean, (weight * (lab - mean) ** 2).sum((2, 3), keepdim=True).sqrt() + 1e-6
+    mean = (weight * lab).sum((0, 2, 3), keepdim=True)
+    return mean, (weight * (lab - mean) ** 2).sum((0, 2, 3), keepdim=True).sqrt() + 1e-6
+
+
+def _coarse(picture: Tensor) -> Tensor:
+    """A picture (1 h w 3) as 1 3 h w, from 0 to 1, its shorter side scaled down to about COARSE."""
+    x = picture.movedim(-1, 1).float().clamp(0, 1)
+    return F.interpolate(x, _coarse_size(x), mode="area")
 
 
 def _coarse_size(x: Tensor) -> list[int]:

@@ -82,6 +82,13 @@ class MatchPalette(io.ComfyNode):
                     step=0.05,
                     tooltip="1: all of the style image's palette. 0: the colours stay.",
                 ),
+                io.Boolean.Input(
+                    "together",
+                    default=False,
+                    optional=True,
+                    tooltip="For the frames of a film: all are recoloured alike, so that no colour changes from one to "
+                    "the next. Off: each image by itself.",
+                ),
             ],
             outputs=[
                 io.Image.Output(display_name="images", tooltip="For VAE Encode, and then latent_image of the sampler.")
@@ -90,9 +97,9 @@ class MatchPalette(io.ComfyNode):
 
     @classmethod
     @checked
-    def execute(cls, images, style_image, strength) -> io.NodeOutput:
+    def execute(cls, images, style_image, strength, together=False) -> io.NodeOutput:
         check_both(images, style_image=style_image)
-        matched = match_palette(in_colour(images), in_colour(style_image), strength)
+        matched = match_palette(in_colour(images), in_colour(style_image), strength, together)
         return io.NodeOutput(torch.cat([matched, images[..., 3:]], -1))
 
 

@@ -202,6 +202,16 @@ def test_a_photograph_without_a_background_changes_as_a_whole(owl):
     assert (palette(match_palette(photograph, owl))[0] - palette(owl)[0]).norm() < 0.1
 
 
+def test_a_colour_becomes_the_same_in_all_frames_of_a_film_that_get_their_palette_together(pack, crown, owl):
+    half = crown.clone()
+    half[:, 64:] = 1
+    film, execute = torch.cat([crown, half]), pack.nodes.colours.MatchPalette.execute
+    seen = slice(0, 48)  # in both frames, clear of where the second one ends
+    (each,), (together,) = (execute(film, owl, 1.0, *one).args for one in ((), (True,)))
+    change = [(frames[0] - frames[1])[seen].abs().max() for frames in (together, each)]
+    assert change[0] < 1e-3 < 0.02 < change[1]
+
+
 def test_its_node_keeps_alpha_and_takes_grey_pictures(pack, crown, owl):
     alpha, execute = torch.rand(1, 128, 128, 1), pack.nodes.colours.MatchPalette.execute
     (matched,) = execute(torch.cat([crown, alpha], -1), torch.cat([owl, alpha], -1), 0.5).args
