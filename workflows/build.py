@@ -142,23 +142,27 @@ def whole_method(settings: Settings, note: str, style: Group) -> Workflow:
 
 def frames(settings: Settings, note: str) -> Workflow:
     """A film and a style image in, the film in that style out."""
-    components, sized_frames = From("components", "images"), From("content_sized", "IMAGE")
+    components, style_image = From("components", "images"), From("style_sized", "IMAGE")
+    palettes = {"images": From("content_sized", "IMAGE"), "style_image": style_image, "together": True}
+    start = {
+        "matched": Node("ConsisLoRAMatchPalette", "The film in the style's palette", palettes),
+        "frames_latent": encoded(From("matched", "images"), "Frames to latent"),
+    }
     film = {
         "film": Node("LoadVideo", "Film", {"file": settings.film}),
         "components": Node("GetVideoComponents", "Its frames", {"video": From("film", "VIDEO")}),
         "content_sized": scaled(components, settings.side),
     }
     learned = latents("content", settings, recolourings=4)
-    own = {"frames_latent": encoded(sized_frames, "Frames to latent")} if settings.recolours else {}
     loras = {"content": From("content_training", "consislora"), "style": From("stage_2_training", "consislora")}
-    begun = From("frames_latent" if own else "content_latent", "LATENT")
-    inputs = {"model": MODEL, **loras, **sampling(settings), "latent_image": begun, "frames": "consistent"}
+    consistent = {"latent_image": From("frames_latent", "LATENT"), "denoise": 0.8, "frames": "consistent"}
+    inputs = {"model": MODEL, **loras, **sampling(settings), **consistent}
     fps = From("components", "fps")
     video = {"images": From("decoded", "IMAGE"), "fps": fps, "audio": From("components", "audio")}
     clip = {"images": From("decoded", "IMAGE"), "fps": fps, "lossless": False, "filename_prefix": "consislora_film"}
     saved = {"video": From("created", "VIDEO"), "filename_prefix": "consislora_film"}
     made = [
-        {"positive": text("Prompt", BOTH), "negative": text("Negative prompt", "")},
+        {"positive": text("Prompt", BOTH), "negative": text("Negative prompt", ""), **start},
         {"sampled": Node("ConsisLoRASampler", "Sample, guided", inputs), "decoded": decoded()},
         {
             "created": Node("CreateVideo", "To film", video),
@@ -169,7 +173,7 @@ def frames(settings: Settings, note: str) -> Workflow:
     style = [sized("style", "Style image", settings.images[1], settings.side), latents("style", settings)]
     return [
         [start_here(settings, note)],
-        [Group("1. The film", BLUE, [film, {**learned, **own}]), Group("2. The style", BLUE, style)],
+        [Group("1. The film", BLUE, [film, learned]), Group("2. The style", BLUE, style)],
         [
             Group("3. Learn the subject, from all frames", BROWN, learn_content(settings)),
             Group("4. Learn the style, in two stages", BROWN, learn_style(settings)),

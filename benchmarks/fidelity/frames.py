@@ -33,6 +33,7 @@ from benchmarks.fidelity.judges import SIDE
 from benchmarks.fidelity.pairs import PAIRS, Drawing, Pair
 from benchmarks.fidelity.report import CONTENT_PROMPT, TRIED, Bench, first_pairs
 from benchmarks.fidelity.studio import CFG, DEFAULTS, SAMPLER, SCHEDULER, Studio
+from consislora_core.colours import match_palette
 from consislora_core.files import written_whole
 from consislora_core.lora_file import ImageLora
 from consislora_core.metrics import structure_scores
@@ -72,12 +73,13 @@ MOTIONS: dict[str, Callable[[float], list[list[float]]]] = {"pan": pan, "turn": 
 class Way(NamedTuple):
     """How the frames of a film are drawn. noise: another for each frame, the same, or each frame's own by inversion.
 
-    anchored: self-attention also reads the first frame.
+    anchored: self-attention also reads the first frame. palette: the frames first get the style image's palette.
     """
 
     noise: str
     denoise: float
     anchored: bool = False
+    palette: bool = False
 
 
 WAYS = {
@@ -87,9 +89,15 @@ WAYS = {
     "same noise, anchor": Way("same", 0.8, anchored=True),
     "another noise": Way("another", 0.8),
     "own noise, anchor, 0.8": Way("own", 0.8, anchored=True),
+    "own noise, anchor, palette": Way("own", 1.0, anchored=True, palette=True),
+    "own noise, anchor, palette, 0.8": Way("own", 0.8, anchored=True, palette=True),
 }
 DIFFERENCES = [(name, "same noise") for name in WAYS if name != "same noise"] + [
     ("own noise, anchor", "own noise"),
+    ("own noise, anchor, palette", "own noise, anchor"),
+    ("own noise, anchor, palette, 0.8", "own noise, anchor, 0.8"),
+    ("own noise, anchor, palette, 0.8", "own noise, anchor"),
+    ("own noise, anchor, palette, 0.8", "own noise, anchor, palette"),
 ]
 
 
@@ -160,17 +168,26 @@ class Films(Bench):
     def source(self, pair: Pair) -> Tensor:
         return self.studio.film(*pair.content, self.motion_of(pair.content))
 
+    def in_palette(self, pair: Pair, together: bool = True) -> Tensor:
+        """The frames in the style image's palette, t 3 h w, all recoloured by one map or each by its own."""
+        frames, style = (rearrange(p, "t c h w -> t h w c") for p in (self.source(pair), self.studio.drawn(pair.style)))
+        return rearrange(match_palette(frames, style, together=together), "t h w c -> t c h w")
+
     @torch.inference_mode()
-    def latents(self, pair: Pair) -> dict[str, Tensor]:
-        return {"samples": self.studio.vae.encode(rearrange(self.source(pair), "t c h w -> t h w c"))}
+    def latents(self, frames: Tensor) -> dict[str, Tensor]:
+        return {"samples": self.studio.vae.encode(rearrange(frames, "t c h w -> t h w c"))}
 
     def clip(self, pair: Pair, way: Way) -> Tensor:
         """The frames of a film, drawn in a style: t 3 h w."""
         studio, seed, motion = self.studio, self.pairs.index(pair), self.motion_of(pair.content)
         content, style = (owns[drawing] for owns, drawing in zip(self.contents_and_styles, pair, strict=True))
-        name = fingerprint([studio.whole, content.name, style.name, seed, motion, FRAMES, STEPS, *way, SETTINGS])
+        name = fingerprint(
+            [studio.whole, content.name, style.name, seed, motion, FRAMES, STEPS, *way[:3], SETTINGS]
+            + ["palette"] * way.palette
+        )
         if not (file := studio.pictures / f"{name}.png").exists():
-            frames = self.drawn(self.latents(pair), content.lora, style.lora, seed, way)
+            begun = self.in_palette(pair) if way.palette else self.source(pair)
+            frames = self.drawn(self.latents(begun), content.lora, style.lora, seed, way)
             with written_whole(file) as unfinished:
                 pixels = (255 * rearrange(frames, "t c h w -> h (t w) c")).round().byte().cpu().numpy()
                 Image.fromarray(pixels).save(unfinished, "png")
@@ -241,8 +258,12 @@ def main() -> None:
     if options.only:
         return
     sources = [bench.source(pair) for pair in bench.drawn_pairs]
-    through_vae = [bench.studio.decoded(bench.latents(pair)) for pair in bench.drawn_pairs]
-    clips = {"the frames themselves": sources, "the frames through the VAE": through_vae, **drawn}
+    through_vae = [bench.studio.decoded(bench.latents(frames)) for frames in sources]
+    recoloured = {
+        "the frames, each by its own palette": [bench.in_palette(pair, together=False) for pair in bench.drawn_pairs],
+        "the frames, all by one palette": [bench.in_palette(pair) for pair in bench.drawn_pairs],
+    }
+    clips = {"the frames themselves": sources, "the frames through the VAE": through_vae, **recoloured, **drawn}
     measured = {name: bench.scores_of(one) for name, one in clips.items()}
 
     def estimates(values: dict[str, Tensor]) -> list[Estimate]:
@@ -257,7 +278,10 @@ def main() -> None:
     share = ((usual["style"] - low["style"]).mean() / (high["style"] - low["style"]).mean()).item()
     between = {name: low[name].lerp(high[name], share) - usual[name] for name in SCORES}
     moved.append(["own noise, anchor, at an equal style score, less same noise", *map(bold, estimates(between))])
-    ways = [[name, way.noise, f"{way.denoise:g}", "yes" if way.anchored else ""] for name, way in WAYS.items()]
+    ways = [
+        [name, way.noise, f"{way.denoise:g}", *("yes" if is_so else "" for is_so in (way.anchored, way.palette))]
+        for name, way in WAYS.items()
+    ]
     file = RESULTS / "frames.png"
     shown = {name: [films[i] for i in IN_FIGURE] for name, films in {"frames": sources, **drawn}.items()}
     strip(shown, file)
@@ -265,7 +289,7 @@ def main() -> None:
         date=date.today(), comfyui=comfyui_version(), torch=torch.__version__, clips=len(bench.drawn_pairs),
         frames=FRAMES, contents=IMAGES, styles=len(STYLES), learned=len(LEARNED), steps=STEPS, cfg=CFG,
         sampler=SAMPLER, scheduler=SCHEDULER, file=file.name,
-        ways=table(["", "noise", "denoise", "anchor"], ways),
+        ways=table(["", "noise", "denoise", "anchor", "palette"], ways),
         scores=table(["", *SCORES], rows), moves=table(["", *SCORES], moved),
     )  # fmt: skip
     (RESULTS / "frames.md").write_text(report, encoding="utf-8")
