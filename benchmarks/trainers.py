@@ -158,8 +158,11 @@ def random_inputs(side: int, images: int = 1):
 
 
 @contextmanager
-def peak_growth(device: str = "cpu") -> Iterator[list[int]]:
-    """The growth in bytes of memory from its start to its peak; on a CPU sampled every 2 ms."""
+def peak_growth(device: str = "cpu", pid: int | None = None) -> Iterator[list[int]]:
+    """The growth in bytes of memory from its start to its peak; on a CPU sampled every 2 ms.
+
+    pid: of the process whose memory it is, on a CPU; without one this process.
+    """
     growth = [0]
     if device != "cpu":
         import torch
@@ -171,7 +174,7 @@ def peak_growth(device: str = "cpu") -> Iterator[list[int]]:
         return
     import psutil
 
-    process, over = psutil.Process(), threading.Event()
+    process, over = psutil.Process(pid), threading.Event()
     start = process.memory_info().rss
 
     def watch():
