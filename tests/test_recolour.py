@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from images import loaded
 
-from consislora_core.recolour import recolour
+from consislora_core.recolour import page_whiteness, recolour, whiteness
 
 
 def drawn(name: str) -> torch.Tensor:
@@ -26,6 +27,16 @@ def test_white_stays_white_and_every_other_pixel_changes(owl):
     assert (pictures[:, page] > 0.99).all()
     body = owl.amin(-1) < 0.9
     assert ((pictures - owl)[:, body].abs().amax(-1).mean(1) > 0.02).all()
+
+
+def test_a_noisy_page_stays_white_and_a_clean_picture_is_judged_pixel_by_pixel(owl):
+    page, body = ((255 * owl).round() == 255).all(-1), owl.amin(-1) < 0.9
+    inside = -F.max_pool2d(-page[None, None].float(), 9, 1, 4)[0, 0] > 0  # away from the drawing
+    noisy = (owl + 0.1 * torch.randn(owl.shape, generator=torch.Generator().manual_seed(0))).clamp(0, 1)
+    pictures = recoloured(noisy)
+    assert ((pictures - noisy)[:, inside].abs().amax(-1) > 0.1).float().mean() < 0.05
+    assert ((pictures - noisy)[:, body].abs().amax(-1).mean(1) > 0.02).all()
+    assert torch.equal(page_whiteness(owl), whiteness(owl, dim=-1))
 
 
 def test_what_was_of_one_colour_is_of_one_colour_still(owl):
