@@ -45,7 +45,7 @@ def find_faults(picture: Tensor, side: float, masked: bool = False) -> list[str]
     if scale >= 1 / ENLARGED and jpeg_grid(_middle(picture) @ LUMA) > ON_GRID:
         faults.append("shows JPEG blocks. Use the original, or one that is compressed less.")
     if 255 * noise_level(luma) > NOISY:
-        faults.append("is noisy. Remove the noise first, unless it belongs to the style.")
+        faults.append("is noisy. Use a cleaner original, unless the noise belongs to the style. A blur does not help.")
     if not masked and (share := empty_share(learned)) > EMPTY:
         faults.append(f"is {share:.0%} empty page. Crop it, or connect a mask.")
     return faults

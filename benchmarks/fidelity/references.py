@@ -1,9 +1,10 @@
 """`python benchmarks/fidelity/references.py [--images 4] [--styles 4] [--scale 0.2] [--mended]`
 
-What a poor style image costs, on the pairs for tuning: the preset fast learns each as it is, and damaged in eight ways,
-beside clean content images. `--mended`: what wins it back, and what a poor content image costs. Scores are against the
-clean images. Without guidance, one seed a pair. LoRAs and pictures are kept as by report.py, so that a stopped run
-continues. The tables are also in benchmarks/results/references.md and references_mended.md.
+What a poor style image costs, on the pairs for tuning: the preset quality, in half of its steps at twice the rates,
+learns each as it is, and damaged in eight ways, beside clean content images. `--mended`: what wins it back, and what a
+poor content image costs. Scores are against the clean images. Without guidance, one seed a pair. LoRAs and pictures are
+kept as by report.py, so that a stopped run continues. The tables are also in benchmarks/results/references.md and
+references_mended.md.
 """
 
 import argparse
@@ -29,11 +30,14 @@ from benchmarks.common import RESULTS, bold, comfyui_version, joined, table, tem
 from benchmarks.fidelity.faults import Damage, blurred, coarse, compressed, noisy
 from benchmarks.fidelity.judges import DRAWN, SIDE
 from benchmarks.fidelity.pairs import PAIRS, Drawing
-from benchmarks.fidelity.report import CONTENT_PROMPT, FAST, STYLE_PROMPT, Bench, first_pairs
-from benchmarks.fidelity.studio import Own, Studio
+from benchmarks.fidelity.report import CONTENT_PROMPT, QUALITY, STYLE_PROMPT, Bench, a_part, first_pairs
+from benchmarks.fidelity.studio import Own, Studio, resized
 from consislora_core.image_faults import LUMA, edge_blur, find_faults, sharpening
+from consislora_core.recolour import recolour, whiteness
+from consislora_core.schedule import FASTER
 from demo.server import PACK
 
+RECIPE = a_part(QUALITY, 2, FASTER)
 DARK, MARK = (28, 30, 38), (128, 128, 128, 110)
 SHOWN = ("content", "outlines", "style", "leakage")
 LESS_CLEAN = [f"{name}, less clean's" for name in SHOWN]
@@ -78,6 +82,13 @@ def sharpened(picture: Image.Image, stronger: float = 1, wider: float = 1) -> Im
     return picture_of(Sharpen.execute(pixels_of(picture)[None], radius, sigma, stronger * alpha).args[0][0])
 
 
+def smoothed(picture: Image.Image) -> Image.Image:
+    """By ComfyUI's node Image Blur, at its smallest radius."""
+    from comfy_extras.nodes_post_processing import Blur
+
+    return picture_of(Blur.execute(pixels_of(picture)[None], 1, 1.0).args[0][0])
+
+
 BLURRED, JPEG, NOISY, COARSE = "blurred, sigma 3", "JPEG, quality 20", "noise, 25 of 255", "a quarter of the resolution"
 DAMAGES: dict[str, Damage] = {
     BLURRED: blurred,
@@ -89,9 +100,14 @@ DAMAGES: dict[str, Damage] = {
     "cropped to a corner": cropped,
     "tilted by 15 degrees": tilted,
 }
-SHARPENED, HALF_SIZE = "sharpened", "trained at half the side"
-# The second changes the training, not the picture.
-MENDS: dict[str, Damage] = {SHARPENED: sharpened, HALF_SIZE: lambda picture: picture}
+SHARPENED, SMOOTHED = "sharpened", "Image Blur"
+HALF_SIZE, PAGE_FOUND = "trained at half the side", "page found"  # these change the training, not the picture
+MENDS: dict[str, Damage] = {
+    SHARPENED: sharpened,
+    SMOOTHED: smoothed,
+    HALF_SIZE: lambda picture: picture,
+    PAGE_FOUND: lambda picture: picture,
+}
 CHANGES = DAMAGES | MENDS
 STYLES_MENDED = [
     (BLURRED,),
@@ -100,7 +116,7 @@ STYLES_MENDED = [
     (COARSE,),
     (COARSE, SHARPENED),
 ]
-POOR_CONTENTS = [(BLURRED,), (JPEG,), (NOISY,), (COARSE,)]
+CONTENTS_MENDED = [(BLURRED,), (JPEG,), (COARSE,), (NOISY,), (NOISY, SMOOTHED), (NOISY, PAGE_FOUND)]
 
 
 def pixels_of(picture: Image.Image) -> Tensor:
@@ -124,20 +140,31 @@ class PoorStudio(Studio):
             picture = CHANGES[change](picture)
         return rearrange(pixels_of(picture), "h w c -> 1 c h w")
 
+    @torch.inference_mode()
+    def recoloured_latents(self, drawing: tuple[str, ...], count: int, size: float = 1.0) -> Tensor:
+        """As the nodes Recolour and VAE Encode give them; without `PAGE_FOUND` a page is white where its pixels are."""
+        return self.vae.encode(resized(self.recolourings(drawing, count), size))
+
+    def recolourings(self, drawing: tuple[str, ...], count: int) -> Tensor:
+        """The picture and its recolourings: b h w 3."""
+        (picture,) = rearrange(self.drawn(drawing), "b c h w -> b h w c")
+        white = None if PAGE_FOUND in drawing else whiteness(picture, dim=-1)
+        return torch.cat([picture[None], recolour(picture, count, torch.Generator().manual_seed(0), white)])
+
 
 class References(Bench):
     def contents_learned(self, changes: Changes = CLEAN) -> dict[Drawing, Own]:
         """The LoRAs of the content images so changed, by the clean ones."""
-        stage_1, _ = self.stages(FAST)
+        stage_1, _ = self.stages(RECIPE)
         changed = [(*content, *changes) for content in self.contents]
-        owns = self.studio.learned(stage_1, CONTENT_PROMPT, changed, recolourings=FAST.recolourings).owns
+        owns = self.studio.learned(stage_1, CONTENT_PROMPT, changed, recolourings=RECIPE.recolourings).owns
         return dict(zip(self.contents, owns.values(), strict=True))
 
     def styles_learned(self, changes: Changes = CLEAN) -> dict[Drawing, Own]:
         """The LoRAs of the style images so changed, by the clean ones."""
-        stages, changed = self.stages(FAST), [(*style, *changes) for style in self.styles]
+        stages, changed = self.stages(RECIPE), [(*style, *changes) for style in self.styles]
         sizes = [(0.5,) * len(stage.phases) if HALF_SIZE in changes else () for stage in stages]
-        whole = self.studio.learned(stages[0], "A [v]", changed, recolourings=FAST.recolourings, sizes=sizes[0])
+        whole = self.studio.learned(stages[0], "A [v]", changed, recolourings=RECIPE.recolourings, sizes=sizes[0])
         owns = self.studio.learned(stages[1], STYLE_PROMPT, changed, whole, sizes=sizes[1]).owns
         return dict(zip(self.styles, owns.values(), strict=True))
 
@@ -168,6 +195,21 @@ class References(Bench):
             ]
             rows.append(torch.cat([F.adaptive_avg_pool2d(picture, SIDE) for picture in learned + drawn], 3))
         pixels = (255 * rearrange(torch.cat(rows, 2), "1 c h w -> h w c")).byte().numpy()
+        return Image.fromarray(pixels).quantize(256, dither=Image.Dither.NONE)
+
+    def noise_sheet(self) -> Image.Image:
+        """Of each content image, noisy: the image, its recolourings without and with `PAGE_FOUND`, what is drawn."""
+        ways, rows = ((NOISY,), (NOISY, PAGE_FOUND)), []
+        pairs = [(seed, pair) for seed, pair in enumerate(self.pairs) if seed % (len(self.styles) + 1) == 0]
+        for seed, (content, style) in pairs:
+            learned = [self.studio.recolourings((*content, *changes), 2) for changes in ways]
+            drawn = [
+                self.studio.picture(self.contents_learned(changes)[content], self.styles_learned()[style], seed)
+                for changes in (CLEAN, *ways)
+            ]
+            shown = rearrange(torch.cat([learned[0], learned[1][1:]]), "b h w c -> b c h w")
+            rows.append(torch.cat([*F.adaptive_avg_pool2d(torch.cat([shown, *drawn]), SIDE)], 2))
+        pixels = (255 * rearrange(torch.cat(rows, 1), "c h w -> h w c")).byte().numpy()
         return Image.fromarray(pixels).quantize(256, dither=Image.Dither.NONE)
 
 
@@ -204,21 +246,29 @@ def costs_report(bench: References) -> dict[str, str]:
 
 
 def mended_report(bench: References) -> dict[str, str]:
-    """What mending the style images wins back, and what a poor content image costs."""
+    """What mending the images wins back, and what a poor content image costs."""
     styles = {changes: bench.scores_with(of_style=changes) for changes in (CLEAN, *STYLES_MENDED)}
-    contents = {changes: bench.scores_with(of_content=changes) for changes in (CLEAN, *POOR_CONTENTS)}
-    won = [
-        [*changes, *bench.differences(found, styles[changes[:1]])] for changes, found in styles.items() if changes[1:]
-    ]
-    sheet = RESULTS / "references_mended.png"
+    contents = {changes: bench.scores_with(of_content=changes) for changes in (CLEAN, *CONTENTS_MENDED)}
+    sheet, noise_sheet = RESULTS / "references_mended.png", RESULTS / "references_noise.png"
     bench.sheet(BLURRED, SHARPENED).save(sheet, optimize=True)
+    bench.noise_sheet().save(noise_sheet, optimize=True)
     return {
         "style_table": difference_table(bench, ["style image", "mended"], styles),
-        "won": table(["style image", "mended", *(f"{name}, less unmended's" for name in SHOWN)], won),
-        "content_table": difference_table(bench, ["content image"], contents),
+        "style_won": won_table(bench, "style image", styles),
+        "content_table": difference_table(bench, ["content image", "mended"], contents),
+        "content_won": won_table(bench, "content image", contents),
         "strength_table": strengths_table(bench),
         "sheet": sheet.name,
+        "noise_sheet": noise_sheet.name,
     }
+
+
+def won_table(bench: References, image: str, scores: dict[Changes, dict[str, Tensor]]) -> str:
+    """What each mend changes, less the same image unmended."""
+    rows = [
+        [*changes, *bench.differences(found, scores[changes[:1]])] for changes, found in scores.items() if changes[1:]
+    ]
+    return table([image, "mended", *(f"{name}, less unmended's" for name in SHOWN)], rows)
 
 
 def difference_table(bench: References, header: list[str], scores: dict[Changes, dict[str, Tensor]]) -> str:
