@@ -82,7 +82,8 @@ def test_dropped_onto_the_canvas_it_queues_the_same_as_the_api_form(name, fronte
     assert as_saved(queued(frontend), api(name)) == api(name)
     assert nodes_where(frontend, "!(node.type in LiteGraph.registered_node_types)") == []  # missing ones
     assert nodes_where(frontend, f"node.has_errors && !{FILE_LOADERS}.includes(node.type)") == []
-    assert nodes_where(frontend, "node.computeSize()[1] > node.size[1]") == []  # a widget hangs out
+    # A widget hangs out; but in ComfyUI 0.33 the preview of a film asks for more than there is, whatever there is.
+    assert nodes_where(frontend, "node.computeSize()[1] > node.size[1] && node.type != 'LoadVideo'") == []
     assert frontend.complaints == []
 
 
