@@ -15,7 +15,9 @@ from benchmarks.fidelity.controls import palette_distance, stroke_distance, styl
 from benchmarks.fidelity.judges import DEMO, KINDS, load_judge
 from benchmarks.fidelity.pairs import ALIGNED_SETS, CONTENT_SET, PAIRS, SAME_STYLE, STYLE_SETS
 from benchmarks.fidelity.report import CONTENDERS, EARLY, LATE, Bench
+from benchmarks.fidelity.several import AVERAGES, merged_layer
 from benchmarks.picture_scores import perceptual_distance
+from consislora_core.lora_file import LoraLayer
 from consislora_core.metrics import content_similarity, style_similarity
 from consislora_core.schedule import image_stage, style_stage
 
@@ -77,6 +79,18 @@ def test_several_style_images_are_one_set_s_own_and_show_no_truth():
     for first, drawings in SAME_STYLE.items():
         assert drawings[0] == first and len(set(drawings)) == 4
         assert {emoji for emoji, _ in drawings} == {first[0]} and not truths & set(drawings)
+
+
+@pytest.mark.parametrize("way", AVERAGES)
+def test_the_average_of_equal_changes_is_that_change_whatever_their_factors_are(way):
+    down, up = torch.randn(2, 8, generator=torch.Generator().manual_seed(0)), torch.arange(12.0).view(6, 2)
+    layer = merged_layer([LoraLayer(down, up, 2.0), LoraLayer(-down, -2 * up, 1.0)], AVERAGES[way])
+    torch.testing.assert_close(layer.up @ layer.down * layer.alpha / layer.rank, up @ down)
+
+
+def test_aligned_signs_average_what_agrees():
+    changes = torch.tensor([[[3.0, 1.0]], [[1.0, -4.0]]])
+    assert AVERAGES["averaged, signs aligned"](changes).tolist() == [[2.0, -4.0]]
 
 
 # ---- judges

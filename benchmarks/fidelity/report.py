@@ -49,7 +49,7 @@ from benchmarks.common import (
     template,
 )
 from benchmarks.fidelity.judges import FOLDER, SIDE, TRUTHS, load_judge
-from benchmarks.fidelity.pairs import ALIGNED_SETS, CONTENT_SET, PAIRS, SAME_STYLE, Drawing, Pair
+from benchmarks.fidelity.pairs import ALIGNED_SETS, CONTENT_SET, PAIRS, Drawing, Pair
 from benchmarks.fidelity.studio import CFG, SAMPLER, SCHEDULER, STEPS, Own, Studio
 from benchmarks.picture_scores import perceptual_distance, ssim
 from consislora_core import schedule
@@ -61,9 +61,7 @@ from demo.server import PACK
 EARLY, LATE = 2e-3, 1e-3  # learning rates before and after the transition: ten times the paper's
 CONTENT_PROMPT = "A [c]"
 STYLE_PROMPT = "An image in the style of [v]"
-INTRODUCTION, SCORES_TEXT, DIFFERENCES_TEXT, OWN_TEXT, CHOICE_TEXT, CURVE_TEXT, SEVERAL_TEXT, SHEET_TEXT = template(
-    "fidelity"
-)
+INTRODUCTION, SCORES_TEXT, DIFFERENCES_TEXT, OWN_TEXT, CHOICE_TEXT, CURVE_TEXT, SHEET_TEXT = template("fidelity")
 
 
 def guided(content: float, style: float) -> dict[str, float]:
@@ -135,15 +133,14 @@ FIFTH = a_part(QUALITY, 5)
 
 class Contender(NamedTuple):
     """A way to draw all pairs. denoise: below 1 it begins at the content image, without a LoRA of it. settings: of Dual
-    Guidance. style_images: how many drawings of a set a style part is learned from. lock: with structure_lock it begins
-    at the content image, in its "own" colours or in the style image's "palette".
+    Guidance. lock: with structure_lock it begins at the content image, in its "own" colours or in the style image's
+    "palette".
     """
 
     label: str
     recipe: Recipe
     denoise: float = 1.0
     settings: dict = {}
-    style_images: int = 1
     lock: str = ""
 
     @property
@@ -239,25 +236,17 @@ class Bench:
         return image, Stage("style", ROLES[1:], scaled(recipe.style), noise_offset=0.03)
 
     def loras(self, contender: Contender) -> dict[Drawing, Own]:
-        """The LoRAs of all content and style images; of several drawings for those in `SAME_STYLE`."""
+        """The LoRAs of all content and style images."""
         studio, recipe = self.studio, contender.recipe
         stage_1, stage_2 = self.stages(recipe)
         train = studio.learned_everywhere if recipe.everywhere else studio.learned
         recolourings = {"recolourings": recipe.recolourings} if recipe.recolourings else {}
         contents = train(stage_1, CONTENT_PROMPT, self.contents, **recolourings).owns
-        if contender.style_images > 1:
-            groups = {style: group[: contender.style_images] for style, group in SAME_STYLE.items()}
-            return contents | {style: self.style_of_all(recipe, group) for style, group in groups.items()}
         patches = {"patches": recipe.patches} if recipe.patches else {}
         styles = train(stage_1, "A [v]", self.styles, **(patches or recolourings))
         if stage_2:
             styles = studio.learned(stage_2, STYLE_PROMPT, self.styles, styles, **patches)
         return contents | styles.owns
-
-    def style_of_all(self, recipe: Recipe, drawings: list[Drawing]) -> Own:
-        stage_1, stage_2 = self.stages(recipe)
-        whole = self.studio.learned(stage_1, "A [v]", drawings, together=True)
-        return self.studio.learned(stage_2, STYLE_PROMPT, drawings, whole, together=True).owns[drawings[0]]
 
     def pictures(self, contender: Contender, pairs: list[Pair], take: int = 0) -> Tensor:
         """A picture of each pair (n 3 h w); each pair has a seed of its own, the same for every contender."""
@@ -482,20 +471,6 @@ def curve_section(bench: Bench, folder: Path) -> str:
     return CURVE_TEXT.format(pairs=len(pairs), table=table(header, rows))
 
 
-def several_section(bench: Bench) -> str:
-    pairs = [pair for pair in bench.pairs if pair.style in SAME_STYLE]
-    contenders = [Contender(f"{count}", PAPER, style_images=count) for count in (1, 2, 4)]
-    measured = [bench.measured(contender, pairs) for contender in contenders]
-    rows = [
-        [contender.label, *(bench.estimate(scores[name], pairs) for name in EVERYWHERE)]
-        for contender, scores in zip(contenders, measured, strict=True)
-    ]
-    for contender, scores in zip(contenders[1:], measured[1:], strict=True):
-        moved = [bold(bench.estimate(scores[name] - measured[0][name], pairs)) for name in EVERYWHERE]
-        rows.append([f"{contender.label}, less those of 1", *moved])
-    return SEVERAL_TEXT.format(pairs=len(pairs), table=table(["style images", *EVERYWHERE], rows))
-
-
 def plot(curves: dict[str, list[tuple[float, float]]], file: Path) -> None:
     """Style over content, a curve through SCALES for each guidance."""
     figure, (axis,) = chart_axes(1)
@@ -559,8 +534,6 @@ def main() -> None:
     ]
     if is_whole:
         sections += [CHOICE_TEXT, curve_section(bench, results)]
-        if not options.few:
-            sections.append(several_section(bench))
     sections.append(sheet_section(bench, contenders, results / f"{name}_sheet.png"))
     text = joined(sections)
     (results / f"{name}.md").write_text(text, encoding="utf-8")
