@@ -170,7 +170,8 @@ CONTENDERS = {
 }
 DIFFERENCES = ("c-b", "b-a", "c-a", "c-d", "c-e", "c-f", "g-c", "h-c", "i-c", "quality-c", "quality-i", "quality-b",
                "quality-a", "fast-c", "quality-fast", "draft-c", "fifth-c", "locked-c", "locked-quality", "locked-b",
-               "locked-c locked", "fast locked-c", "draft locked-c")  # fmt: skip
+               "locked-a", "locked-c locked", "fast locked-c", "fast locked-c locked",
+               "draft locked-c")  # fmt: skip
 TRADED = ("content", "style")
 
 # For the base model prompted by name: subjects and drawings that it has learned.
