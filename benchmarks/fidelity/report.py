@@ -68,6 +68,13 @@ def guided(content: float, style: float) -> dict[str, float]:
     return {"content_guidance": content, "style_guidance": style}
 
 
+def paper_towards_style(content: float, style: float, guidance: float) -> "Contender":
+    """The paper's LoRAs at other strengths, the style guided alone."""
+    label = f"c, strengths: content {content:g}, style {style:g}" + f"; style guidance {guidance:g}" * bool(guidance)
+    strengths = {"content_strength": content, "style_strength": style}
+    return Contender(label, PAPER, settings=strengths | guided(0.0, guidance))
+
+
 SCALES = (0.0, 0.5, 1.0, 2.0, 4.0, 10.0)
 TRUE_STYLE = "style of the ground truth"
 EVERYWHERE = ("content", "outlines", "style", "leakage", "sum", TRUE_STYLE)  # for any pair
@@ -159,6 +166,7 @@ CONTENDERS = {
     "g": Contender("c, guidance 1", PAPER, settings=guided(1.0, 1.0)),
     "h": Contender("img2img, style LoRA", PAPER, denoise=0.6),
     "i": Contender("c, guidance 0.5", PAPER, settings=HALF),
+    "j": paper_towards_style(0.7, 1.5, 0.5),
     "quality": Contender("Muon, rates fade; recolourings; guidance 0.5", QUALITY, settings=HALF),
     "fast": Contender("quality in a fifth of the steps, at twice the rates", FAST, settings=HALF),
     "draft": Contender("quality in a sixteenth of the steps, at twice the rates", DRAFT, settings=HALF),
@@ -168,9 +176,9 @@ CONTENDERS = {
     "c locked": Contender("c, structure lock in the style's palette", PAPER, lock="palette"),
     "fifth": Contender("quality in a fifth of the steps", FIFTH, settings=HALF),
 }
-DIFFERENCES = ("c-b", "b-a", "c-a", "c-d", "c-e", "c-f", "g-c", "h-c", "i-c", "quality-c", "quality-i", "quality-b",
-               "quality-a", "fast-c", "quality-fast", "draft-c", "fifth-c", "locked-c", "locked-quality", "locked-b",
-               "locked-a", "locked-c locked", "fast locked-c", "fast locked-c locked",
+DIFFERENCES = ("c-b", "b-a", "c-a", "c-d", "c-e", "c-f", "g-c", "h-c", "i-c", "j-c", "j-b", "quality-c", "quality-i",
+               "quality-j", "quality-b", "quality-a", "fast-c", "quality-fast", "draft-c", "fifth-c", "locked-c",
+               "locked-quality", "locked-b", "locked-a", "locked-c locked", "fast locked-c", "fast locked-c locked",
                "draft locked-c")  # fmt: skip
 TRADED = ("content", "style")
 
@@ -178,9 +186,15 @@ TRADED = ("content", "style")
 SEEN = ("cat-face", "rocket", "red-apple", "house", "guitar", "automobile", "key", "bell")
 SEEN_STYLES = (("twemoji", "pizza"), ("noto", "pizza"), ("emojione", "pizza"))
 
+# Content strength, style strength, style guidance.
+TOWARDS_STYLE = ((0.6, 1.0, 0.0), (0.8, 1.0, 0.0), (1.0, 1.5, 0.0), (0.7, 1.3, 0.0), (0.8, 1.5, 0.0), (0.7, 1.5, 0.0),
+                 (0.6, 1.5, 0.0), (0.8, 2.0, 0.0), (1.0, 1.0, 1.0), (1.0, 1.0, 2.0), (0.8, 1.5, 0.5), (0.7, 1.5, 0.5),
+                 (0.6, 1.5, 0.5), (0.7, 1.5, 1.0))  # fmt: skip
+
 # What is tried on the pairs for tuning.
 TRIED = {
     "c": CONTENDERS["c"],
+    **{f"c {i}": paper_towards_style(*settings) for i, settings in enumerate(TOWARDS_STYLE, 1)},
     "fading": Contender("c, rates fade", FADING),
     "muon": Contender("Muon, rates fade", MUON_ALONE),
     "recoloured": Contender("rates fade; recolourings", FADING._replace(recolourings=24)),
