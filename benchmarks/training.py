@@ -3,7 +3,8 @@
 Prints Markdown, for benchmarks/results/training.md, and draws a chart beside it. It measures ours, `fast` and `lean`; a
 plain recipe as in published scripts (diffusers, PEFT, autocast, AdamW); and ComfyUI's own TrainLoraNode. Same shape of
 UNet, image, rank and precision; each measurement is a process of its own. On a CUDA device the UNet is SDXL's own size,
-for training_gpu.md; on a CPU a narrow one. Exits with 1 if a bound is missed.
+for training_gpu.md; on a CPU a narrow one, but for Muon's share of a step, which takes 10 GB there. Exits with 1 if a
+bound is missed.
 """
 
 import json
@@ -39,6 +40,7 @@ from benchmarks.trainers import (
     Size,
     fast,
     host,
+    muon,
     peak_growth,
     plain_recipe,
     plain_unet,
@@ -73,6 +75,7 @@ PLANS = {
     "cuda": Plan(SIZES["sdxl"], 1, 8, {**RATIOS, ("fast", "plain", "speed"): 3.0}),
 }
 WHOLE = {"fast": 16e9, "lean": 8e9}  # bytes at most, UNet included, at SDXL's size
+MUON_SHARE = 0.02  # of a step's time, at SDXL's size
 SHARE, PAIR = 0.45, 120  # on a GPU: at least this share of a large product's FLOP/s; at most these seconds a pair
 PAIR_STEPS = 1500 + 1500 + 1000
 BATCH, BATCH_BOUND, SAME = 8, {"cpu": 1.3, "cuda": 2.0}, 1e-4
@@ -216,6 +219,27 @@ def measure_split(device: str) -> dict:
         "flops": flops[1] - flops[0],
         "rate": measure_matrix_rate(device, getattr(torch, size.dtype)),
     }
+
+
+def measure_muon(device: str) -> dict:
+    """The seconds of a step at SDXL's size, and of Muon's part in it."""
+    import torch
+    from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+
+    size, seconds = SIZES["sdxl"], []
+    with host(device) as pack, torch.inference_mode():
+        model, (latent, positive), clock = random_model(size, device), random_inputs(size.side), Clock(device)
+        register_optimizer_step_pre_hook(clock.mark)
+        register_optimizer_step_post_hook(clock.mark)
+
+        def note() -> float:
+            end = read_clock()
+            seconds.extend(clock.last(2))
+            return end
+
+        ends = record_step_ends(pack, note)
+        muon(pack, model, latent, positive, PLANS[device].steps // 2, size.rank, PRECISIONS[size.dtype])
+    return {"step": seconds_a_step(ends), "muon": statistics.median(seconds[2:])}
 
 
 def measure_pair(device: str) -> dict:
@@ -364,6 +388,7 @@ def measure_growth(device: str) -> dict:
 MEASUREMENTS = {
     "side": measure_side,
     "split": measure_split,
+    "muon": measure_muon,
     "pair": measure_pair,
     "products": measure_products,
     "batch": measure_batch,
@@ -441,6 +466,17 @@ def report_split(device: str, seconds: dict[str, float]) -> bool:
         f"That is to be at least {SHARE:.0%}. With the preset fast a whole pair, from node to node with everything, "
         f"takes {pair:.0f} s (at most {PAIR}).{mark_missed(met)} The paper's steps take "
         f"{PAIR_STEPS * seconds['fast']:.0f} s."
+    )
+    return met
+
+
+def report_muon(device: str) -> bool:
+    seconds = measure_in_a_process(__file__, "muon", device)
+    share = seconds["muon"] / seconds["step"]
+    met = share <= MUON_SHARE
+    print(
+        f"\nAt SDXL's full size, images of 1024 x 1024, rank 64, bfloat16, Muon takes {1e3 * seconds['muon']:.3g} ms "
+        f"of the {seconds['step']:.3g} s of a step: {share:.1%} (at most {MUON_SHARE:.0%}).{mark_missed(met)}"
     )
     return met
 
@@ -523,6 +559,7 @@ def report() -> bool:
     if device == "cpu":
         report_products()
     within = report_split(device, seconds) and within
+    within = report_muon(device) and within
     within = report_batch(device) and within
     report_flat(device)
     report_growth(device)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from consislora_core.muon import Muon, orthogonalised
+from consislora_core.muon import ITERATIONS, NEWTON_SCHULZ, Muon, orthogonalised
 
 
 def trained(optimizer_of, shapes, steps=20):
@@ -23,6 +23,19 @@ def trained(optimizer_of, shapes, steps=20):
 def test_singular_values_come_to_about_1(shape):
     values = torch.linalg.svdvals(orthogonalised(torch.randn(shape, generator=torch.Generator().manual_seed(1))))
     assert values.min() > 0.6 and values.max() < 1.25
+
+
+@pytest.mark.parametrize("decades", [0, 4, 8])
+def test_only_the_singular_values_change_each_by_the_quintic(decades):
+    generator = torch.Generator().manual_seed(2)
+    u, v = (torch.linalg.qr(torch.randn(n, 16, generator=generator).double())[0] for n in (16, 320))
+    values = torch.logspace(0, -decades, 16).double()
+    a, b, c = NEWTON_SCHULZ
+    expected = values / values.norm()
+    for _ in range(sum(ITERATIONS)):
+        expected = a * expected + b * expected**3 + c * expected**5
+    found = orthogonalised((u * values @ v.mT).float())
+    assert (found - u * expected @ v.mT).norm() < 1e-4 * expected.norm()
 
 
 @pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch before 2.9 has no Muon")
