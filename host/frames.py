@@ -62,7 +62,7 @@ def sample_frames(
     for number, chunk in enumerate(chunks):
         runs = 2 * len(chunks)
         noisy = invert(inverting, {"samples": chunk}, sigmas, run=(2 * number, runs))
-        sampled = sample(guider, noisy, seed, sampler_name, sigmas, noised=True, run=(2 * number + 1, runs))
+        sampled = sample(guider, noisy, seed, sampler_name, sigmas, noise=0, run=(2 * number + 1, runs))
         frames.append(sampled["samples"][min(number, 1) :])
     return {**latent, "samples": torch.cat(frames)}
 

@@ -27,25 +27,25 @@ def sample(
     seed: int,
     sampler_name: str,
     sigmas: Tensor,
-    noised: bool = False,
+    noise: float = 1.0,
     run: tuple[int, int] = (0, 1),
 ) -> dict:
     """Samples a latent as ComfyUI's KSampler does, with any guider: the same noise, mask, preview and progress.
 
-    noised: the latent already has the noise of the first level, and none is added. run: number of this sampling, from
-    0, and how many the node makes, for its progress bar.
+    noise: how strong the seed's is; 0 for a latent that already has the noise of the first level. run: number of this
+    sampling, from 0, and how many the node makes, for its progress bar.
     """
     number, runs = run
     model = guider.model_patcher
     start = comfy.sample.fix_empty_latent_channels(model, latent["samples"])
-    noise = comfy.sample.prepare_noise(start, seed, latent.get("batch_index"))
+    of_seed = comfy.sample.prepare_noise(start, seed, latent.get("batch_index"))
     progress = latent_preview.prepare_callback(model, runs * (len(sigmas) - 1))
 
     def show(step, z_0_hat, x, steps):
         progress(number * steps + step, z_0_hat, x, runs * steps)
 
     samples = guider.sample(
-        torch.zeros_like(noise) if noised else noise,
+        noise * of_seed,
         start,
         comfy.samplers.sampler_object(sampler_name),
         sigmas,
@@ -71,4 +71,23 @@ def invert(guider: comfy.samplers.CFGGuider, latent: dict, sigmas: Tensor, run: 
         )
     latent = {**latent, "samples": latent["samples"].float()}
     ascending = torch.cat([sigmas.new_tensor([NEARLY_CLEAN]), sigmas.flip(0)[1:]])
-    return sample(guider, latent, 0, "euler", ascending, noised=True, run=run)
+    return sample(guider, latent, 0, "euler", ascending, noise=0, run=run)
+
+
+def sample_locked(
+    guider: comfy.samplers.CFGGuider,
+    inverting: comfy.samplers.CFGGuider,
+    latent: dict,
+    seed: int,
+    sampler_name: str,
+    sigmas: Tensor,
+    variation: float = 0.0,
+) -> dict:
+    """Samples a latent from its own noise, of whose variance a part, `variation`, becomes the seed's.
+
+    inverting: a guider that reconstructs the latent.
+    """
+    noisy = invert(inverting, latent, sigmas)["samples"]
+    clean = latent["samples"].to(noisy)
+    start = {**latent, "samples": clean.lerp(noisy, (1 - variation) ** 0.5)}
+    return sample(guider, start, seed, sampler_name, sigmas, noise=variation**0.5)

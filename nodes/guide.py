@@ -7,7 +7,7 @@ from ..host.frames import sample_frames, with_anchor_attention
 from ..host.guider import GuidanceSettings, build_dual_guider, build_reconstruction_guider
 from ..host.model_inputs import check_latent, check_picture_in
 from ..host.provenance import HIDDEN, note
-from ..host.sampling import invert, ksampler_sigmas, sample
+from ..host.sampling import ksampler_sigmas, sample, sample_locked
 from .guidance_inputs import guidance_inputs, model_and_prompts, optional_inputs, sampling_inputs
 from .sockets import CATEGORY, aliases
 from .widget_values import checked
@@ -65,6 +65,15 @@ class Sampler(io.ComfyNode):
                     tooltip="consistent: latent_image holds the frames of a film. Each begins with its own noise, as "
                     "with structure_lock, and also reads the first one, so that all look alike.",
                 ),
+                io.Float.Input(
+                    "variation",
+                    default=0.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.05,
+                    optional=True,
+                    tooltip="With structure_lock: how much of the noise is the seed's. At 0 all seeds are one picture.",
+                ),
             ],
             outputs=[io.Latent.Output(tooltip="The denoised latent, for VAE Decode.")],
             hidden=HIDDEN,
@@ -74,7 +83,8 @@ class Sampler(io.ComfyNode):
     @checked
     def execute(
         cls, model, positive, negative, latent_image, seed, steps, sampler_name, scheduler, denoise,
-        structure_lock=False, content: ImageLora | None = None, style: ImageLora | None = None, frames=OFF, **guidance,
+        structure_lock=False, content: ImageLora | None = None, style: ImageLora | None = None, frames=OFF,
+        variation=0.0, **guidance,
     ) -> io.NodeOutput:  # fmt: skip
         settings, is_film = GuidanceSettings(**guidance), frames == CONSISTENT
         guided = with_anchor_attention(model) if is_film else model
@@ -89,8 +99,7 @@ class Sampler(io.ComfyNode):
         inverting = build_reconstruction_guider(model, negative, content)
         if is_film:
             return io.NodeOutput(sample_frames(guider, inverting, latent_image, seed, sampler_name, sigmas))
-        latent_image = invert(inverting, latent_image, sigmas)
-        return io.NodeOutput(sample(guider, latent_image, seed, sampler_name, sigmas, noised=True))
+        return io.NodeOutput(sample_locked(guider, inverting, latent_image, seed, sampler_name, sigmas, variation))
 
 
 def check_lockable(latent: dict, turned_on: str) -> None:

@@ -288,7 +288,7 @@ def test_structure_lock_in_flow_matching_begins_with_what_the_sampler_turns_back
     with torch.inference_mode():
         sigmas = sampling.ksampler_sigmas(model, 100, "euler", "simple", 0.5)
         inverted = sampling.invert(guider, latent, sigmas)
-        back = sampling.sample(guider, inverted, 0, "euler", sigmas, noised=True)
+        back = sampling.sample(guider, inverted, 0, "euler", sigmas, noise=0)
         assert relative_error(back["samples"], latent["samples"]) < 0.1
         with pytest.raises(ValueError, match="structure_lock cannot begin at denoise 1 with a model of flow matching"):
             sampling.invert(guider, latent, sampling.ksampler_sigmas(model, 10, "euler", "simple", 1.0))

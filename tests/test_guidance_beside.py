@@ -1,6 +1,7 @@
 """Dual guidance beside the rest of ComfyUI: other patches, control, masks, hooks, samplers, windows, interruption."""
 
 import logging
+from functools import partial
 from itertools import cycle
 
 import pytest
@@ -552,7 +553,7 @@ def test_a_locked_picture_comes_back_when_the_same_model_reconstructs_it(guide, 
     def error(steps):
         sigmas = sampling.ksampler_sigmas(model, steps, "euler", "karras", 1.0)
         inverted = sampling.invert(guider, latent, sigmas)
-        reconstructed = sampling.sample(guider, inverted, 0, "euler", sigmas, noised=True)
+        reconstructed = sampling.sample(guider, inverted, 0, "euler", sigmas, noise=0)
         return relative_error(reconstructed["samples"], latent["samples"])
 
     assert error(40) < 0.5 * error(10)
@@ -564,6 +565,14 @@ def test_a_locked_picture_begins_with_no_random_noise(guide, loras):
     locked = by_node(guide, model, loras, latent, structure_lock=True)
     assert torch.equal(locked, by_node(guide, model, loras, latent, structure_lock=True, seed=12))
     assert relative_error(locked, by_node(guide, model, loras, latent)) > 1e-2
+
+
+def test_variation_leads_from_the_lock_to_random_noise_and_gives_each_seed_its_own_picture(guide, loras):
+    draw = partial(by_node, guide, comfy_model(), loras, latent_of())
+    locked, little, much, all_of_it = (draw(structure_lock=True, variation=part) for part in (0.0, 0.1, 0.4, 1.0))
+    assert 1e-2 < relative_error(little, locked) < relative_error(much, locked)
+    assert relative_error(draw(structure_lock=True, variation=0.4, seed=12), much) > 1e-2
+    assert torch.equal(all_of_it, draw())
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])

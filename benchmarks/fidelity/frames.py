@@ -207,7 +207,9 @@ class Films(Bench):
         model = host.frames.with_anchor_attention(studio.model) if way.anchored else studio.model
         settings = host.guider.GuidanceSettings(**SETTINGS)
         guider = host.guider.build_dual_guider(model, positive, negative, content, style, settings)
-        return studio.decoded(host.sampling.sample(guider, latent, seed, SAMPLER, sigmas, noised=way.noise == "own"))
+        return studio.decoded(
+            host.sampling.sample(guider, latent, seed, SAMPLER, sigmas, noise=float(way.noise != "own"))
+        )
 
     def clip_scores(self, frames: Tensor, pair: Pair) -> dict[str, float]:
         source, motion = self.source(pair), self.motion_of(pair.content)

@@ -141,7 +141,7 @@ FIFTH = a_part(QUALITY, 5)
 class Contender(NamedTuple):
     """A way to draw all pairs. denoise: below 1 it begins at the content image, without a LoRA of it. settings: of Dual
     Guidance. lock: with structure_lock it begins at the content image, in its "own" colours or in the style image's
-    "palette".
+    "palette". variation: of structure_lock.
     """
 
     label: str
@@ -149,6 +149,7 @@ class Contender(NamedTuple):
     denoise: float = 1.0
     settings: dict = {}
     lock: str = ""
+    variation: float = 0.0
 
     @property
     def is_img2img(self) -> bool:
@@ -212,6 +213,10 @@ TRIED = {
     },
     "locked": CONTENDERS["locked"],
     "locked 1": Contender("locked, style guidance 1", QUALITY, settings=guided(0.5, 1.0), lock="palette"),
+    **{
+        f"locked v{part:g}": CONTENDERS["locked"]._replace(label=f"locked, variation {part:g}", variation=part)
+        for part in (0.1, 0.2, 0.3, 0.5)
+    },
     "c locked": CONTENDERS["c locked"],
     "fast": CONTENDERS["fast"],
     "fast locked": CONTENDERS["fast locked"],
@@ -277,6 +282,7 @@ class Bench:
                     denoise=contender.denoise,
                     locked=bool(contender.lock),
                     palette=pair.style if contender.lock == "palette" else None,
+                    variation=contender.variation,
                     **contender.settings,
                 )
                 for pair in pairs

@@ -230,17 +230,20 @@ class Studio:
         denoise: float = 1.0,
         locked: bool = False,
         palette: Drawing | None = None,
+        variation: float = 0.0,
         size: float = 1.0,
         post_cfg: PostCfg | None = None,
         **settings,
     ) -> Tensor:
         """1 3 h w, 0 to 1. start: the drawing to noise, instead of an empty latent; with palette in that drawing's, and
-        locked with its own noise. size: of the empty latent, as a part of the drawings'. settings: other than DEFAULTS.
+        locked with its own noise, of which `variation` is the seed's. size: of the empty latent, as a part of the
+        drawings'. settings: other than DEFAULTS.
         """
         settings = DEFAULTS | settings
         names = [own and own.name for own in (content, style)]
         more = (["size", size] if size != 1 else []) + (["post_cfg", *post_cfg.facts] if post_cfg else [])
         more += ["locked"] * locked + (["palette", palette] if palette else [])
+        more += ["variation", variation] * bool(variation)
         name = fingerprint([self.whole, *names, seed, prompt, start, denoise, settings, *more])
         if not (file := self.pictures / f"{name}.png").exists():
             empty = {"samples": torch.zeros(1, CHANNELS, round(size * SIDE), round(size * SIDE))}
@@ -251,10 +254,13 @@ class Studio:
             if post_cfg:
                 model.set_model_sampler_post_cfg_function(post_cfg.function)
             with torch.inference_mode(), self._guider(model, content, style, self.text(prompt), settings) as guider:
+                how = (latent, seed, SAMPLER, sigmas)
                 if locked:
                     own = self.pack.host.guider.build_reconstruction_guider(model, self.text(""), content.lora)
-                    latent = sampling.invert(own, latent, sigmas)
-                (picture,) = self.decoded(sampling.sample(guider, latent, seed, SAMPLER, sigmas, noised=locked))
+                    drawn = sampling.sample_locked(guider, own, *how, variation)
+                else:
+                    drawn = sampling.sample(guider, *how)
+                (picture,) = self.decoded(drawn)
             with written_whole(file) as unfinished:
                 pixels = (255 * rearrange(picture, "c h w -> h w c")).round().byte().cpu().numpy()
                 Image.fromarray(pixels).save(unfinished, "png")
