@@ -158,6 +158,8 @@ FIELD = ".consislora-pad .field"
 
 def drag(page, start: tuple[float, float], end: tuple[float, float]) -> None:
     """Drags over the pad, between places given as shares of its width and its height, from the top left."""
+    for close in page.locator(".p-toast-close-button").all():  # a question of the frontend's, over the pad
+        close.click()
     page.locator(FIELD).hover()  # once the canvas has come to rest
     box = page.locator(FIELD).bounding_box()
     (x, y), (to_x, to_y) = ((box["x"] + x * box["width"], box["y"] + y * box["height"]) for x, y in (start, end))
