@@ -182,10 +182,17 @@ class Clock:
         return [start.elapsed_time(end) / 1e3 for start, end in pairs]
 
 
+def mark_optimizer(clock: Clock) -> None:
+    """Marks the beginning and the end of each optimizer's step, from now on."""
+    from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+
+    register_optimizer_step_pre_hook(clock.mark)
+    register_optimizer_step_post_hook(clock.mark)
+
+
 def measure_split(device: str) -> dict:
     """The seconds of a `fast` step by its parts, its FLOP, and the FLOP/s of this device in one large product."""
     import torch
-    from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
     from torch.utils.flop_counter import FlopCounterMode
 
     size, _, all_steps, _ = PLANS[device]
@@ -202,8 +209,7 @@ def measure_split(device: str) -> dict:
         unet.input_blocks[0][0].register_forward_pre_hook(clock.mark)
         unet.output_blocks[0][0].register_forward_pre_hook(clock.mark)
         unet.out.register_forward_hook(clock.mark)
-        register_optimizer_step_pre_hook(clock.mark)
-        register_optimizer_step_post_hook(clock.mark)
+        mark_optimizer(clock)
 
         def note() -> float:
             end = read_clock()
@@ -224,13 +230,11 @@ def measure_split(device: str) -> dict:
 def measure_muon(device: str) -> dict:
     """The seconds of a step at SDXL's size, and of Muon's part in it."""
     import torch
-    from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
     size, seconds = SIZES["sdxl"], []
     with host(device) as pack, torch.inference_mode():
         model, (latent, positive), clock = random_model(size, device), random_inputs(size.side), Clock(device)
-        register_optimizer_step_pre_hook(clock.mark)
-        register_optimizer_step_post_hook(clock.mark)
+        mark_optimizer(clock)
 
         def note() -> float:
             end = read_clock()

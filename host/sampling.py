@@ -81,7 +81,7 @@ def sample_locked(
     seed: int,
     sampler_name: str,
     sigmas: Tensor,
-    variation: float = 0.0,
+    variation: float,
 ) -> dict:
     """Samples a latent from its own noise, of whose variance a part, `variation`, becomes the seed's.
 

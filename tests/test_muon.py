@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 
 from consislora_core.muon import ITERATIONS, NEWTON_SCHULZ, Muon, orthogonalised
 
@@ -36,6 +37,25 @@ def test_only_the_singular_values_change_each_by_the_quintic(decades):
         expected = a * expected + b * expected**3 + c * expected**5
     found = orthogonalised((u * values @ v.mT).float())
     assert (found - u * expected @ v.mT).norm() < 1e-4 * expected.norm()
+
+
+class TF32(TorchFunctionMode):
+    """Products of matrices round what they multiply to 10 bits, as a GPU may when another pack allows it."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function in (torch.Tensor.matmul, torch.Tensor.__matmul__):
+            args = [((matrix.contiguous().view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32) for matrix in args]
+        return function(*args, **(kwargs or {}))
+
+
+def test_products_in_tf32_bring_no_singular_value_past_the_others():
+    generator = torch.Generator().manual_seed(3)
+    u, v = (torch.linalg.qr(torch.randn(n, 64, generator=generator))[0] for n in (64, 1280))
+    matrix = u * torch.logspace(0, -6, 64) @ v.mT
+    with TF32():
+        found = orthogonalised(matrix)
+    assert torch.linalg.svdvals(found).max() < 1.25
+    assert (found - orthogonalised(matrix)).norm() < 0.05 * found.norm()
 
 
 @pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch before 2.9 has no Muon")
