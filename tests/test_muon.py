@@ -80,3 +80,13 @@ def test_stacked_matrices_step_as_each_alone():
             ((weight - targets[row]) ** 2).sum().backward()
             optimizer.step()
         torch.testing.assert_close(together[row], weight.detach(), rtol=1e-5, atol=1e-6)
+
+
+def test_a_step_reads_nothing_back_from_its_device():
+    """As it must not where a GPU records it: tensors on the device "meta" have no numbers to read."""
+    weights = [torch.randn(shape, device="meta").requires_grad_() for shape in [(2, 8, 64), (2, 64, 8)]]
+    optimizer = Muon(weights, lr=torch.zeros((), device="meta"), weight_decay=0.1)
+    for _ in range(2):
+        for weight in weights:
+            weight.grad = torch.randn_like(weight)
+        optimizer.step()
