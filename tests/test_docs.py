@@ -18,7 +18,7 @@ NO_FIGURE = re.compile(r"SD 1\.5|\d{4}\.\d{5}|\]\([^)]*\)")  # a model's name, a
 # What somebody measured or set: a number with a point, in percent, or with a unit. Versions have two points.
 FIGURE = re.compile(r"(?<![\w.-])(\d+\.\d+(?!\.?\d)|\d+(?= ?%| (?:times|GB|MB|ms|s|minutes|hours)\b))")
 INTERVAL = re.compile(r"\([^()]* to [^()]*\)")
-NUMBER = re.compile(r"(?<![\w.])\d+(?:\.\d+)?(?:e-?\d+)?")
+NUMBER = re.compile(r"(?<![\w.])\d+(?:\.\d+)?(?:e-?\d+\b)?")
 
 
 def read(path):
