@@ -12,6 +12,7 @@ from images import loaded
 from safetensors import safe_open
 
 from benchmarks.fidelity.controls import palette_distance, stroke_distance, style_weight
+from benchmarks.fidelity.faster import ByLoss
 from benchmarks.fidelity.judges import DEMO, KINDS, load_judge
 from benchmarks.fidelity.pairs import ALIGNED_SETS, CONTENT_SET, PAIRS, SAME_STYLE, STYLE_SETS
 from benchmarks.fidelity.report import CONTENDERS, EARLY, LATE, Bench
@@ -202,3 +203,22 @@ def test_palette_is_colour_without_place_and_strokes_are_lines_without_colour():
     mirrored, lighter = picture.flip(-1), picture + 0.2
     assert palette_distance(picture, mirrored) < 1e-3 < palette_distance(picture, lighter)
     assert stroke_distance(picture, lighter) < 1e-3 < stroke_distance(picture, 0 * picture)
+
+
+# ---- ways to train faster
+
+
+def test_noise_levels_with_larger_losses_come_more_often_and_weigh_as_much_less(host):
+    """So that gradients have the same mean: on average a span of levels weighs as much as any other."""
+    stage = image_stage(steps=160, transition_step=0, reconstruction_learning_rate=1e-9, rank=2)
+    weights = torch.zeros(ByLoss.SPANS, 160)
+    with ByLoss(*host, stage) as trainer:
+        for i in range(160):
+            trainer.drawn = trainer._draw()
+            weights[trainer.span, i] = trainer.importance
+            next(iter(trainer))
+        shares = trainer._shares("reconstruction")
+    counts = (weights[:, 60:] > 0).sum(1)
+    assert counts[shares.argmax()] > 2 * counts[shares.argmin()]
+    assert shares.argmax() > shares.argmin()  # in high noise
+    assert weights.sum(1)[-5:].sum() == pytest.approx(80, rel=0.3)

@@ -129,35 +129,39 @@ class Studio:
         recolourings: int = 0,
         patches: int = 0,
         sizes: tuple[float, ...] = (),
+        trainer: Callable[..., Trainer] = Trainer,
+        way: str = "",
     ) -> Learned:
         """An ImageLora for each drawing, all trained as one batch; together: one LoRA for all, a drawing a step.
 
         frozen: a training on the same drawings, whose content parts are frozen. recolourings: of each drawing, of which
         a step takes one. patches: the same, of pictures in the drawing's place that `style_patches` makes. sizes: the
-        side of all pictures in each phase, as a part of theirs. Stages that begin with the same phases share them.
+        side of all pictures in each phase, as a part of theirs. trainer: another than the pack's, which `way` names.
+        Stages that begin with the same phases share them.
         """
         names = frozen and [own.name for own in frozen.owns.values()]
         facts = [self.base, stage.facts(), prompt, drawings, names, *["together"] * together]
         facts += [recolourings] * bool(recolourings) + ["patches", patches] * bool(patches)
-        name = fingerprint(facts + ["sizes", sizes] * bool(sizes))
+        name = fingerprint(facts + ["sizes", sizes] * bool(sizes) + ["way", way] * bool(way))
         if kept := self._kept(name, drawings, from_state_dict):
             return kept
         *earlier, phase = stage.phases
-        first, variant = replace(stage, phases=tuple(earlier)) if earlier else None, (recolourings, patches, sizes[:-1])
+        first = replace(stage, phases=tuple(earlier)) if earlier else None
+        variant = (recolourings, patches, sizes[:-1], trainer, way)
         before = first and self.learned(first, prompt, drawings, frozen, together, *variant).state
         held = frozen and [{"content": own.lora.part("content")} for own in frozen.owns.values()]
         loras = 1 if together else len(drawings)
         what, size = f"{stage.name} stage, {phase.loss} loss", sizes[-1] if sizes else 1.0
         with (
             self._training(what, prompt, drawings, recolourings, patches, size) as (denoiser, z_0, cond),
-            Trainer(denoiser, z_0, cond, stage, held and held[0] if loras == 1 else held, loras=loras) as trainer,
+            trainer(denoiser, z_0, cond, stage, held and held[0] if loras == 1 else held, loras=loras) as training,
         ):
             if before:
-                trainer.load_state_dict(before)
-            for _ in trainer:
+                training.load_state_dict(before)
+            for _ in training:
                 pass
-            loras = [to_state_dict(ImageLora(trainer.parts(i), {})) for i in range(trainer.loras)]
-            self._keep(name, loras, trainer.state_dict())
+            loras = [to_state_dict(ImageLora(training.parts(i), {})) for i in range(training.loras)]
+            self._keep(name, loras, training.state_dict())
         return self._kept(name, drawings, from_state_dict)
 
     def learned_everywhere(self, stage: Stage, prompt: str, drawings: list[Drawing]) -> Learned:
