@@ -30,6 +30,7 @@ from benchmarks.fidelity.report import CONTENT_PROMPT, FAST, HALF, STYLE_PROMPT,
 from benchmarks.fidelity.shorter import WHOLE, Shorter
 from benchmarks.fidelity.studio import Learned, Own, Studio
 from consislora_core.losses import Draw
+from consislora_core.schedule import LOSS_NAMES
 from consislora_core.trainer import RandomStep, StepEvent, Trainer
 from demo.server import PACK
 
@@ -46,7 +47,7 @@ class ByLoss(Trainer):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        self.seen = {loss: [deque(maxlen=self.LAST) for _ in range(self.SPANS)] for loss in ("noise", "reconstruction")}
+        self.seen = {loss: [deque(maxlen=self.LAST) for _ in range(self.SPANS)] for loss in LOSS_NAMES}
 
     def _draw(self) -> RandomStep:
         random, levels = super()._draw(), len(self.model.sigmas) // self.SPANS
@@ -139,30 +140,15 @@ class Faster(Shorter):
         """The LoRAs of all images, in one of `WAYS`."""
         way = WAYS[name]
         stage_1, stage_2 = (replace(stage, rank=way.rank) for stage in self.stages(way.recipe))
-        named = {} if way.trainer is Trainer else {"trainer": way.trainer, "way": name}
+        named = {} if way.trainer is Trainer else {"trainer": way.trainer, "way": way.label}
         first = named | {"recolourings": way.recipe.recolourings}
         if way.sizes != WHOLE:
             first["sizes"] = way.sizes[0]
         contents = self.studio.learned(stage_1, CONTENT_PROMPT, self.contents, **first)
         whole = self.studio.learned(stage_1, "A [v]", self.styles, **first)
         if way.is_warm:
-            named = {"trainer": partial(Warm, styles=whole), "way": "warm"}
+            named = {"trainer": partial(Warm, styles=whole), "way": way.label}
         return contents.owns | self.studio.learned(stage_2, STYLE_PROMPT, self.styles, whole, **named).owns
-
-    def scores_of(self, owns: dict[Drawing, Own], locked: bool) -> dict[str, Tensor]:
-        pictures = [
-            self.studio.picture(
-                owns[pair.content],
-                owns[pair.style],
-                seed,
-                start=pair.content if locked else None,
-                locked=locked,
-                palette=pair.style if locked else None,
-                **HALF,
-            )
-            for seed, pair in enumerate(self.pairs)
-        ]
-        return self.scores(torch.cat(pictures), self.pairs)
 
     def share(self, way: Way) -> float:
         """Of the seconds that the preset fast trains."""
@@ -181,9 +167,9 @@ def main() -> None:
     names = dict.fromkeys(["fast", *options.only])
     tables = {}
     for locked in (False, True):
-        fast, rows = bench.scores_of(bench.trained("fast"), locked), []
+        fast, rows = bench.scores_of(bench.trained("fast"), locked, **HALF), []
         for name in names:
-            scores = bench.scores_of(bench.trained(name), locked)
+            scores = bench.scores_of(bench.trained(name), locked, **HALF)
             found = [bench.estimate(scores[score]) for score in SHOWN]
             less = ["" if name == "fast" else bold(bench.estimate(scores[score] - fast[score])) for score in SHOWN]
             rows.append([WAYS[name].label, f"{bench.share(WAYS[name]):.2f}", *found, *less])

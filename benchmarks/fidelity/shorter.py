@@ -87,10 +87,12 @@ class Shorter(Bench):
         whole = self.studio.learned(stage_1, "A [v]", self.styles, **settings)
         return self.studio.learned(stage_2, STYLE_PROMPT, self.styles, whole, sizes=part.sizes[1]).owns
 
-    def scores_of(self, owns: dict[Drawing, Own]) -> dict[str, Tensor]:
-        pictures = [
-            self.studio.picture(owns[pair.content], owns[pair.style], seed) for seed, pair in enumerate(self.pairs)
-        ]
+    def scores_of(self, owns: dict[Drawing, Own], locked: bool = False, **settings: float) -> dict[str, Tensor]:
+        """locked: with the structure lock in the style image's palette. settings: of Dual Guidance."""
+        pictures = []
+        for seed, pair in enumerate(self.pairs):
+            start = dict(start=pair.content, locked=True, palette=pair.style) if locked else {}
+            pictures.append(self.studio.picture(owns[pair.content], owns[pair.style], seed, **start, **settings))
         return self.scores(torch.cat(pictures), self.pairs)
 
     def seconds(self, recipe: Recipe, sizes: tuple[tuple[float, ...], ...]) -> float:
