@@ -401,12 +401,23 @@ def test_the_name_is_asked_once(page, server, three):
     look(page, server, three, "b")
     page.keyboard.press("a")
     page.get_by_role("textbox").fill("editor")
+    shutil.copy(three.path.parent / "c.png", three.path.parent / "later.png")
+    three.record([result("later")])  # the queue goes on meanwhile
+    page.locator(".row .name", has_text="later").wait_for()
     page.keyboard.press("Enter")
-    wait_for(page, "c")
+    wait_for(page, "later")
     page.keyboard.press("a")
-    wait_for(page, "a")
-    assert decided(page, three) == {"b": "accepted", "c": "accepted"}
-    assert {three.read()[name].decided_by for name in "bc"} == {"editor"}
+    wait_for(page, "c")
+    assert decided(page, three) == {"b": "accepted", "later": "accepted"}
+    assert {three.read()[name].decided_by for name in ("b", "later")} == {"editor"}
+
+
+def test_a_key_right_after_a_dialog_acts_on_the_page(page, server, three):
+    look(page, server, three, "b")
+    for key in "r2u":  # no frame is drawn between the last two: the closed dialog still has the focus
+        page.keyboard.press(key)
+    wait_for(page, "b")
+    assert decided(page, three) == {"b": ""}
 
 
 def test_making_again_gives_another_picture_and_leaves_the_first(page, server):

@@ -270,12 +270,14 @@ function say(text) {
 
 // Whether the server took it.
 async function decide(decision, reason = "") {
-  const item = current();
-  if (!item) return;
+  const seen = current();
+  if (!seen) return;
   const { complete, naturalWidth } = find("#result .made");
   if (!complete || !naturalWidth) return say(words.loading); // nobody has seen it
   const by = await nameOfPerson();
   if (!by) return;
+  const item = current(); // `refresh` may have replaced the results while the name was asked for
+  if (item?.version !== seen.version) return say(words.changed);
   state.undo.push({ name: item.name, decision: standing(item), decision_reason: standing(item) && item.decision_reason });
   const index = state.shown.indexOf(item);
   const isTaken = send(item, decision, reason, by);
@@ -487,7 +489,8 @@ const REPEATED = /^Arrow/; // while a key is held down
 
 document.addEventListener("keydown", (event) => {
   const key = event.key.length === 1 ? event.key.toLowerCase() : event.key;
-  const isTyping = event.target.closest("dialog, select, input");
+  const dialog = event.target.closest("dialog");
+  const isTyping = dialog ? dialog.open : event.target.closest("select, input"); // a closed one has the focus for a frame
   if (isTyping || event.ctrlKey || event.metaKey || event.altKey || !Object.hasOwn(KEYS, key)) return;
   event.preventDefault();
   if (!event.repeat || REPEATED.test(key)) KEYS[key]();
