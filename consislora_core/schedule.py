@@ -9,9 +9,9 @@ from .roles import ROLES
 PRESETS = PAPER, QUALITY, FAST, DRAFT = "paper", "quality", "fast", "draft"
 LOSS_NAMES = NOISE, RECONSTRUCTION = "noise", "reconstruction"
 OPTIMIZERS = ADAMW, MUON = "adamw", "muon"
-MUON_RATE = 3  # times AdamW's learning rate
+MUON_RATE, MUON_STEPS = 3, 300  # times AdamW's learning rate, in so many steps
 SHORTER = {FAST: 5, DRAFT: 16}  # by which these presets divide the steps
-FASTER = 2  # times the learning rates of quality, in both
+FASTER = 2  # times the learning rate of stage 2, in both
 
 
 class Phase(NamedTuple):
@@ -122,21 +122,28 @@ def style_stage(
 def with_preset(stage: Stage, name: str) -> Stage:
     """The stage with one of `PRESETS` applied; benchmarks/results/fidelity.md compares them.
 
-    paper: unchanged. quality: the last phase's rate fades, and stage 1 learns by Muon, at `MUON_RATE` times the rates.
-    fast, draft: quality with its steps divided by `SHORTER`, at `FASTER` times its rates.
+    paper: unchanged. quality: the last phase's rate fades, and stage 1 learns by Muon, at `muon_rate` times the rates.
+    fast, draft: quality with its steps divided by `SHORTER`; stage 2 at `FASTER` times its rate.
     """
     _check("preset", name, name in PRESETS, " or ".join(PRESETS))
     if name == PAPER:
         return stage
     *earlier, last = stage.phases
     stage = replace(stage, phases=(*earlier, last._replace(fades=True)))
-    if stage.name == "image":
-        stage = replace(with_rates(stage, MUON_RATE), optimizer=MUON)
     if name in SHORTER:
-        stage = with_rates(stage, FASTER)
         shorter = (phase._replace(steps=math.ceil(phase.steps / SHORTER[name])) for phase in stage.phases)
         stage = replace(stage, phases=tuple(shorter))
-    return stage
+    if stage.name == "image":
+        return replace(with_rates(stage, muon_rate(stage.steps)), optimizer=MUON)
+    return with_rates(stage, FASTER) if name in SHORTER else stage
+
+
+def muon_rate(steps: int) -> float:
+    """Times AdamW's learning rate; less in a longer stage.
+
+    A step of Muon is as long as its rate, whatever the gradient, and random steps add up with the root of their number.
+    """
+    return MUON_RATE * math.sqrt(MUON_STEPS / steps)
 
 
 def with_rates(stage: Stage, factor: float) -> Stage:

@@ -31,6 +31,7 @@ from benchmarks.common import RESULTS, bold, comfyui_version, joined, table, tem
 from benchmarks.fidelity.judges import SIDE
 from benchmarks.fidelity.pairs import PAIRS, Drawing
 from benchmarks.fidelity.report import (
+    AS_QUALITY,
     CONTENT_PROMPT,
     LATE,
     PAPER,
@@ -59,18 +60,18 @@ class Part(NamedTuple):
 
 
 def twice(steps: int) -> Phase:
-    """Steps with the reconstruction loss by Muon, at twice the preset quality's rate, which falls to 0."""
+    """Steps with the reconstruction loss by Muon, at twice the rate of quality in 300 steps, which falls to 0."""
     return Phase(steps, RECONSTRUCTION, 2 * MUON_RATE * LATE, fades=True)
 
 
 def content(label: str, *phases: tuple[Phase, float]) -> Part:
     image, sizes = zip(*phases, strict=True)
-    return Part(f"content: {label}", QUALITY._replace(image=image, style=()), (sizes,))
+    return Part(f"content: {label}", AS_QUALITY._replace(image=image, style=()), (sizes,))
 
 
-HALF_SIZE_STYLE = QUALITY._replace(image=(twice(400),), style=(Phase(500, RECONSTRUCTION, 2 * LATE, True),))
+HALF_SIZE_STYLE = AS_QUALITY._replace(image=(twice(400),), style=(Phase(500, RECONSTRUCTION, 2 * LATE, True),))
 PARTS = [  # steps are those in the paper's schedule
-    content("1500 steps on pictures of 1/2 the side", *((phase, 0.5) for phase in QUALITY.image)),
+    content("1500 steps on pictures of 1/2 the side", *((phase, 0.5) for phase in AS_QUALITY.image)),
     content("375 steps, reconstruction loss alone", (twice(375), 1.0)),
     Part("style: 400 steps at 1/2, reconstruction loss alone, then 500 at 1/2", HALF_SIZE_STYLE, ((0.5,), (0.5,))),
 ]
