@@ -13,13 +13,15 @@ from consislora_core.schedule import DRAFT, FAST, PAPER, QUALITY
 Link = list  # node id and output
 
 SAMPLED = "a [c] in the style of [v]"
-RANK, RECOLOURINGS = 64, 24
+RECOLOURINGS = 24
+FIXED = {"rank": 64, "seed": 0}  # of all trainings
 
 
 class Recipe(NamedTuple):
     """How a contender trains. Steps and rates are those of the nodes before the preset acts on them.
 
     style_steps: of stage 2; without it the style part is stage 1's. recolourings: of each image, for stage 1.
+    style_preset: of style images, if not as of content images.
     """
 
     label: str
@@ -29,6 +31,12 @@ class Recipe(NamedTuple):
     transition_step: int = 500
     rates: tuple[float, float] = (2e-4, 1e-4)
     style_steps: int = 1000
+    style_preset: str = ""
+
+    @property
+    def presets(self) -> tuple[str, str]:
+        """Of content images, and of style images."""
+        return self.preset, self.style_preset or self.preset
 
 
 PLAIN = "plain"
@@ -37,13 +45,14 @@ CONTENDERS = {
     "paper": Recipe("ConsisLoRA, as in the paper"),
     "quality": Recipe("preset quality (Muon), recolourings", QUALITY, RECOLOURINGS),
     "fast": Recipe("preset fast, recolourings", FAST, RECOLOURINGS),
+    "both": Recipe("content by quality, style by fast", QUALITY, RECOLOURINGS, style_preset=FAST),
     "draft": Recipe("preset draft, recolourings", DRAFT, RECOLOURINGS),
     "muon": Recipe("preset quality alone", QUALITY),
     "recolourings": Recipe("paper with recolourings", PAPER, RECOLOURINGS),
     "b-lora": Recipe("B-LoRA", steps=1000, transition_step=1000, rates=(5e-5, 5e-5), style_steps=0),
     PLAIN: Recipe("plain LoRA: ComfyUI's Train LoRA", steps=1000, style_steps=0),
 }
-USUAL = ("paper", "quality", "fast", "b-lora", PLAIN)
+USUAL = ("paper", "both", "fast", "b-lora", PLAIN)
 
 
 class Task(NamedTuple):
@@ -143,14 +152,15 @@ class Graphs:
         """The content image of Load Catalogue in the style of its style image."""
         graph = Graph(self.info, self.base.loader)
         pair = graph.add("ConsisLoRACatalogLoad")
-        content = self._stage_1(graph, recipe, [pair, 0], "A [c]")
-        style = self._stage_1(graph, recipe, [pair, 1], "A [v]")
+        of_content, of_style = recipe.presets
+        content = self._stage_1(graph, recipe, of_content, [pair, 0], "A [c]")
+        style = self._stage_1(graph, recipe, of_style, [pair, 1], "A [v]")
         if recipe.style_steps:
             rate = {"reconstruction_learning_rate": recipe.rates[1] * self.base.rate}
             style = graph.add(
-                "ConsisLoRATrainStyle", **self._schedule(recipe), **rate, model=graph.model,
-                latent=graph.encoded([pair, 1]), positive=graph.text("An image in the style of [v]"),
-                content_lora=[style, 0], steps=self.scaled(recipe.style_steps),
+                "ConsisLoRATrainStyle", **FIXED, **rate, model=graph.model, latent=graph.encoded([pair, 1]),
+                positive=graph.text("An image in the style of [v]"), content_lora=[style, 0],
+                steps=self.scaled(recipe.style_steps), preset=of_style,
             )  # fmt: skip
         loras = {"content": [content, 0], "style": [style, 0]}
         return self._scored(graph, pair, self._drawn(graph, SAMPLED, seed, **loras))
@@ -159,7 +169,7 @@ class Graphs:
         """The content image drawn again by both parts of its own LoRA, with the prompt and the cfg of its training."""
         graph = Graph(self.info, self.base.loader)
         pair = graph.add("ConsisLoRACatalogLoad")
-        lora = [self._stage_1(graph, recipe, [pair, 0], "A [c]"), 0]
+        lora = [self._stage_1(graph, recipe, recipe.preset, [pair, 0], "A [c]"), 0]
         return self._saved(graph, pair, self._drawn(graph, "A [c]", seed, content=lora, style=lora, cfg=1.0))
 
     def through_vae(self) -> Workflow:
@@ -197,18 +207,15 @@ class Graphs:
     def scaled(self, steps: int) -> int:
         return steps and max(1, round(self.scale * steps))
 
-    def _schedule(self, recipe: Recipe) -> dict:
-        return {"rank": RANK, "seed": 0, "preset": recipe.preset}
-
-    def _stage_1(self, graph: "Graph", recipe: Recipe, image: Link, prompt: str) -> str:
+    def _stage_1(self, graph: "Graph", recipe: Recipe, preset: str, image: Link, prompt: str) -> str:
         if recipe.recolourings:
             image = [graph.add("ConsisLoRARecolour", image=image, recolourings=recipe.recolourings), 0]
         steps = self.scaled(recipe.steps)
         transition_step = min(steps, round(self.scale * recipe.transition_step))
         early, late = (rate * self.base.rate for rate in recipe.rates)
         return graph.add(
-            "ConsisLoRATrainImage", **self._schedule(recipe), model=graph.model, latent=graph.encoded(image),
-            positive=graph.text(prompt), steps=steps, transition_step=transition_step,
+            "ConsisLoRATrainImage", **FIXED, model=graph.model, latent=graph.encoded(image),
+            positive=graph.text(prompt), steps=steps, transition_step=transition_step, preset=preset,
             learning_rate=early, reconstruction_learning_rate=late,
         )  # fmt: skip
 

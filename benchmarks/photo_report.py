@@ -34,8 +34,9 @@ PUBLISHED = {  # of the first three of SCORES
     "StyleAligned": (0.441, 0.645, 0.647),
     "StyleID": (0.679, 0.638, 0.693),
 }
-DIFFERENCES = (("paper", "b-lora"), ("paper", "plain"), ("quality", "paper"), ("fast", "paper"), ("muon", "paper"))
-DIFFERENCES += (("recolourings", "paper"), ("quality", "muon"), ("quality", "recolourings"))
+DIFFERENCES = (("paper", "b-lora"), ("paper", "plain"), ("both", "paper"), ("both", "quality"), ("quality", "paper"),
+               ("fast", "paper"), ("muon", "paper"), ("recolourings", "paper"), ("quality", "muon"),
+               ("quality", "recolourings"))  # fmt: skip
 INTRODUCTION, SCORES_TEXT, DIFFERENCES_TEXT, OWN_TEXT, SHEET_TEXT = template("photos")
 
 

@@ -304,10 +304,11 @@ def announcement(plan: Plan, graphs: Graphs) -> str:
     lines, seconds = [], 0.0
     for name in plan.contenders:
         recipe = CONTENDERS[name]
-        shorter = SHORTER.get(recipe.preset, 1)
-        image, style = (math.ceil(graphs.scaled(steps) / shorter) for steps in (recipe.steps, recipe.style_steps))
-        images = len(plan.contents) + len(plan.styles)
-        trainings, steps = images + len(plan.styles) * bool(style), images * image + len(plan.styles) * style
+        by_content, by_style = (SHORTER.get(preset, 1) for preset in recipe.presets)
+        image, style = graphs.scaled(recipe.steps), graphs.scaled(recipe.style_steps)
+        of_style = math.ceil(image / by_style) + math.ceil(style / by_style)
+        trainings = len(plan.contents) + len(plan.styles) * (2 if style else 1)
+        steps = len(plan.contents) * math.ceil(image / by_content) + len(plan.styles) * of_style
         seconds += steps * (PLAIN_SECONDS if name == PLAIN else SECONDS)
         lines.append([name, recipe.label, trainings, steps, len(plan.own(name)) + len(plan.pairs(name))])
     header = ["", "contender", "trainings", "their steps", "pictures"]
