@@ -146,7 +146,7 @@ AS_QUALITY = MUON_ALONE._replace(recolourings=24)
 def muon_at(rate: float, fewer: int = 1) -> Recipe:
     """Quality in a part of the steps, stage 1 at `rate` times AdamW's rates, stage 2 as in the presets."""
     stage_2 = faster(FADING.style, schedule.FASTER if fewer > 1 else 1, fewer)
-    return AS_QUALITY._replace(image=faster(FADING.image, rate, fewer), style=stage_2)
+    return AS_QUALITY._replace(image=faster(AS_QUALITY.image, rate / MUON_RATE, fewer), style=stage_2)
 
 
 class Contender(NamedTuple):
@@ -237,17 +237,21 @@ TRIED = {
     "fast locked": CONTENDERS["fast locked"],
     "draft": CONTENDERS["draft"],
     "draft locked": CONTENDERS["draft locked"],
-    "both": CONTENDERS["both"],
-    "both locked": CONTENDERS["both locked"],
-    # At the full number of steps stage 1 of quality has 1.34 times AdamW's rates, and that of fast 3 times.
+    # At the full number of steps quality has 3 / √5 = 1.34 times AdamW's rates in stage 1, and fast 3 times.
     **{
-        f"rate {rate:g}": Contender(
-            f"both, content at {rate:g} times AdamW's rates", muon_at(rate), settings=HALF, style=FAST
+        f"rate {rate:.3g}": Contender(
+            f"content in all steps at {rate:.3g} times AdamW's rates, style by fast",
+            muon_at(rate),
+            settings=HALF,
+            style=FAST,
         )
-        for rate in (3, 1)
+        for rate in (3, 1.3416, 1)
     },
+    "long style": Contender("content and style in all steps at 1.34 times", muon_at(1.3416), settings=HALF),
+    "style rate 6": Contender(
+        "content at 1.34 times, style as fast at 6 times", muon_at(1.3416), settings=HALF, style=muon_at(6, 5)
+    ),
     "fast rate 6": Contender("fast at 6 times AdamW's rates", muon_at(6, 5), settings=HALF),
-    "style rate 6": Contender("both, style at 6 times AdamW's rates", QUALITY, settings=HALF, style=muon_at(6, 5)),
     "patches": Contender("quality, style patches", QUALITY._replace(patches=24)),
     "patches 1": Contender("quality, style patches, one stage", QUALITY._replace(patches=24, style=())),
 }
