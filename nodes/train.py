@@ -48,7 +48,7 @@ PRESET = io.Combo.Input(
     default=PRESETS[0],
     optional=True,
     tooltip="paper: the schedule as set here. quality: stage 1 learns by the optimizer Muon instead of AdamW, and "
-    "the learning rate falls to 0 towards the end. fast: quality in a fifth of the steps, of 1500 the best for "
+    "the learning rate falls to 0 towards the end. fast: quality in a fifth of the steps, of 1500 enough for "
     "a style image; a content image then needs structure_lock. draft: in a sixteenth, to try prompts and strengths.",
 )
 MASK = io.Mask.Input(
