@@ -7,47 +7,22 @@ import gc
 import logging
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
-from reference import diffusers_denoiser, diffusers_unet, flat, relative_error, run
-from test_trainer import SHORT
+from reference import relative_error, run
+from test_recording import STAGE, Cancelled
+from test_recording import trained as trained_on
 
 from consislora_core.recording import RecordedStep
-from consislora_core.schedule import OPTIMIZERS, image_stage
-from consislora_core.trainer import Denoiser, Trainer
+from consislora_core.schedule import OPTIMIZERS
 
 pytestmark = [
     pytest.mark.usefixtures("in_full_fp32"),
     pytest.mark.skipif(not torch.cuda.is_available() or torch.version.cuda is None, reason="there is no NVIDIA GPU"),
 ]
-# With AdamW's own eps the sign of a gradient near 0, which no two runs share, would move a weight by a whole step.
-STAGE = image_stage(**{**SHORT, "steps": 12, "eps": 1e-3})
-
-
-def trained(recordable: bool, observe=lambda x: None, stage=STAGE, mask=None):
-    """The LoRA of a short training on the tiny UNet, and the last step's work; `observe` gets what is denoised."""
-    tensors = run("stage1_content")
-    sigmas = diffusers_denoiser(None).sigmas
-    levels, unet = sigmas.cuda(), diffusers_unet().cuda()
-    text, pooled = tensors["prompt_embeds"].cuda(), tensors["pooled_prompt_embeds"].cuda()
-    time_ids = tensors["time_ids"][None].cuda()
-
-    def denoise(x, sigma, cond):
-        observe(x)
-        timestep, s = (levels - sigma.unsqueeze(-1)).abs().argmin(-1), sigma.view(-1, 1, 1, 1)
-        added = {"text_embeds": pooled, "time_ids": time_ids}
-        return x - s * unet(x / (s**2 + 1).sqrt(), timestep, text, added_cond_kwargs=added).sample
-
-    host = Denoiser(unet, denoise, sigmas, recordable=recordable)
-    with Trainer(host, tensors["z_0"].cuda(), None, stage, mask=mask) as trainer:
-        for _ in trainer:
-            pass
-        return flat(trainer.parts()), trainer.work
-
-
-class Cancelled(BaseException):
-    """As ComfyUI's."""
+trained = partial(trained_on, "cuda")
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)

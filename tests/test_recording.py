@@ -1,14 +1,86 @@
-"""A step that cannot be recorded, by the device's fault, torch's or its own. test_gpu.py records some."""
+"""Training steps recorded, with a tape in place of a GPU's graphs, and steps that cannot be, by whoever's fault.
+
+test_gpu.py has a real GPU.
+"""
 
 import logging
 import warnings
 from contextlib import nullcontext
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
+from reference import diffusers_denoiser, diffusers_unet, flat, relative_error, run
+from test_trainer import SHORT
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from consislora_core import recording
+from consislora_core.schedule import OPTIMIZERS, image_stage
+from consislora_core.trainer import Denoiser, Trainer
+
+# With AdamW's own eps the sign of a gradient near 0, which no two runs share, would move a weight by a whole step.
+STAGE = image_stage(**{**SHORT, "steps": 12, "eps": 1e-3})
+STAGE = replace(STAGE, phases=tuple(phase._replace(fades=True) for phase in STAGE.phases))
+
+
+def trained(device: str, recordable: bool, observe=lambda x: None, stage=STAGE, mask=None):
+    """The LoRA of a short training on the tiny UNet, and the last step's work; `observe` gets what is denoised."""
+    tensors = run("stage1_content")
+    sigmas = diffusers_denoiser(None).sigmas
+    levels, unet = sigmas.to(device), diffusers_unet().to(device)
+    text, pooled = tensors["prompt_embeds"].to(device), tensors["pooled_prompt_embeds"].to(device)
+    time_ids = tensors["time_ids"][None].to(device)
+
+    def denoise(x, sigma, cond):
+        observe(x)
+        timestep, s = (levels - sigma.unsqueeze(-1)).abs().argmin(-1), sigma.view(-1, 1, 1, 1)
+        added = {"text_embeds": pooled, "time_ids": time_ids}
+        return x - s * unet(x / (s**2 + 1).sqrt(), timestep, text, added_cond_kwargs=added).sample
+
+    host = Denoiser(unet, denoise, sigmas, recordable=recordable)
+    with Trainer(host, tensors["z_0"].to(device), None, stage, mask=mask) as trainer:
+        for _ in trainer:
+            pass
+        return flat(trainer.parts()), trainer.work
+
+
+class Tape(TorchDispatchMode):
+    """Keeps of a block of code what a CUDA graph would: which operations ran, and on which tensors.
+
+    Replayed without Python. While it records, nothing is written into tensors from before, and no number is read.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.operations = []
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        assert operation is not torch.ops.aten._local_scalar_dense.default, "the CPU reads a number of the device"
+        kwargs, returns = kwargs or {}, operation._schema.returns
+        if operation._schema.is_mutable:
+            result = args[0] if returns else None
+            self.operations.append((operation, args, kwargs, None))
+        else:
+            result = operation(*args, **kwargs)
+            if not any(returned.alias_info for returned in returns):  # a view sees what its tensor gets
+                self.operations.append((operation, args, kwargs, result))
+        return result
+
+    def pool(self):
+        """As a graph's."""
+
+    def replay(self):
+        with torch._C._AutoDispatchBelowAutograd():  # where they were recorded
+            for operation, args, kwargs, result in self.operations:
+                again = operation(*args, **kwargs)
+                for kept, new in zip(tensors_of(result), tensors_of(again), strict=True) if result is not None else ():
+                    kept.copy_(new)
+
+
+def tensors_of(result):
+    return [leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
 
 
 class Cancelled(BaseException):
@@ -20,21 +92,28 @@ class CancelledBefore(Exception):
 
 
 @pytest.fixture
-def step(monkeypatch):
-    """A RecordedStep that would now be recorded, on a torch whose graphs record nothing."""
+def tapes(monkeypatch):
+    """A torch whose CUDA graphs are tapes."""
+    diffusers_unet()  # diffusers looks at torch.cuda when it is imported
     stream, mode = SimpleNamespace(wait_stream=lambda other: None), [0]
-    fake = SimpleNamespace(
+    fake = dict(
         Stream=lambda device: stream, current_stream=lambda: stream, stream=lambda stream: nullcontext(),
-        set_stream=lambda stream: None, graph=lambda graph, **_: nullcontext(), current_device=lambda: 0,
-        CUDAGraph=lambda: SimpleNamespace(pool=lambda: None, replay=lambda: None),
+        set_stream=lambda stream: None, graph=lambda tape, **_: tape, current_device=lambda: 0, CUDAGraph=Tape,
         get_sync_debug_mode=lambda: mode[-1], set_sync_debug_mode=mode.append,
     )  # fmt: skip
-    monkeypatch.setattr(torch, "cuda", fake)
+    for name, value in fake.items():
+        monkeypatch.setattr(torch.cuda, name, value)
     recording._stream.cache_clear()
+    yield
+    recording._stream.cache_clear()
+
+
+@pytest.fixture
+def step(tapes):
+    """A RecordedStep that would now be recorded."""
     recorded = recording.RecordedStep(recording.Step(lambda x: [x + 1], lambda y: None))
-    run(recorded, recording.WARM_UP)
-    yield recorded
-    recording._stream.cache_clear()
+    step_times(recorded, recording.WARM_UP)
+    return recorded
 
 
 def wait_for_the_gpu():
@@ -42,9 +121,18 @@ def wait_for_the_gpu():
         warnings.warn("called a synchronizing CUDA operation", stacklevel=1)
 
 
-def run(recorded, times):
+def step_times(recorded, times):
     for _ in range(times):
         recorded.update(*recorded.compute(torch.zeros(1)))
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_recorded_steps_train_the_same_lora(tapes, optimizer):
+    """Whatever Python still decided or counted in a step would stay as it was when the step was recorded."""
+    stage = replace(STAGE, optimizer=optimizer)
+    lora, work = trained("cpu", recordable=True, stage=stage)
+    assert work.graphs is not None
+    assert relative_error(lora, trained("cpu", recordable=False, stage=stage)[0]) < 1e-5
 
 
 @pytest.mark.parametrize("error", [AttributeError, AssertionError, KeyError, ImportError, RuntimeError])
@@ -56,7 +144,7 @@ def test_a_torch_that_records_no_more_runs_steps_as_usual_and_logs_it(step, monk
 
     monkeypatch.setattr(torch.cuda, "graph", moved)
     assert step.compute(torch.zeros(1))[0] == 1
-    run(step, 1)
+    step_times(step, 1)
     assert step.graphs is None
     assert "steps cannot be recorded here" in caplog.text and "moved" in caplog.text
 
@@ -87,10 +175,10 @@ def test_a_step_in_which_the_cpu_waits_for_the_gpu_is_not_even_tried(step, caplo
             wait_for_the_gpu()
 
     other = recording.RecordedStep(recording.Step(compute, update))
-    run(other, recording.WARM_UP + 2)
+    step_times(other, recording.WARM_UP + 2)
     assert other.graphs is None
     assert caplog.text.count("the CPU waits for the GPU") == 1
-    run(step, 1)
+    step_times(step, 1)
     assert step.graphs is not None
 
 
@@ -105,5 +193,5 @@ def test_a_step_that_waits_for_the_gpu_in_its_first_run_alone_is_recorded(step):
         return [x + 1]
 
     other = recording.RecordedStep(recording.Step(compute, lambda y: None))
-    run(other, recording.WARM_UP + 1)
+    step_times(other, recording.WARM_UP + 1)
     assert other.graphs is not None
