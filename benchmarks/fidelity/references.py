@@ -30,13 +30,13 @@ from benchmarks.common import RESULTS, bold, comfyui_version, joined, table, tem
 from benchmarks.fidelity.faults import Damage, blurred, coarse, compressed, noisy
 from benchmarks.fidelity.judges import DRAWN, SIDE
 from benchmarks.fidelity.pairs import PAIRS, Drawing
-from benchmarks.fidelity.report import AS_QUALITY, CONTENT_PROMPT, STYLE_PROMPT, Bench, a_part, first_pairs
+from benchmarks.fidelity.report import CONTENT_PROMPT, STYLE_PROMPT, Bench, first_pairs, muon_at
 from benchmarks.fidelity.studio import Own, Studio, resized
 from consislora_core.image_faults import LUMA, edge_blur, find_faults, sharpening
 from consislora_core.recolour import recolour, whiteness
 from demo.server import PACK
 
-RECIPE = a_part(AS_QUALITY, 2, rate=2)
+RECIPE = muon_at(6, fewer=2)
 DARK, MARK = (28, 30, 38), (128, 128, 128, 110)
 SHOWN = ("content", "outlines", "style", "leakage")
 LESS_CLEAN = [f"{name}, less clean's" for name in SHOWN]

@@ -128,11 +128,6 @@ def faster(phases: Phases, rate: float, fewer: int = 1) -> Phases:
     )
 
 
-def a_part(recipe: Recipe, n: int, rate: float = 1) -> Recipe:
-    """One of `n` parts of the steps, at `rate` times the rates."""
-    return recipe._replace(image=faster(recipe.image, rate, n), style=faster(recipe.style, rate, n))
-
-
 # The presets of the training nodes, and what they learn from.
 QUALITY, FAST, DRAFT = (
     PAPER._replace(recolourings=24, preset=preset) for preset in (schedule.QUALITY, schedule.FAST, schedule.DRAFT)
