@@ -21,7 +21,8 @@ class Recipe(NamedTuple):
     """How a contender trains. Steps and rates are those of the nodes before the preset acts on them.
 
     style_steps: of stage 2; without it the style part is stage 1's. recolourings: of each image, for stage 1.
-    style_preset: of style images, if not as of content images.
+    style_preset: of style images, if not as of content images. locked: drawn with structure_lock, in the style's
+    palette.
     """
 
     label: str
@@ -32,6 +33,12 @@ class Recipe(NamedTuple):
     rates: tuple[float, float] = (2e-4, 1e-4)
     style_steps: int = 1000
     style_preset: str = ""
+    locked: bool = False
+
+    @property
+    def training(self) -> "Recipe":
+        """Without what its LoRAs do not depend on."""
+        return self._replace(label="", locked=False)
 
     @property
     def presets(self) -> tuple[str, str]:
@@ -52,7 +59,11 @@ CONTENDERS = {
     "b-lora": Recipe("B-LoRA", steps=1000, transition_step=1000, rates=(5e-5, 5e-5), style_steps=0),
     PLAIN: Recipe("plain LoRA: ComfyUI's Train LoRA", steps=1000, style_steps=0),
 }
-USUAL = ("paper", "both", "fast", "b-lora", PLAIN)
+CONTENDERS |= {
+    f"{name} locked": CONTENDERS[name]._replace(label=f"{name}, structure lock in the style's palette", locked=True)
+    for name in ("both", "fast")
+}
+USUAL = ("paper", "both", "both locked", "fast", "fast locked", "b-lora", PLAIN)
 
 
 class Task(NamedTuple):
@@ -82,7 +93,9 @@ class Plan(NamedTuple):
     seeds: int
 
     def own(self, contender: str) -> list[Task]:
-        """The pictures of content images alone."""
+        """The pictures of content images alone; those of the same LoRAs without the lock are not made twice."""
+        if contender != VAE and CONTENDERS[contender].locked:
+            return []
         seeds = range(self.seeds if contender != VAE else 1)
         return [Task(contender, content, None, seed) for content in self.contents for seed in seeds]
 
@@ -162,8 +175,11 @@ class Graphs:
                 positive=graph.text("An image in the style of [v]"), content_lora=[style, 0],
                 steps=self.scaled(recipe.style_steps), preset=of_style,
             )  # fmt: skip
-        loras = {"content": [content, 0], "style": [style, 0]}
-        return self._scored(graph, pair, self._drawn(graph, SAMPLED, seed, **loras))
+        drawn = {"content": [content, 0], "style": [style, 0]}
+        if recipe.locked:
+            matched = graph.add("ConsisLoRAMatchPalette", images=[pair, 0], style_image=[pair, 1])
+            drawn |= {"latent_image": graph.encoded([matched, 0]), "structure_lock": True}
+        return self._scored(graph, pair, self._drawn(graph, SAMPLED, seed, **drawn))
 
     def own_picture(self, recipe: Recipe, seed: int) -> Workflow:
         """The content image drawn again by both parts of its own LoRA, with the prompt and the cfg of its training."""
@@ -222,9 +238,11 @@ class Graphs:
     def _sampling(self, graph: "Graph", prompt: str, seed: int, **changes) -> dict:
         base = self.base
         settings = dict(steps=base.steps, sampler_name=base.sampler_name, scheduler=base.scheduler, cfg=base.cfg)
-        latent = graph.add("EmptyLatentImage", width=base.side, height=base.side, batch_size=1)
         texts = {"positive": graph.text(prompt), "negative": graph.text("")}
-        return {**settings, **texts, "latent_image": [latent, 0], "seed": seed, "denoise": 1.0, **changes}
+        if "latent_image" not in changes:
+            empty = graph.add("EmptyLatentImage", width=base.side, height=base.side, batch_size=1)
+            changes["latent_image"] = [empty, 0]
+        return {**settings, **texts, "seed": seed, "denoise": 1.0, **changes}
 
     def _drawn(self, graph: "Graph", prompt: str, seed: int, **changes) -> Link:
         """Without guidance, as in the paper's comparison."""

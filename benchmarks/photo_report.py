@@ -35,7 +35,8 @@ PUBLISHED = {  # of the first three of SCORES
     "StyleID": (0.679, 0.638, 0.693),
 }
 DIFFERENCES = (("paper", "b-lora"), ("paper", "plain"), ("both", "paper"), ("both", "quality"), ("quality", "paper"),
-               ("fast", "paper"), ("muon", "paper"), ("recolourings", "paper"), ("quality", "muon"),
+               ("fast", "paper"), ("both locked", "paper"), ("both locked", "both"), ("fast locked", "paper"),
+               ("muon", "paper"), ("recolourings", "paper"), ("quality", "muon"),
                ("quality", "recolourings"))  # fmt: skip
 INTRODUCTION, SCORES_TEXT, DIFFERENCES_TEXT, OWN_TEXT, SHEET_TEXT = template("photos")
 
@@ -112,8 +113,8 @@ class Report:
         return grid
 
     def _own(self, names: list[str]) -> str:
-        labels = {VAE: "the VAE alone", **{name: CONTENDERS[name].label for name in names}}
-        lines = []
+        labels = {name: CONTENDERS[name].label for name in names if not CONTENDERS[name].locked}
+        labels, lines = {VAE: "the VAE alone", **labels}, []
         for name, label in labels.items():
             values = np.array([self._own_scores(task) for task in self.plan.own(name)])
             grid = values.reshape(len(self.plan.contents), -1, len(OWN_SCORES)).mean(1)  # over seeds

@@ -1,7 +1,8 @@
 """`python benchmarks/photos.py --checkpoint NAME --contents DIR --styles DIR --clip NAME --dino NAME [--pairs N]`
 
 The paper's table on photographs of your own: every content image in the style of every style image, by ConsisLoRA as in
-the paper, by this pack's presets with recolourings, by B-LoRA and by a plain LoRA, drawn in a real ComfyUI on SDXL.
+the paper, by this pack's presets with recolourings, without structure lock and with it, by B-LoRA and by a plain LoRA,
+drawn in a real ComfyUI on SDXL.
 Content is scored by DINO and style by CLIP, as in Table 1 of arXiv 2503.10614; beside it stands how well each LoRA
 draws its own picture again.
 
@@ -301,7 +302,7 @@ def squared(file: Path, folder: Path, side: int) -> Path:
 
 def announcement(plan: Plan, graphs: Graphs) -> str:
     """How much there is to train and to draw."""
-    lines, seconds = [], 0.0
+    lines, seconds, trained = [], 0.0, set()
     for name in plan.contenders:
         recipe = CONTENDERS[name]
         by_content, by_style = (SHORTER.get(preset, 1) for preset in recipe.presets)
@@ -309,6 +310,9 @@ def announcement(plan: Plan, graphs: Graphs) -> str:
         of_style = math.ceil(image / by_style) + math.ceil(style / by_style)
         trainings = len(plan.contents) + len(plan.styles) * (2 if style else 1)
         steps = len(plan.contents) * math.ceil(image / by_content) + len(plan.styles) * of_style
+        if recipe.training in trained:
+            trainings = steps = 0
+        trained.add(recipe.training)
         seconds += steps * (PLAIN_SECONDS if name == PLAIN else SECONDS)
         lines.append([name, recipe.label, trainings, steps, len(plan.own(name)) + len(plan.pairs(name))])
     header = ["", "contender", "trainings", "their steps", "pictures"]

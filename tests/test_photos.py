@@ -37,6 +37,25 @@ def test_a_contender_trains_as_the_shared_workflow_does(server, contender, base,
     assert trainings(graphs.pair(CONTENDERS[contender], seed=0)) == trainings(api(workflow))
 
 
+def drawing(prompt: dict) -> list[dict]:
+    """Widget values of Match Palette and of the sampler, but for those in which contenders are not as the workflows."""
+    others = ("seed", "content_guidance", "style_guidance")
+    return [
+        {name: value for name, value in node["inputs"].items() if type(value) is not list and name not in others}
+        for kind in ("ConsisLoRAMatchPalette", "ConsisLoRASampler")
+        for node in prompt.values()
+        if node["class_type"] == kind
+    ]
+
+
+def test_a_locked_contender_draws_as_the_shared_workflow_does(server):
+    graphs = Graphs(server.get("/object_info"), sdxl(""), TINY_ENCODERS, 1.0)
+    ours, shared = drawing(graphs.pair(CONTENDERS["both locked"], seed=0)), drawing(api("structure_lock_sdxl"))
+    assert ours[1]["structure_lock"]
+    for our, theirs in zip(ours, shared, strict=True):
+        assert our.items() <= theirs.items()
+
+
 def test_a_night_that_is_killed_goes_on_and_makes_nothing_twice(tmp_path):
     command = [*TRIAL, "--pairs", "1", "--work", str(tmp_path)]
     surroundings = dict(cwd=ROOT, env={**os.environ, "COMFYUI_PATH": str(COMFYUI)}, text=True)
