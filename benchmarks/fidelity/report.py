@@ -187,10 +187,18 @@ CONTENDERS = {
     ),
     "c locked": Contender("c, structure lock in the style's palette", PAPER, lock="palette"),
 }
+# With the structure lock, does guidance add anything?
+CONTENDERS |= {
+    f"{name} {i}": CONTENDERS[name]._replace(label=f"{name}, {label}", settings=settings)
+    for name in ("fast locked", "both locked")
+    for i, (label, settings) in enumerate([("without guidance", {}), ("content guidance 0.5 alone", guided(0.5, 0.0))])
+}
 DIFFERENCES = ("c-b", "b-a", "c-a", "c-d", "c-e", "c-f", "g-c", "h-c", "i-c", "j-c", "j-b", "quality-c", "quality-i",
                "quality-j", "quality-b", "quality-a", "fast-c", "quality-fast", "draft-c", "both-c", "both-fast",
                "locked-c", "locked-quality", "locked-b", "locked-a", "locked-c locked", "fast locked-c",
-               "fast locked-c locked", "draft locked-c", "both locked-c", "both locked-c locked")  # fmt: skip
+               "fast locked-c locked", "draft locked-c", "both locked-c", "both locked-c locked", "fast locked 0-c",
+               "fast locked 0-fast locked", "fast locked 1-c", "fast locked 1-fast locked", "both locked 0-c",
+               "both locked 0-both locked", "both locked 1-c", "both locked 1-both locked")  # fmt: skip
 TRADED = ("content", "style")
 
 # For the base model prompted by name: subjects and drawings that it has learned.
