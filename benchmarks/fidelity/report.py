@@ -197,8 +197,9 @@ DIFFERENCES = ("c-b", "b-a", "c-a", "c-d", "c-e", "c-f", "g-c", "h-c", "i-c", "j
                "quality-j", "quality-b", "quality-a", "fast-c", "quality-fast", "draft-c", "both-c", "both-fast",
                "locked-c", "locked-quality", "locked-b", "locked-a", "locked-c locked", "fast locked-c",
                "fast locked-c locked", "draft locked-c", "both locked-c", "both locked-c locked", "fast locked 0-c",
-               "fast locked 0-fast locked", "fast locked 1-c", "fast locked 1-fast locked", "both locked 0-c",
-               "both locked 0-both locked", "both locked 1-c", "both locked 1-both locked")  # fmt: skip
+               "fast locked 0-fast locked", "fast locked 0-c locked", "fast locked 1-c", "fast locked 1-fast locked",
+               "both locked 0-c", "both locked 0-both locked", "both locked 0-c locked", "both locked 1-c",
+               "both locked 1-both locked")  # fmt: skip
 TRADED = ("content", "style")
 
 # For the base model prompted by name: subjects and drawings that it has learned.
