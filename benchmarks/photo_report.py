@@ -113,8 +113,8 @@ class Report:
         return grid
 
     def _own(self, names: list[str]) -> str:
-        labels = {name: CONTENDERS[name].label for name in names if not CONTENDERS[name].locked}
-        labels, lines = {VAE: "the VAE alone", **labels}, []
+        labels = {VAE: "the VAE alone", **{name: CONTENDERS[name].label for name in names if self.plan.own(name)}}
+        lines = []
         for name, label in labels.items():
             values = np.array([self._own_scores(task) for task in self.plan.own(name)])
             grid = values.reshape(len(self.plan.contents), -1, len(OWN_SCORES)).mean(1)  # over seeds

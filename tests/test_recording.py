@@ -59,13 +59,12 @@ class Tape(TorchDispatchMode):
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
         assert operation is not torch.ops.aten._local_scalar_dense.default, "the CPU reads a number of the device"
         kwargs, returns = kwargs or {}, operation._schema.returns
-        if operation._schema.is_mutable:
-            result = args[0] if returns else None
-            self.operations.append((operation, args, kwargs, None))
-        else:
-            result = operation(*args, **kwargs)
-            if not any(returned.alias_info for returned in returns):  # a view sees what its tensor gets
-                self.operations.append((operation, args, kwargs, result))
+        if operation._schema.is_mutable:  # in place
+            self.operations.append((operation, args, kwargs, []))
+            return args[0] if returns else None
+        result = operation(*args, **kwargs)
+        if not any(returned.alias_info for returned in returns):  # a view sees what its tensor gets
+            self.operations.append((operation, args, kwargs, tensors_of(result)))
         return result
 
     def pool(self):
@@ -73,10 +72,9 @@ class Tape(TorchDispatchMode):
 
     def replay(self):
         with torch._C._AutoDispatchBelowAutograd():  # where they were recorded
-            for operation, args, kwargs, result in self.operations:
-                again = operation(*args, **kwargs)
-                for kept, new in zip(tensors_of(result), tensors_of(again), strict=True) if result is not None else ():
-                    kept.copy_(new)
+            for operation, args, kwargs, kept in self.operations:
+                for tensor, new in zip(kept, tensors_of(operation(*args, **kwargs)), strict=False):
+                    tensor.copy_(new)
 
 
 def tensors_of(result):
