@@ -74,11 +74,13 @@ class TrainingRequest:
         # Only where they are in use, so that what was trained before there was a choice keeps its name.
         flow = {"flow": True} if is_flow(self.model) else {}
         mask = {} if self.mask is None else {"mask": self.mask}
+        wrapped = {"wrapped": wrappers} if (wrappers := self.model.weight_wrapper_patches) else {}
         try:
             return fingerprint(
                 {
                     **flow,
                     **mask,
+                    **wrapped,
                     "code": METHOD,
                     "base": self.base_hash,
                     "changes": _changes(self.model),

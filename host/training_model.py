@@ -167,7 +167,8 @@ def _obstacle(model: ModelPatcher) -> str | None:
         return "measured on NVIDIA only (on AMD, ComfyUI's option --fast turns them on)"
     if any(has_quantised_weights(module) for module in modules):
         return "this model's weights are quantised"
-    if any("forward" in vars(module) for module in modules) or model.wrappers or options_that_act(model):
+    code = model.wrappers, model.weight_wrapper_patches, options_that_act(model)
+    if any("forward" in vars(module) for module in modules) or any(code):
         return "other nodes act on this model"
     return None
 

@@ -521,6 +521,12 @@ def with_an_option(model):
     return model
 
 
+def with_a_weight_wrapper(model):
+    """As with a node whose code computes a weight."""
+    model.add_weight_wrapper("diffusion_model.middle_block.1.proj_in.weight", lambda weight: weight)
+    return model
+
+
 @pytest.mark.parametrize(
     ("change", "nvidia", "on_card", "words"),
     [
@@ -528,8 +534,9 @@ def with_an_option(model):
         (lambda model: model, False, True, "measured on NVIDIA only"),
         (gguf_like, True, True, "this model's weights are quantised"),
         (with_an_option, True, True, "other nodes act on this model"),
+        (with_a_weight_wrapper, True, True, "other nodes act on this model"),
     ],
-    ids=["dynamic VRAM", "AMD", "quantised", "other nodes"],
+    ids=["dynamic VRAM", "AMD", "quantised", "other nodes", "weights of other nodes"],
 )
 def test_the_log_says_why_steps_are_not_recorded(pack, comfy, monkeypatch, caplog, change, nvidia, on_card, words):
     training_model = pack.host.training_model

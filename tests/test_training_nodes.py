@@ -577,6 +577,12 @@ def test_a_model_that_other_nodes_wrap_in_code_is_trained_without_the_store(node
     assert not store.folder.exists()
 
 
+def test_a_model_whose_weights_code_of_other_nodes_changes_has_no_key(nodes, comfy):
+    model = comfy_model()
+    model.add_weight_wrapper("diffusion_model.middle_block.1.proj_in.weight", lambda weight: weight * 2)
+    assert key(nodes, model) is None
+
+
 @pytest.mark.parametrize("mask", [None, torch.ones(1, 128, 128).tril()], ids=["everything", "masked"])
 def test_cancel_and_queue_again_goes_on_and_ends_with_the_same_bits(nodes, comfy, steps, store, caplog, mask):
     import comfy.model_management
