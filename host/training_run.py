@@ -188,7 +188,8 @@ def _run(trainer: Trainer, progress: Progress, resume: Callable, save: Callable)
                 saving += time.monotonic() - now
             progress.show(event)
     except Cancelled:
-        save(trainer, losses)
+        if losses:  # before the first step has ended there is nothing to go on from
+            save(trainer, losses)
         raise
     return losses
 

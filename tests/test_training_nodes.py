@@ -602,6 +602,20 @@ def test_cancel_and_queue_again_goes_on_and_ends_with_the_same_bits(nodes, comfy
     assert again_loss_map == loss_map
 
 
+def test_cancel_in_the_first_step_leaves_no_checkpoint(nodes, comfy, steps, store, caplog):
+    import comfy.model_management
+
+    model = comfy_model()
+    first_layer = model.model.diffusion_model.time_embed[0]
+    handle = first_layer.register_forward_pre_hook(lambda *_: comfy.model_management.interrupt_current_processing())
+    with pytest.raises(comfy.model_management.InterruptProcessingException):  # from the layer itself
+        train_image(nodes, model)
+    handle.remove()
+    train_image(nodes, model)
+    assert steps == [1, 2, 3]
+    assert "damaged" not in caplog.text
+
+
 def images(*shifts):
     z_0 = inputs()["latent"]["samples"]
     return {"samples": torch.cat([z_0.roll(shift, -1) for shift in shifts])}
