@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
+import comfy.model_management
 import comfy.ops
 import torch
 from comfy.ldm.modules.attention import GEGLU, BasicTransformerBlock
@@ -149,6 +150,8 @@ def _check_gradients(unet: nn.Module, dtype: torch.dtype, device: torch.device) 
 def _has_gradient(layer: nn.Module, x: Tensor) -> bool:
     try:
         (grad,) = torch.autograd.grad(layer(x).sum(), x)
+    except comfy.model_management.InterruptProcessingException:  # an Exception before ComfyUI 0.20
+        raise
     except Exception as error:  # each kind of quantised layer says in its own way that it has no backward pass
         logging.info("ConsisLoRA: %s has no gradient: %s", type(layer).__qualname__, error)
         return False

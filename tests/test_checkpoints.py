@@ -121,6 +121,16 @@ def test_a_layer_that_raises_what_it_likes_in_training_is_refused_in_words(nodes
         train_image(nodes, model)
 
 
+def test_a_cancel_while_layers_are_checked_is_a_cancel(nodes, comfy):
+    import comfy.model_management
+
+    model = ODD["fp8"](comfy_model())
+    first = model.model.diffusion_model.time_embed[0]
+    first.register_forward_pre_hook(lambda *_: comfy.model_management.interrupt_current_processing())
+    with pytest.raises(comfy.model_management.InterruptProcessingException):
+        train_image(nodes, model)
+
+
 def test_attention_layers_that_do_not_say_their_size_are_refused_in_words(nodes, pack, comfy):
     def convert(layer):
         if not is_query(layer):
