@@ -55,14 +55,20 @@ class AdapterConfig:
         )  # rsLoRA (arXiv 2312.03732): alpha / sqrt(r)
 
 
+def config_beside(path: Path) -> Path | None:
+    """The config that belongs to a LoRA file in a folder of PEFT."""
+    config = path.with_name(CONFIG_FILE)
+    return config if path.name == ADAPTER_FILE and config.exists() else None
+
+
 def read_config(path: Path, metadata: Mapping[str, str]) -> AdapterConfig:
     """The config of a LoRA file: beside it in a folder of PEFT, or in the metadata of a file of diffusers.
 
     Raises ValueError for a config that is not JSON of the right types, or that names what a LoRA here cannot hold.
     """
     try:
-        if path.name == ADAPTER_FILE and path.with_name(CONFIG_FILE).exists():
-            fields = json.loads(path.with_name(CONFIG_FILE).read_text(encoding="utf-8"))
+        if config := config_beside(path):
+            fields = json.loads(config.read_text(encoding="utf-8"))
         else:
             fields = json.loads(metadata.get(HEADER, "{}"))
         return _checked(fields)

@@ -7,6 +7,7 @@ from comfy_api.latest import io
 
 from ..catalogue.names import portable
 from ..consislora_core import lora_file
+from ..consislora_core.adapter_config import config_beside
 from ..consislora_core.files import escape_text
 from ..consislora_core.guidance import parts_of, wanted_mix
 from ..consislora_core.lora_file import ImageLora
@@ -124,7 +125,8 @@ class Load(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, lora_name):
-        return lora_path(lora_name).stat().st_mtime_ns
+        path = lora_path(lora_name)
+        return [file.stat().st_mtime_ns for file in (path, config_beside(path)) if file]
 
     @classmethod
     def execute(cls, lora_name) -> io.NodeOutput:

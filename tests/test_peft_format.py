@@ -236,6 +236,16 @@ def test_save_as_peft_folder_is_listed_and_loads_as_it_was(pack):
     assert pack.nodes.lora.Load.execute(names[0]).result[0].weights_hash == lora.weights_hash
 
 
+def test_a_folder_whose_config_has_changed_is_loaded_again(pack):
+    Load, lora = pack.nodes.lora.Load, authors_lora("style")
+    name = pack.nodes.lora.Save.execute(lora, "config", "fp32", format="PEFT folder").result[0]
+    config = pack.host.paths.lora_path(name).with_name(CONFIG_FILE)
+    state = Load.fingerprint_inputs(name)
+    assert Load.fingerprint_inputs(name) == state
+    config.write_text(json.dumps({**json.loads(config.read_text()), "lora_alpha": 8}))
+    assert Load.fingerprint_inputs(name) != state
+
+
 def test_without_peft_a_sentence_says_how_to_get_it_and_nothing_is_left(pack, monkeypatch):
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(ValueError, match=r"peft is missing.*pip install \"\.\[peft\]\""):
