@@ -16,7 +16,10 @@ def text_behind(hidden: Any, input_name: str) -> str:
 
 
 def numbers_behind(hidden: Any, input_name: str, names: Collection[str]) -> dict[str, float]:
-    """Values of widgets by name, each from the nearest node that has it upstream of an input of the running node."""
+    """Values of inputs by name, each from the nearest node that has it upstream of an input of the running node.
+
+    An input that is linked has the number of the node it is linked to, under the same name or as its `value`.
+    """
     graph = (hidden and hidden.prompt) or {}
     found, seen = {}, set()
     links = [graph.get(hidden and hidden.unique_id, {"inputs": {}})["inputs"].get(input_name)]
@@ -25,8 +28,15 @@ def numbers_behind(hidden: Any, input_name: str, names: Collection[str]) -> dict
             seen.add(link[0])
             inputs = graph[link[0]]["inputs"]
             links += inputs.values()
-            found = {name: value for name, value in inputs.items() if _is_number(value) and name in names} | found
-    return found
+            found = {name: _linked_value(graph, name, inputs[name]) for name in names if name in inputs} | found
+    return {name: value for name, value in found.items() if _is_number(value)}
+
+
+def _linked_value(graph: dict, name: str, value: Any) -> Any:
+    while isinstance(value, list) and value[0] in graph:
+        inputs = graph[value[0]]["inputs"]
+        value = inputs.get(name, inputs.get("value"))
+    return value
 
 
 def widget_values_behind(

@@ -495,6 +495,18 @@ def test_settings_are_those_of_the_nearest_node_before(pack):
     assert pack.host.prompt_graph.numbers_behind(None, "images", {"seed"}) == {}
 
 
+def test_a_setting_that_comes_through_a_link_is_not_another_nodes(pack):
+    graph = {
+        "train": {"inputs": {"seed": 1, "steps": 1500}},
+        "number": {"inputs": {"value": 42}},
+        "code": {"inputs": {"text": "30"}},
+        "sampler": {"inputs": {"content": ["train", 0], "seed": ["number", 0], "steps": ["code", 0]}},
+        "save": {"inputs": {"images": ["sampler", 0]}},
+    }
+    hidden = type("Hidden", (), {"prompt": graph, "unique_id": "save"})
+    assert pack.host.prompt_graph.numbers_behind(hidden, "images", SETTINGS) == {"seed": 42}
+
+
 def test_a_picture_of_no_numbers_is_refused_and_not_done(nodes, folders):
     _, output = folders
     job = load(nodes)[2][0]
