@@ -64,7 +64,7 @@ def invert(guider: comfy.samplers.CFGGuider, latent: dict, sigmas: Tensor, run: 
     run: as for `sample`. Raises ValueError for a model of flow matching at sigma 1, where the latent that ComfyUI hands
     on has no noise left.
     """
-    if is_flow(guider.model_patcher) and sigmas[0] >= 1:
+    if is_flow(guider.model_patcher) and (sigmas >= 1).any():  # none at denoise 0
         raise ValueError(
             "structure_lock cannot begin at denoise 1 with a model of flow matching (as from ModelSamplingSD3). "
             "Set denoise to 0.95 or lower, or turn structure_lock off."

@@ -304,6 +304,17 @@ def test_structure_lock_in_flow_matching_begins_with_what_the_sampler_turns_back
             sampling.invert(guider, latent, sampling.ksampler_sigmas(model, 10, "euler", "simple", 1.0))
 
 
+def test_structure_lock_in_flow_matching_without_denoising_gives_the_picture_itself(pack, comfy):
+    import comfy.samplers
+
+    model = with_sampling("ModelSamplingSD3", 1.0)
+    guider, latent, sampling = comfy.samplers.CFGGuider(model), inputs()["latent"], pack.host.sampling
+    guider.set_conds(inputs()["positive"], inputs()["positive"])
+    sigmas = sampling.ksampler_sigmas(model, 10, "euler", "simple", denoise=0.0)
+    with torch.inference_mode():
+        assert relative_error(sampling.invert(guider, latent, sigmas)["samples"], latent["samples"]) < 1e-6
+
+
 # Through a real server
 
 
