@@ -11,10 +11,13 @@ import comfy.utils
 import latent_preview
 from comfy.model_patcher import ModelPatcher
 from PIL import Image
+from torch import Tensor
 
 from ..consislora_core.files import escape_text
 from ..consislora_core.schedule import Stage
 from ..consislora_core.trainer import StepEvent
+
+PREVIEW = 256  # pixels of a preview's longer side
 
 run_began: float | None = None  # by the monotonic clock
 
@@ -91,22 +94,14 @@ class Progress:
         """Shows one step. Raises ComfyUI's InterruptProcessingException when the user pressed cancel."""
         stop_if_cancelled()
         self.began = self.began or (time.monotonic(), event.step)
-        if (event.step % self.preview_every == 1 or event.step == self.stage.steps) and (server := running_server()):
+        is_last, shows_picture = event.step == self.stage.steps, event.step % self.preview_every == 1
+        if (is_last or shows_picture) and (server := running_server()):
             curve = loss_curve(self.stage, self.losses, self.sent, self.time_and_memory(event.step))
             server.send_sync("consislora.loss", {"node": self.node, **curve})
             self.sent = len(self.losses)
-        preview = None
-        if self.previewer and event.step % self.preview_every == 1:
-            picture = self.previewer.decode_latent_to_preview(event.z_0_hat.float().cpu())
-            preview = (
-                "JPEG",
-                picture.resize(
-                    (256 * picture.width // max(picture.size), 256 * picture.height // max(picture.size)), Image.NEAREST
-                ),
-                256,
-            )
+        preview = self._preview(event.z_0_hat) if self.previewer and shows_picture else None
         self.bar.update_absolute(self.before + event.step, preview=preview)
-        if event.step % self.log_every == 0 or event.step == self.stage.steps:
+        if is_last or event.step % self.log_every == 0:
             logging.info(
                 "ConsisLoRA %s stage, step %d of %d: %s loss %.4f, learning rate %g",
                 event.stage,
@@ -116,6 +111,12 @@ class Progress:
                 event.loss,
                 event.learning_rate,
             )
+
+    def _preview(self, z_0_hat: Tensor) -> tuple[str, Image.Image, int]:
+        """The first x0 prediction as ComfyUI's progress bar takes it, whose pixels stay visible when it is enlarged."""
+        picture = self.previewer.decode_latent_to_preview(z_0_hat.float().cpu())
+        size = [max(1, PREVIEW * side // max(picture.size)) for side in picture.size]
+        return "JPEG", picture.resize(size, Image.NEAREST), PREVIEW
 
     def time_and_memory(self, step: int) -> str:
         """The time left and the free memory, as text; after the last step the time taken and the least free memory."""

@@ -616,6 +616,15 @@ def test_cancel_in_the_first_step_leaves_no_checkpoint(nodes, comfy, steps, stor
     assert "damaged" not in caplog.text
 
 
+def test_the_preview_of_a_very_wide_picture_has_a_height(nodes, comfy, monkeypatch):
+    import comfy.utils
+
+    shown = []
+    monkeypatch.setattr(comfy.utils, "PROGRESS_BAR_HOOK", lambda done, total, preview, **_: shown.append(preview))
+    train_image(nodes, comfy_model(), latent={"samples": torch.randn(1, 4, 2, 520)})
+    assert shown[0][1].size == (256, 1)
+
+
 def images(*shifts):
     z_0 = inputs()["latent"]["samples"]
     return {"samples": torch.cat([z_0.roll(shift, -1) for shift in shifts])}
