@@ -17,6 +17,7 @@ from ..consislora_core.files import escape_text
 from ..consislora_core.schedule import Stage
 from ..consislora_core.trainer import StepEvent
 
+SHOW_EVERY, LOG_EVERY = 20, 50  # steps
 PREVIEW = 256  # pixels of a preview's longer side
 
 run_began: float | None = None  # by the monotonic clock
@@ -60,22 +61,14 @@ def loss_curve(stage: Stage, losses: list[float], first: int = 0, caption: str |
 
 
 class Progress:
-    """Shows a training on its node: a bar, every `preview_every` steps the predicted image, the losses, the time left
-    and the free memory; and every `log_every` steps the loss in the log.
+    """Shows a training on its node: a bar, every `SHOW_EVERY` steps the predicted image, the losses, the time left and
+    the free memory; and every `LOG_EVERY` steps the loss in the log.
 
     node: the running node's id, for the browser. run: number of this training, from 0, and how many the node makes.
     losses: of all steps so far; the training appends to the list.
     """
 
-    def __init__(
-        self,
-        model: ModelPatcher,
-        stage: Stage,
-        node: str | None,
-        run: tuple[int, int] = (0, 1),
-        preview_every: int = 20,
-        log_every: int = 50,
-    ):
+    def __init__(self, model: ModelPatcher, stage: Stage, node: str | None, run: tuple[int, int] = (0, 1)):
         number, runs = run
         self.bar = comfy.utils.ProgressBar(runs * stage.steps)
         self.before = number * stage.steps
@@ -84,7 +77,6 @@ class Progress:
         self.sent = 0  # how many of them the browser has
         self.began: tuple[float, int] | None = None  # when the first step of this run had ended, and which that was
         self.device, self.least_free = model.load_device, math.inf
-        self.preview_every, self.log_every = preview_every, log_every
         factors = model.model.latent_format
         self.previewer = factors.latent_rgb_factors and latent_preview.Latent2RGBPreviewer(
             factors.latent_rgb_factors, getattr(factors, "latent_rgb_factors_bias", None)
@@ -94,14 +86,14 @@ class Progress:
         """Shows one step. Raises ComfyUI's InterruptProcessingException when the user pressed cancel."""
         stop_if_cancelled()
         self.began = self.began or (time.monotonic(), event.step)
-        is_last, shows_picture = event.step == self.stage.steps, event.step % self.preview_every == 1
+        is_last, shows_picture = event.step == self.stage.steps, event.step % SHOW_EVERY == 1
         if (is_last or shows_picture) and (server := running_server()):
             curve = loss_curve(self.stage, self.losses, self.sent, self.time_and_memory(event.step))
             server.send_sync("consislora.loss", {"node": self.node, **curve})
             self.sent = len(self.losses)
         preview = self._preview(event.z_0_hat) if self.previewer and shows_picture else None
         self.bar.update_absolute(self.before + event.step, preview=preview)
-        if is_last or event.step % self.log_every == 0:
+        if is_last or event.step % LOG_EVERY == 0:
             logging.info(
                 "ConsisLoRA %s stage, step %d of %d: %s loss %.4f, learning rate %g",
                 event.stage,
