@@ -271,6 +271,31 @@ def test_the_loss_of_every_step_is_there_in_the_end(frontend, trained):
     assert [len(curve.split()) for curve in points] == [2, 2]
 
 
+# What the server sends to every page while a node trains.
+LOSS = """([node, first, losses]) => comfyAPI.api.api.dispatchEvent(new CustomEvent("consislora.loss",
+    { detail: { node, first, losses, phases: [["noise", 100], ["reconstruction", 100]], caption: null } }))"""
+
+
+def test_a_page_that_is_opened_while_a_node_trains_draws_each_step_at_its_place(frontend):
+    node = opened(frontend, "train_content_demo", {}, "ConsisLoRATrainImage")
+    frontend.evaluate(LOSS, [str(node), 90, [0.5] * 20])
+    frontend.evaluate(LOSS, [str(node), 110, [0.25]])
+    frontend.get_by_text("reconstruction 0.250 · 111 / 200").wait_for()
+    points = [curve.get_attribute("points").split() for curve in frontend.locator(".consislora-loss polyline").all()]
+    across = [[200 / 300 * float(point.split(",")[0]) for point in curve] for curve in points]  # in steps
+    assert [len(curve) for curve in across] == [10, 11]
+    assert (across[0][0], across[1][-1]) == pytest.approx((90.5, 110.5), abs=0.1)
+    frontend.evaluate(LOSS, [str(node), 0, [0.125] * 2])  # the next training
+    frontend.get_by_text("noise 0.125 · 2 / 200").wait_for()
+
+
+def test_the_loss_of_a_node_in_another_workflow_is_drawn_on_no_node_of_its_number(frontend):
+    opened(frontend, "train_content_demo", {}, "ConsisLoRATrainImage")
+    other = look_at(frontend, "VAEEncode")
+    frontend.evaluate(LOSS, [str(other), 0, [0.5]])
+    assert frontend.locator(".consislora-loss").count() == 0
+
+
 @pytest.mark.parametrize("language", LANGUAGES)
 def test_help_opens_for_each_node(language, frontend, server):
     ours = sorted(path.stem for path in (ROOT / "web" / "docs").glob("*.md"))

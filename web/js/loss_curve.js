@@ -4,7 +4,7 @@
 import { api } from "../../../scripts/api.js";
 import { app } from "../../../scripts/app.js";
 
-const NODES = ["ConsisLoRATrainImage", "ConsisLoRATrainStyle"];
+const NODES = ["ConsisLoRATrainImage", "ConsisLoRATrainStyle", "ConsisLoRATrainImages"];
 const COLOURS = { noise: "#64b5f6", reconstruction: "#ffb74d" };
 const WIDTH = 300;
 const HEIGHT = 90;
@@ -15,7 +15,7 @@ app.registerExtension({
   setup() {
     api.addEventListener("consislora.loss", ({ detail }) => {
       const node = nodeAt(detail.node);
-      if (node) curveOf(node).add(detail);
+      if (NODES.includes(node?.comfyClass)) curveOf(node).add(detail); // another workflow may be open by now
     });
   },
   nodeCreated(node) {
@@ -43,6 +43,7 @@ function curveOf(node) {
 
 class Curve {
   constructor(node) {
+    this.first = 0; // the step of the first loss: a page that is opened in the middle of a training has missed some
     this.losses = [];
     this.root = document.createElement("div");
     this.root.className = "consislora-loss";
@@ -59,7 +60,9 @@ class Curve {
 
   // losses: of the steps from `first` on, counted from 0. phases: [loss, steps] of each. caption: time and memory.
   add({ first, losses, phases, caption }) {
-    this.losses = [...this.losses.slice(0, first), ...losses];
+    const known = first - this.first;
+    if (known < 0 || known > this.losses.length) [this.first, this.losses] = [first, []];
+    this.losses = [...this.losses.slice(0, first - this.first), ...losses];
     this.caption = caption ?? this.caption;
     this.phases = phases;
     this.draw();
@@ -69,10 +72,11 @@ class Curve {
     let start = 0;
     const steps = this.phases.reduce((sum, [, length]) => sum + length, 0);
     const curves = this.phases.map(([kind, length]) => {
-      const part = averaged(this.losses.slice(start, start + length).map((loss) => Math.log(Math.max(loss, 1e-12))));
+      const [from, to] = [start, start + length].map((step) => Math.max(step - this.first, 0)); // of the losses
+      const part = averaged(this.losses.slice(from, to).map((loss) => Math.log(Math.max(loss, 1e-12))));
       const [low, high] = [Math.min(...part), Math.max(...part)];
       const points = part.map((loss, i) => {
-        const [x, y] = [(start + i + 0.5) / steps, high > low ? (high - loss) / (high - low) : 0.5];
+        const [x, y] = [(this.first + from + i + 0.5) / steps, high > low ? (high - loss) / (high - low) : 0.5];
         return `${(x * WIDTH).toFixed(1)},${(4 + y * (HEIGHT - 8)).toFixed(1)}`;
       });
       const edge = (start / steps) * WIDTH;
@@ -85,17 +89,18 @@ class Curve {
       style="width: 100%; height: ${HEIGHT}px; background: var(--comfy-input-bg, #222); border-radius: 4px">
       ${curves.join("")}</svg><div style="display: flex; justify-content: space-between">
       <span class="words"></span><span class="caption">${this.caption ?? ""}</span></div>`;
-    this.showStep(this.losses.length - 1);
+    this.showStep(this.first + this.losses.length - 1);
   }
 
   showStep(step) {
     const before = (count) => this.phases.slice(0, count).reduce((sum, [, length]) => sum + length, 0);
     const phase = this.phases.findIndex((_, i) => step < before(i + 1));
-    if (!(step in this.losses) || phase < 0) return;
+    const loss = this.losses[step - this.first];
+    if (loss === undefined || phase < 0) return;
     const kind = this.phases[phase][0];
     const words = this.root.querySelector(".words");
     words.style.color = COLOURS[kind];
-    words.textContent = `${kind} ${this.losses[step].toPrecision(3)} · ${step + 1} / ${before(this.phases.length)}`;
+    words.textContent = `${kind} ${loss.toPrecision(3)} · ${step + 1} / ${before(this.phases.length)}`;
   }
 
   showStepAt(event) {
