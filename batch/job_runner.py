@@ -110,8 +110,11 @@ class JobRunner:
             data = await self.client.file(f"{ours.key}{suffix}", order.folder) if suffix in SAVED else None
         if data is None:
             return replace(ours, error="the workflow ended without a picture. Look into the server's log."), None
-        with Image.open(io.BytesIO(data), formats=[SAVED[suffix]]) as picture:
-            picture.verify()
+        try:
+            with Image.open(io.BytesIO(data), formats=[SAVED[suffix]]) as picture:
+                picture.verify()
+        except (OSError, SyntaxError):  # the second from Pillow for a PNG
+            return replace(ours, error="its picture came damaged. The same command fetches it again."), None
         files = f"{ours.key}{suffix}"
         return replace(theirs, name=ours.name, key=ours.key, content=ours.content, style=ours.style, files=files), data
 

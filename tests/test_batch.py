@@ -718,6 +718,23 @@ def test_of_kinds_that_save_catalogue_does_not_write_no_file_comes_home(made, tm
     assert "without a picture" in results["cup"].error and not list((tmp_path / "out").glob("cup*"))
 
 
+DAMAGE = {
+    "cut off": lambda data: data[:20],
+    "a byte flipped": lambda data: data[:50] + bytes([data[50] ^ 1]) + data[51:],
+    "another file": lambda data: b"<html>",
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_picture_that_comes_home_damaged_is_fetched_again_the_next_time(made, monkeypatch, damage):
+    with monkeypatch.context() as line:
+        line.setitem(globals(), "picture", lambda suffix, whole=picture: DAMAGE[damage](whole(suffix)))
+        results, server = made(["one", "two"], DONE, DONE)
+    assert all("picture came damaged" in result.error for result in results.values())
+    results, _ = made(["one", "two"], DONE, DONE)
+    assert [result.error for result in results.values()] == ["", ""]
+
+
 def test_what_is_done_is_not_done_again_and_what_failed_is(made):
     results, _ = made(["one", "two", "three"], DONE, FAILED, CANCELLED)
     assert [result.error for result in results.values()] == [
