@@ -32,7 +32,9 @@ def note(hidden: Any, loras: Mapping[str, ImageLora | None], settings: Mapping[s
         return
     numbers = {name: value for name, value in settings.items() if isinstance(value, (int, float, str))}
     record = {**{image: describe_lora(lora) for image, lora in loras.items() if lora is not None}, **numbers}
-    records[_node_keys(hidden.prompt, [hidden.unique_id])[hidden.unique_id]] = record
+    key = _node_keys(hidden.prompt, [hidden.unique_id])[hidden.unique_id]
+    records.pop(key, None)  # the new one goes to the end: the first is the oldest
+    records[key] = record
     if len(records) > KEPT:
         del records[next(iter(records))]
     if isinstance(hidden.extra_pnginfo, dict):

@@ -119,6 +119,9 @@ def test_what_is_remembered_has_a_limit(pack, lora, monkeypatch):
     for seed in range(5):
         provenance.note(running(stylising(seed), "2"), {}, {"seed": seed})
     assert [record["seed"] for record in provenance.records.values()] == [2, 3, 4]
+    for seed in (2, 5):  # the same again is as good as new
+        provenance.note(running(stylising(seed), "2"), {}, {"seed": seed})
+    assert [record["seed"] for record in provenance.records.values()] == [4, 2, 5]
 
 
 # ---- in the server
