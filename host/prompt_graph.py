@@ -1,7 +1,7 @@
 """What a running node reads of the workflow it runs in."""
 
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from typing import Any
 
 from comfy.cli_args import args
@@ -9,9 +9,8 @@ from comfy.cli_args import args
 
 def text_behind(hidden: Any, input_name: str) -> str:
     """The text of the CLIP Text Encode that feeds an input of the running node; empty if another node feeds it."""
-    graph = (hidden and hidden.prompt) or {}
-    origin = graph.get(hidden and hidden.unique_id, {"inputs": {}})["inputs"].get(input_name, [None])[0]
-    text = graph[origin]["inputs"].get("text") if origin in graph else None
+    nearest = next(_upstream(hidden, input_name), {"inputs": {}})
+    text = nearest["inputs"].get("text")
     return text if isinstance(text, str) else ""
 
 
@@ -20,16 +19,11 @@ def numbers_behind(hidden: Any, input_name: str, names: Collection[str]) -> dict
 
     An input that is linked has the number of the node it is linked to, under the same name or as its `value`.
     """
-    graph = (hidden and hidden.prompt) or {}
-    found, seen = {}, set()
-    links = [graph.get(hidden and hidden.unique_id, {"inputs": {}})["inputs"].get(input_name)]
-    for link in links:
-        if isinstance(link, list) and link[0] in graph and link[0] not in seen:
-            seen.add(link[0])
-            inputs = graph[link[0]]["inputs"]
-            links += inputs.values()
-            found = {name: _linked_value(graph, name, inputs[name]) for name in names if name in inputs} | found
-    return {name: value for name, value in found.items() if _is_number(value)}
+    found = {}
+    for node in _upstream(hidden, input_name):
+        found = {name: node["inputs"][name] for name in names if name in node["inputs"]} | found
+    linked = {name: _linked_value(_graph(hidden), name, value) for name, value in found.items()}
+    return {name: value for name, value in linked.items() if _is_number(value)}
 
 
 def _linked_value(graph: dict, name: str, value: Any) -> Any:
@@ -46,18 +40,29 @@ def widget_values_behind(
 
     through: the kinds of nodes that may lie between.
     """
-    graph = (hidden and hidden.prompt) or {}
-    links = [graph.get(hidden and hidden.unique_id, {"inputs": {}})["inputs"].get(input_name)]
-    found, seen = [], set()
+    nodes = _upstream(hidden, input_name, through)
+    values = [node["inputs"].get(widget) for node in nodes if node["class_type"] in kinds]
+    return [value for value in values if isinstance(value, str)]
+
+
+def _graph(hidden: Any) -> dict:
+    return (hidden and hidden.prompt) or {}
+
+
+def _upstream(hidden: Any, input_name: str, through: Collection[str] | None = None) -> Iterator[dict]:
+    """The nodes upstream of an input of the running node, the nearest first.
+
+    through: the kinds of nodes whose own inputs are followed; None: all.
+    """
+    graph = _graph(hidden)
+    running = graph.get(hidden and hidden.unique_id, {"inputs": {}})
+    links, seen = [running["inputs"].get(input_name)], set()
     for link in links:
         if isinstance(link, list) and link[0] in graph and link[0] not in seen:
             seen.add(link[0])
-            node = graph[link[0]]
-            if node["class_type"] in through:
+            yield (node := graph[link[0]])
+            if through is None or node["class_type"] in through:
                 links += node["inputs"].values()
-            elif node["class_type"] in kinds and isinstance(value := node["inputs"].get(widget), str):
-                found.append(value)
-    return found
 
 
 def _is_number(value: Any) -> bool:
