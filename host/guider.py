@@ -21,7 +21,7 @@ from ..consislora_core.guidance import (
 )
 from ..consislora_core.lora_file import ImageLora
 from .guided_unet import ROWS, with_guided_pass, with_mix
-from .model_inputs import Conditioning, check_lora, check_roles, check_text
+from .model_inputs import Conditioning, check_loras, check_roles, check_text
 
 OWN_STYLE = {CONTENT: 1.0, CONTENTS_STYLE: 1.0}  # the content image in its own style
 
@@ -151,9 +151,7 @@ def build_dual_guider(
         check_text(model, conditioning, name)
     if content is None and style is None:
         raise ValueError("Neither content nor style is connected. Connect Load ConsisLoRA, or a training node, to one.")
-    for name, lora in (("content", content), ("style", style)):
-        if lora is not None:
-            check_lora(model, lora, name)
+    check_loras(model, content, style)
     mixes = [settings.mix, *(row.mix for row in guidance_rows(settings.scales))]
     acting = {source: part for source, part in parts_of(content, style).items() if any(source in mix for mix in mixes)}
     guided = with_guided_pass(model, acting, settings.mix, share_encoder)

@@ -20,6 +20,13 @@ def check_roles(model: ModelPatcher) -> None:
     targets(dict(model.model.diffusion_model.named_modules()) if hasattr(model.model, "diffusion_model") else {})
 
 
+def check_loras(model: ModelPatcher, content: ImageLora | None, style: ImageLora | None) -> None:
+    """Raises ValueError as `check_lora` does, for each of the two that is connected."""
+    for name, lora in {"content": content, "style": style}.items():
+        if lora is not None:
+            check_lora(model, lora, name)
+
+
 def check_lora(model: ModelPatcher, lora: ImageLora, name: str) -> None:
     """Raises ValueError for a LoRA that was trained on a model with other layers, or whose training failed."""
     check_weights(lora, name)
@@ -116,12 +123,12 @@ def _is_filled(tensor: Any, axes: int) -> bool:
     return torch.is_tensor(tensor) and tensor.ndim == axes and tensor.numel() > 0
 
 
-def check_vae(model: ModelPatcher, vae: Any, name: str = "vae") -> None:
+def check_vae(model: ModelPatcher, vae: Any) -> None:
     """Raises ValueError for a VAE whose latents have other channels than the model's."""
     channels = model.model.latent_format.latent_channels
     if getattr(vae, "latent_channels", channels) != channels:
         raise ValueError(
-            f"{name} decodes latents of {vae.latent_channels} channels, this model makes {channels}: it is of another "
+            f"vae decodes latents of {vae.latent_channels} channels, this model makes {channels}: it is of another "
             "base model. Connect the VAE of this checkpoint."
         )
 

@@ -13,7 +13,7 @@ from ..consislora_core.guidance import parts_of, wanted_mix
 from ..consislora_core.lora_file import ImageLora
 from ..consislora_core.lora_summary import summarise, summarise_left_out
 from ..host.guided_unet import with_mix
-from ..host.model_inputs import check_lora, check_roles, check_weights
+from ..host.model_inputs import check_loras, check_roles, check_weights
 from ..host.paths import lora_names, lora_path, save_lora
 from ..host.progress import show_text
 from ..host.provenance import HIDDEN, note
@@ -166,9 +166,7 @@ class Apply(io.ComfyNode):
         cls, model, content_strength, style_strength, content: ImageLora | None = None, style: ImageLora | None = None
     ) -> io.NodeOutput:
         check_roles(model)
-        for name, lora in (("content", content), ("style", style)):
-            if lora is not None:
-                check_lora(model, lora, name)
+        check_loras(model, content, style)
         strengths = {"content_strength": content_strength, "style_strength": style_strength}
         note(cls.hidden, {"content": content, "style": style}, strengths)
         return io.NodeOutput(with_mix(model, parts_of(content, style), wanted_mix(content_strength, style_strength)))
