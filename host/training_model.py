@@ -63,7 +63,7 @@ def open_for_training(
     flow = is_flow(model)
     with ExitStack() as stack:
         needed = _activations(model, latent_shape, dtype)
-        model = stack.enter_context(_with_resident_weights(model, needed.get(memory, needed["lean"])))
+        model = stack.enter_context(_with_resident_weights(model, needed[memory]))
         lean = _load_model(model, needed, memory)
         base = model.model
         own = {
@@ -174,10 +174,11 @@ def _obstacle(model: ModelPatcher) -> str | None:
 
 
 def _activations(model: ModelPatcher, latent_shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, int]:
-    """Bytes of a step's activations, by kind of memory."""
+    """Bytes of a step's activations, for each of `MEMORY`; for auto at the least."""
     batch, _, height, width = latent_shape
     unit = batch * height * width * model.model.model_config.unet_config["model_channels"] * dtype.itemsize
-    return {kind: count * unit for kind, count in ACTIVATIONS.items()}
+    needed = {kind: count * unit for kind, count in ACTIVATIONS.items()}
+    return {**needed, "auto": needed["lean"]}
 
 
 @contextmanager
@@ -224,7 +225,7 @@ def _load_model(model: ModelPatcher, needed: dict[str, int], memory: str) -> boo
     """Unloads every other model and loads this one; returns whether to train lean. needed: from `_activations`."""
     # Text encoders and VAE are not needed for minutes.
     _unload_all([loaded for loaded in _loaded_models() if loaded.model.is_clone(model)], model.load_device)
-    comfy.model_management.load_models_gpu([model], memory_required=needed.get(memory, needed["lean"]))
+    comfy.model_management.load_models_gpu([model], memory_required=needed[memory])
     if memory != "auto":
         return memory == "lean"
     # With dynamic VRAM the weights are loaded when they are used.
