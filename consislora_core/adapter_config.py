@@ -50,9 +50,8 @@ class AdapterConfig:
         alpha = _matching(self.alpha_pattern, module, self.lora_alpha)
         if alpha is None:
             return float(rank)
-        return (
-            alpha * math.sqrt(rank) if self.use_rslora else float(alpha)
-        )  # rsLoRA (arXiv 2312.03732): alpha / sqrt(r)
+        # The scale of rsLoRA (arXiv 2312.03732) is alpha / sqrt(r).
+        return alpha * math.sqrt(rank) if self.use_rslora else float(alpha)
 
 
 def config_beside(path: Path) -> Path | None:

@@ -98,9 +98,8 @@ class Store:
             record = _record(kept.metadata, key, _is_number)
             with suppress(OSError):  # a folder that is read-only still gives what it has
                 os.utime(path)  # marks it as used
-                self._path(key, CHECKPOINT).unlink(
-                    missing_ok=True
-                )  # left if the process was killed at the end of `keep`
+                # It is left if the process was killed at the end of `keep`.
+                self._path(key, CHECKPOINT).unlink(missing_ok=True)
             return ImageLora(kept.parts, record["metadata"]), record["losses"]
         return None
 

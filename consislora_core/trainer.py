@@ -67,13 +67,13 @@ class Trainer:
             parts = trainer.parts()
 
     z_0: clean latents (b c h w) in the model's space: of one image, of several of one subject, or of recolourings of
-    one; a step takes one by lot.
+    one; each step draws one of them.
     cond: what `denoise` takes as its third argument.
     frozen: parts that act but do not learn, by role (stage 2: the content part of stage 1).
     loss_scale: above 1 for fp16 activations, whose small gradients would vanish; halved when they overflow.
     loras: how many to train, each as if alone with the same seed. z_0 then holds the latents of one LoRA after those
     of another, equally many; a step takes one of each, as spans of the batch. frozen holds one mapping for each LoRA.
-    start: parts to learn from on, by role, in place of fresh ones.
+    start: parts that the training begins with, by role, in place of fresh ones.
     mask: what of each latent counts in the losses, from 0 to 1 (b 1 h w, see losses.py); None: everything.
 
     Raises ValueError for latents that are empty or not finite, and on entry for parts that do not fit the UNet.

@@ -18,10 +18,8 @@ from torch import Tensor
 from .xmp import Credits, xmp_packet
 
 MAKE, MODEL, XMP, PROFILE = 0x010F, 0x0110, 700, 34675  # tags of EXIF and TIFF
-IN_EXIF = {
-    MODEL: "prompt",
-    MAKE: "workflow",
-}  # the texts that the frontend reads from EXIF, where core's nodes put them
+# The texts that the frontend reads from EXIF, where core's nodes put them.
+IN_EXIF = {MODEL: "prompt", MAKE: "workflow"}
 JPEG_XMP = b"http://ns.adobe.com/xap/1.0/\0"
 SEGMENT = 65533  # bytes that a segment of a JPEG holds
 FAINT = 1 / 255  # an alpha below which colours do not count
