@@ -64,8 +64,8 @@ def _check_batches(pictures: Tensor, **batches: Tensor | None) -> None:
 
 
 def _keep_colours_of_one(picture: Tensor, content: Tensor, mask: Tensor | None, strength: float) -> Tensor:
-    x, theirs = (image.movedim(-1, 1).float().clamp(0, 1) for image in (picture, content))
-    small = F.interpolate(x, _coarse_size(x), mode="area")
+    x, theirs = map(_channels_first, (picture, content))
+    small = _coarse(x)
     theirs = F.interpolate(theirs, small.shape[-2:], mode="area")
     lab, guide = to_oklab(x), to_oklab(small)
     missing = guided_filter(lab, guide, (to_oklab(theirs) - guide)[:, 1:], WIDE, SMOOTH)
@@ -85,7 +85,8 @@ def match_palette(pictures: Tensor, style: Tensor, strength: float = 1.0, togeth
 
         c' = c + strength ((c - mean c) std s / std c + mean s - c)
 
-    inside a picture's silhouette; white and the background stay. Without an even background all of a picture counts.
+    inside a picture's silhouette, with std s / std c at most CONTRAST; white and the background stay. Without an even
+    background all of a picture counts.
 
     strength: 0 to 1; 0 returns the pictures as they are. together: means and standard deviations of the whole batch, so
     that a colour becomes the same one in every frame of a film. Raises ValueError for batches that do not go together.
@@ -105,7 +106,8 @@ Palette = tuple[Tensor, Tensor]  # mean and standard deviation in OKLab, 1 3 1 1
 
 def _match_palette_of_one(picture: Tensor, palette: Palette, its_palette: Palette, strength: float) -> Tensor:
     (mean, std), (its_mean, its_std) = palette, its_palette
-    x, small = picture.movedim(-1, 1).float().clamp(0, 1), _coarse(picture)
+    x = _channels_first(picture)
+    small = _coarse(x)
     lab, guide = to_oklab(x), to_oklab(small)
     moved = (lab - mean) * (its_std / std).clamp(max=CONTRAST) + its_mean
     weight = strength * _inside(silhouette(small), lab, guide) * (1 - whiteness(x))
@@ -115,22 +117,22 @@ def _match_palette_of_one(picture: Tensor, palette: Palette, its_palette: Palett
 
 def _palette(pictures: Tensor) -> Palette:
     """Of what is not white in the silhouettes of all pictures (b h w 3)."""
-    small = torch.cat([_coarse(picture) for picture in pictures.split(1)])
+    small = torch.cat([_coarse(_channels_first(picture)) for picture in pictures.split(1)])
     weight = F.interpolate(silhouette(small).float(), small.shape[-2:], mode="nearest") * (1 - whiteness(small)) + 1e-6
     lab, weight = to_oklab(small), weight / weight.sum()
     mean = (weight * lab).sum((0, 2, 3), keepdim=True)
     return mean, (weight * (lab - mean) ** 2).sum((0, 2, 3), keepdim=True).sqrt() + 1e-6
 
 
-def _coarse(picture: Tensor) -> Tensor:
-    """A picture (1 h w 3) as 1 3 h w, from 0 to 1, its shorter side scaled down to about COARSE."""
-    x = picture.movedim(-1, 1).float().clamp(0, 1)
-    return F.interpolate(x, _coarse_size(x), mode="area")
+def _channels_first(picture: Tensor) -> Tensor:
+    """A picture (1 h w 3) as 1 3 h w, fp32, from 0 to 1."""
+    return picture.movedim(-1, 1).float().clamp(0, 1)
 
 
-def _coarse_size(x: Tensor) -> list[int]:
-    """The size of a picture (b c h w) whose shorter side is scaled down to about COARSE."""
-    return [max(1, side // max(1, min(x.shape[-2:]) // COARSE)) for side in x.shape[-2:]]
+def _coarse(x: Tensor) -> Tensor:
+    """A picture (1 3 h w), its shorter side scaled down to about COARSE."""
+    size = [max(1, side // max(1, min(x.shape[-2:]) // COARSE)) for side in x.shape[-2:]]
+    return F.interpolate(x, size, mode="area")
 
 
 def _inside(silhouette: Tensor, lab: Tensor, guide: Tensor) -> Tensor:

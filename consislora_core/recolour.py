@@ -26,6 +26,8 @@ def recolour(image: Tensor, count: int, generator: torch.Generator, white: Tenso
 
         l' = a l^g  or  a (1 - l^g)    tones, half of the times inverted
         c' = s R c + t                 hues turned by the rotation R, weaker or stronger, and tinted
+
+    and the pixel is their sum, the grey l' and the chroma c'.
     """
     white = page_whiteness(image) if white is None else white
     return torch.stack([_recolour_once(image, generator, white) for _ in range(count)])
