@@ -284,8 +284,8 @@ class Mixer:
             return None
         rows, ranks, strength = acting
         if (key := (name, device, dtype)) not in self.placed:
-            sides = zip(*((layer.down, layer.up.T) for layer in layers.values()), strict=True)
-            self.placed[key] = [torch.cat([side.to(dtype) for side in one]).to(device) for one in sides]  # r in, r out
+            sides = zip(*((layer.down, layer.up.T) for layer in layers.values()), strict=True)  # r in, r out
+            self.placed[key] = [torch.cat([part.to(dtype) for part in side]).to(device) for side in sides]
         down, up = (weight[ranks] for weight in self.placed[key])
         return Addition(down.T, up, strength if isinstance(strength, float) else strength.to(device), rows, len(mixes))
 

@@ -4,6 +4,8 @@ Colours are compared in OKLab (B. Ottosson, 2020, https://bottosson.github.io/po
 chroma as a and b.
 """
 
+from itertools import cycle
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -94,22 +96,20 @@ def match_palette(pictures: Tensor, style: Tensor, strength: float = 1.0, togeth
     if strength == 0:
         return pictures
     _check_batches(pictures, style_image=style)
-    palettes = [
-        [_palette(batch)] if together else [_palette(one) for one in batch.split(1)] for batch in (pictures, style)
-    ]
-    rows = [[picture, *(some[i % len(some)] for some in palettes)] for i, picture in enumerate(pictures.split(1))]
+    own, wanted = (map(_palette, [batch] if together else batch.split(1)) for batch in (pictures, style))
+    rows = zip(pictures.split(1), cycle(own), cycle(wanted), strict=False)
     return torch.cat([_match_palette_of_one(*row, strength) for row in rows])
 
 
 Palette = tuple[Tensor, Tensor]  # mean and standard deviation in OKLab, 1 3 1 1
 
 
-def _match_palette_of_one(picture: Tensor, palette: Palette, its_palette: Palette, strength: float) -> Tensor:
-    (mean, std), (its_mean, its_std) = palette, its_palette
+def _match_palette_of_one(picture: Tensor, own: Palette, wanted: Palette, strength: float) -> Tensor:
+    (mean, std), (wanted_mean, wanted_std) = own, wanted
     x = _channels_first(picture)
     small = _coarse(x)
     lab, guide = to_oklab(x), to_oklab(small)
-    moved = (lab - mean) * (its_std / std).clamp(max=CONTRAST) + its_mean
+    moved = (lab - mean) * (wanted_std / std).clamp(max=CONTRAST) + wanted_mean
     weight = strength * _inside(silhouette(small), lab, guide) * (1 - whiteness(x))
     matched = to_srgb(torch.lerp(lab, moved, weight)).movedim(1, -1).to(picture.dtype)
     return torch.where(weight.movedim(1, -1) > 0, matched, picture)

@@ -22,11 +22,11 @@ def orthogonalised(matrices: Tensor) -> Tensor:
     tall = matrices.shape[-2] > matrices.shape[-1]
     x = matrices.mT if tall else matrices
     x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
-    one = torch.eye(x.shape[-2], dtype=x.dtype, device=x.device)
+    identity = torch.eye(x.shape[-2], dtype=x.dtype, device=x.device)
     for iterations in ITERATIONS:
-        product, square = one, x @ x.mT
+        product, square = identity, x @ x.mT
         for _ in range(iterations):
-            factor = a * one + b * square + c * square @ square
+            factor = a * identity + b * square + c * square @ square
             product, square = factor @ product, factor @ square @ factor
         x = product @ x
     return x.mT if tall else x

@@ -18,10 +18,10 @@ def checked(execute: Callable) -> Callable:
 
     @wraps(execute)
     def check_and_execute(cls, *args, **kwargs):
-        given = {**dict(zip(names, args, strict=False)), **kwargs}
+        values = {**dict(zip(names, args, strict=False)), **kwargs}
         for accepted in cls.define_schema().inputs:
-            if accepted.id in given and (problem := problem_with(accepted, given[accepted.id])):
-                raise ValueError(f"{accepted.id} is {given[accepted.id]!r:.100}; {problem}.")
+            if accepted.id in values and (problem := problem_with(accepted, values[accepted.id])):
+                raise ValueError(f"{accepted.id} is {values[accepted.id]!r:.100}; {problem}.")
         return execute(cls, *args, **kwargs)
 
     return check_and_execute
