@@ -41,7 +41,13 @@ def fill_workflow(
             node["inputs"][column] = getattr(job, column)
     for column, socket in PROMPTS.items():
         for node in nodes_taking(filled, job, column, socket):
-            filled[node["inputs"][socket][0]]["inputs"]["text"] = getattr(job, column)
+            text_node = filled[node["inputs"][socket][0]]
+            if "text" not in text_node["inputs"]:
+                raise ValueError(
+                    f"column {column} cannot be put in: {socket} comes from {text_node['class_type']}, which has no "
+                    "text. Leave the column empty, or connect CLIP Text Encode itself."
+                )
+            text_node["inputs"]["text"] = getattr(job, column)
     for column, socket in LORAS.items():
         for node in [*nodes_taking(filled, job, column, socket), filled[save]] if getattr(job, column) else []:
             node["inputs"][socket] = [column, 0]

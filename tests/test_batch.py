@@ -119,6 +119,15 @@ def test_a_workflow_that_lacks_what_a_job_needs_is_refused():
         fill_workflow(bare, JOB, "", "", "", {})
 
 
+def test_a_prompt_that_no_text_node_would_get_is_refused():
+    between = copy.deepcopy(WORKFLOW)
+    sampler = inputs(between, "ConsisLoRASampler")
+    between["control"] = {"class_type": "ControlNetApply", "inputs": {"conditioning": sampler["positive"]}}
+    sampler["positive"] = ["control", 0]
+    with pytest.raises(ValueError, match="column prompt.*positive comes from ControlNetApply, which has no text"):
+        fill_workflow(between, JOB, "", "", "", {})
+
+
 def test_what_the_server_would_not_take_is_reported():
     spec = {"required": {"seed": ["INT", {"min": 0, "max": 9}], "scheduler": [["normal"], {}], "model": ["MODEL"]}}
     newer = {"required": {"lora_name": ["COMBO", {"options": ["a/x.safetensors", "y.safetensors"]}]}}
