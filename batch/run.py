@@ -154,7 +154,7 @@ def saving(options: argparse.Namespace) -> dict[str, str]:
 def read_workflow(path: Path, checkpoint: str | None, save_as: Mapping[str, str] = {}) -> Workflow:
     """A workflow in API form, with another checkpoint if one is named. save_as: other inputs of Save Catalogue.
 
-    Raises ValueError for another kind of file.
+    Raises ValueError for another kind of file, and for a checkpoint that the workflow does not load.
     """
     try:
         workflow = json.loads(path.read_text(encoding="utf-8"))
@@ -162,9 +162,12 @@ def read_workflow(path: Path, checkpoint: str | None, save_as: Mapping[str, str]
         workflow = None
     if not is_workflow(workflow):
         raise ValueError(f"{path} is not a whole workflow in API form. In ComfyUI use File > Export (API).")
+    loaders = [node for node in workflow.values() if "ckpt_name" in node["inputs"]]
+    if checkpoint and not loaders:
+        raise ValueError(f"{path} has no Load Checkpoint for --checkpoint. Leave that out, or name another workflow.")
+    for node in loaders if checkpoint else ():
+        node["inputs"]["ckpt_name"] = checkpoint
     for node in workflow.values():
-        if checkpoint and "ckpt_name" in node["inputs"]:
-            node["inputs"]["ckpt_name"] = checkpoint
         if node["class_type"] == SAVE:
             node["inputs"] |= save_as
     return workflow

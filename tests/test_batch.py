@@ -155,6 +155,13 @@ def test_a_number_in_quotes_is_one_as_it_is_for_comfyui():
     assert list(value_problems("steps", "20", "INT", {"min": 1, "max": 9})) == ["steps is 20; it must be from 1 to 9."]
 
 
+def test_a_checkpoint_for_a_workflow_that_loads_none_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="catalogue_demo.json has no Load Checkpoint for --checkpoint"):
+        run.read_workflow(run.WORKFLOWS / "catalogue_demo.json", "sd_xl_base_1.0.safetensors")
+    sdxl = run.read_workflow(run.WORKFLOWS / "catalogue_sdxl.json", "mine.safetensors")
+    assert inputs(sdxl, "CheckpointLoaderSimple")["ckpt_name"] == "mine.safetensors"
+
+
 NO_WORKFLOWS = {
     "a list": [],
     "the canvas": {"nodes": [], "links": []},
