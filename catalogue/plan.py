@@ -65,15 +65,20 @@ class Plan(NamedTuple):
         return str([stats, list(self.problems)])
 
     def pending(
-        self, pairs: Iterable[Pair], entries: Mapping[str, Entry], cache: PictureCache
+        self,
+        pairs: Iterable[Pair],
+        entries: Mapping[str, Entry],
+        cache: PictureCache,
+        stop_if_cancelled: Callable[[], None] = lambda: None,
     ) -> dict[CatalogueJob, Pair]:
         """Those of the pairs whose pictures open and that have no result of these very pictures yet, as jobs.
 
-        Only their pictures are opened, and after the cache is full no more. Raises ValueError for a name that leads
-        out of the folder.
+        Only their pictures are opened, and after the cache is full no more. stop_if_cancelled: called before each pair.
+        Raises ValueError for a name that leads out of the folder.
         """
         jobs, digest_of, has_file = {}, functools.cache(picture_digest), self._listing()
         for pair in pairs:
+            stop_if_cancelled()
             key, entry = _key(pair, digest_of), entries.get(pair.name)
             if entry and entry.key == key and entry.has_pictures(has_file):
                 continue

@@ -143,7 +143,7 @@ class CatalogLoad(io.ComfyNode):
             problems = [f"{name}: {problem}" for name, problem in plan.problems.items()]
             raise ValueError(error_text("The catalogue", problems or ["contents or styles is empty. Name a folder."]))
         cache = picture_cache(plan, run, background, resolution)
-        jobs = plan.pending(pairs if run == ALL else [pairs[index % len(pairs)]], entries, cache)
+        jobs = plan.pending(pairs if run == ALL else [pairs[index % len(pairs)]], entries, cache, stop_if_cancelled)
         plan.record_bad_files(entries, cache, stop_if_cancelled)
         names = [job.name for job in jobs]
         report = plan.report(plan.count_done(pairs, entries), len(pairs), names, cache)

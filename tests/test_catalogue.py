@@ -451,6 +451,22 @@ def test_waiting_for_the_sheet_of_results_is_cancelled(nodes, folders, comfy):
         save(nodes, job)
 
 
+def test_opening_the_pictures_of_a_large_catalogue_is_cancelled(nodes, folders, comfy, monkeypatch):
+    import comfy.model_management as management
+
+    opened, decode = [], nodes.catalogue.decode
+
+    def cancelling(*args, **kwargs):
+        opened.append(args)
+        management.interrupt_current_processing()
+        return decode(*args, **kwargs)
+
+    monkeypatch.setattr(nodes.catalogue, "decode", cancelling)
+    with pytest.raises(management.InterruptProcessingException):
+        load(nodes)
+    assert len(opened) == 2  # the first pair
+
+
 @pytest.mark.parametrize(
     ("images", "words"),
     [
