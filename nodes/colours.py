@@ -52,10 +52,11 @@ class KeepColours(io.ComfyNode):
         check_both(images, content_image=content_image)
         if mask is not None:
             mask = picture_masks(mask, len(images), "images", images.shape[1:3], "no colour would change")[:, 0]
+            mask = mask.to(images.device)
         if keep_colours == 0:
             return io.NodeOutput(images)
         colours, alpha = in_colour(images), images[..., 3:]
-        moved = with_colours(colours, in_colour(content_image), keep_colours, mask)
+        moved = with_colours(colours, in_colour(content_image).to(images.device), keep_colours, mask)
         return io.NodeOutput(torch.cat([moved, alpha], -1))
 
 
@@ -99,7 +100,7 @@ class MatchPalette(io.ComfyNode):
     @checked
     def execute(cls, images, style_image, strength, together=False) -> io.NodeOutput:
         check_both(images, style_image=style_image)
-        matched = match_palette(in_colour(images), in_colour(style_image), strength, together)
+        matched = match_palette(in_colour(images), in_colour(style_image).to(images.device), strength, together)
         return io.NodeOutput(torch.cat([matched, images[..., 3:]], -1))
 
 

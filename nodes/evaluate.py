@@ -85,13 +85,14 @@ def score_pictures(images: Tensor, content_image: Tensor, style_image: Tensor, c
     found = structure_scores(pictures, content)
     if clip_vision is not None:
         batches = (images, content_image, style_image)
-        found = feature_scores(*(clip_vision.encode_image(batch)["image_embeds"].float() for batch in batches)) | found
+        features = [clip_vision.encode_image(batch)["image_embeds"].float().cpu() for batch in batches]
+        found = feature_scores(*features) | found
     return [dict(zip(found, values, strict=True)) for values in torch.stack(list(found.values()), 1).tolist()]
 
 
 def to_channels_first(images: Tensor) -> Tensor:
-    """Pictures (b h w, 1, 3 or 4) as b 3 h w in fp32, grey ones in colour and without alpha."""
-    return rearrange(images[..., :3], "b h w c -> b c h w").expand(-1, 3, -1, -1).float()
+    """Pictures (b h w, 1, 3 or 4) as b 3 h w in fp32 on the CPU, grey ones in colour and without alpha."""
+    return rearrange(images[..., :3], "b h w c -> b c h w").expand(-1, 3, -1, -1).float().cpu()
 
 
 def report_text(scores: Scores) -> str:

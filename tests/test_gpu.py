@@ -1,4 +1,4 @@
-"""A training step that a GPU records. Skipped where there is no NVIDIA GPU.
+"""A training step that a GPU records, and pictures on it. Skipped where there is no NVIDIA GPU.
 
 It holds with either of torch's allocators; ComfyUI's default is PYTORCH_CUDA_ALLOC_CONF=backend:cudaMallocAsync.
 """
@@ -74,3 +74,19 @@ def test_steps_that_cannot_be_recorded_go_on_and_leave_the_gpu_fit_for_use(caplo
     assert relative_error(lora, trained(recordable=False)[0]) < 1e-4
     assert torch.randn(3, device="cuda").isfinite().all()
     assert torch.cuda.current_stream() == torch.cuda.default_stream()
+
+
+def test_pictures_on_the_gpu_go_with_those_on_the_cpu(pack):
+    """As with ComfyUI's option --gpu-only, where results stay on the card and loaded pictures may not be there."""
+    photo, result = torch.rand(2, 1, 64, 64, 3, generator=torch.Generator().manual_seed(0))
+    mask = torch.ones(1, 64, 64).tril()
+
+    def made(device):
+        images = result.to(device)
+        kept = pack.nodes.KeepColours.execute(images, photo, 0.75, mask).result[0]
+        matched = pack.nodes.MatchPalette.execute(images, photo, 1.0).result[0]
+        (scores,) = pack.nodes.evaluate.score_pictures(images, photo, photo)
+        return kept.cpu(), matched.cpu(), torch.tensor(list(scores.values()))
+
+    for ours, theirs in zip(made("cuda"), made("cpu"), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
