@@ -96,13 +96,14 @@ class Worker:
 
     async def start(self) -> None:
         """Starts ComfyUI and waits until it answers."""
-        with self.log.open("wb") as log:
-            try:
+        try:
+            with self.log.open("wb") as log:
                 process = await asyncio.create_subprocess_exec(
                     *self.command, stdout=log, stderr=asyncio.subprocess.STDOUT
                 )
-            except OSError as error:
-                raise WorkerLost(f"{self.command[0]} does not run ({error}).") from None
+        except OSError as error:
+            self.folder.cleanup()
+            raise WorkerLost(f"{self.command[0]} does not run ({error}).") from None
         self.process, self.ended = process, asyncio.ensure_future(process.wait())
         self.client = await ComfyClient(f"http://127.0.0.1:{self.port}", 0, lambda text: None).__aenter__()
         await self._while_it_runs(self._wait_until_up())
@@ -122,18 +123,20 @@ class Worker:
         return await self._while_it_runs(self.runner.run(order, pictures))
 
     async def end(self) -> None:
-        self.process.kill()
+        """Ends ComfyUI and removes its folders, which stay if Ray kills this process before."""
+        with suppress(ProcessLookupError):  # it has ended by itself
+            self.process.kill()
         await self.ended
+        await self.client.__aexit__()
         self.folder.cleanup()
 
     async def _while_it_runs(self, request: Awaitable):
         task = asyncio.ensure_future(request)
         await asyncio.wait({task, self.ended}, return_when=asyncio.FIRST_COMPLETED)
-        try:
+        with suppress(Unreachable):
             if task.done():
                 return task.result()
             task.cancel()
-        except Unreachable:
-            self.process.kill()
         end_of_log = self.log.read_text(encoding="utf-8", errors="replace").splitlines()[-20:]
+        await self.end()
         raise WorkerLost("\n".join(["ComfyUI ended. The end of its log:", *end_of_log]))

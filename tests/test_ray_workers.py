@@ -1,5 +1,6 @@
 """A job sheet over two workers of Ray on this machine, one of which is killed."""
 
+import asyncio
 import csv
 import json
 import os
@@ -58,6 +59,23 @@ def comfyuis(base: Path) -> list[psutil.Process]:
 needs_ray = pytest.mark.skipif(
     find_spec("ray") is None, reason='Ray has no package for this machine, or pip install ".[cluster]"'
 )
+
+
+@needs_ray
+@pytest.mark.parametrize("comfyui", [[sys.executable, "-c", "print('no CUDA')"], ["no_such_program"]], ids=len)
+def test_a_worker_whose_comfyui_does_not_start_says_why_and_leaves_nothing(comfyui):
+    from batch.ray_workers import Worker
+    from batch.scheduler import WorkerLost
+
+    async def start() -> tuple[Worker, str]:
+        worker = Worker(comfyui)
+        with pytest.raises(WorkerLost) as lost:
+            await worker.start()
+        return worker, str(lost.value)
+
+    worker, said = asyncio.run(start())
+    assert "no CUDA" in said or "no_such_program does not run" in said
+    assert not Path(worker.folder.name).exists()
 
 
 @pytest.mark.slow
