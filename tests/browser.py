@@ -13,9 +13,9 @@ QUIET = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "-
 QUIET += ["--disable-background-networking", "--disable-component-update"]
 # A page whose files come from elsewhere may not open a websocket to this machine.
 QUIET += ["--disable-features=LocalNetworkAccessChecks"]
-# The frontend searches ComfyUI's registry for unpublished nodes; a server without API nodes forbids it that. And newer
-# frontends ask for a list of jobs, which ComfyUI 0.3.75 does not keep.
-ELSEWHERE = ("Failed to load resource", "Content Security Policy", "JobsApiError")
+# The frontend searches ComfyUI's registry for unpublished nodes; a server without API nodes forbids it that. Newer
+# frontends ask for a list of jobs, which ComfyUI 0.3.75 does not keep; older ones how large a missing checkpoint is.
+ELSEWHERE = ("Failed to load resource", "Content Security Policy", "JobsApiError", "Error fetching file size")
 
 UP = "window.app?.graph && window.app.vueAppReady"
 SETTING = "([id, value]) => app.ui.settings.setSettingValueAsync(id, value)"

@@ -11,6 +11,7 @@ the same files would need a link, which a checkout on Windows and the registry's
 """
 
 import json
+import re
 import sys
 import urllib.request
 from collections.abc import Callable
@@ -20,12 +21,30 @@ from typing import NamedTuple
 FOLDER = Path(__file__).resolve().parent
 WIDGETS = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO")
 NOTE = "MarkdownNote"
-BLUE, BROWN, GREEN = "#3f789e", "#8a6d3b", "#5b8c5a"
+# Of a group, and of its title on it: bright, or nobody reads that.
+BLUE, BROWN, GREEN = "#6ab0de", "#d09045", "#7fc77d"
+TITLE_SIZE = 28  # as large as fits between a group's edge and its nodes
+
+# Files that a new user lacks: where they belong, and from where the frontend offers to download them.
+MODELS = {
+    "sd_xl_base_1.0.safetensors": (
+        "checkpoints",
+        "https://huggingface.co/stabilityai/stable-diffusion-xl-base-1.0/resolve/main/sd_xl_base_1.0.safetensors",
+    ),
+    "clip_vision_h.safetensors": (
+        "clip_vision",
+        "https://huggingface.co/Comfy-Org/Wan_2.1_ComfyUI_repackaged/resolve/main/split_files/clip_vision/"
+        "clip_vision_h.safetensors",
+    ),
+}
 
 # Space that a node takes beside its sockets and widgets, in the frontend's pixels.
 TITLE, SLOT, WIDGET, GAP = 30, 20, 26, 50
+HEAD = 100  # of a group, for its title and those of its first nodes, which may have a badge on top
 WIDTH = 350
-CONTENTS = {"CLIPTextEncode": 90, "LoadImage": 230, "SaveImage": 320, "LossGraphNode": 230, NOTE: 440}
+RESULT = (500, 480)  # width, and height beside sockets and widgets, of a node that shows what a workflow is for
+BADGE = 24  # the pack's name on its nodes, where the frontend draws it at their lower end
+CONTENTS = {"CLIPTextEncode": 90, "LoadImage": 230, "SaveImage": 320, "LossGraphNode": 230}
 CONTENTS |= {"ConsisLoRACatalogLoad": 260, "ConsisLoRACatalogSave": 320}  # its report; its picture
 CONTROLS = {"index": "increment"}  # how a number changes after each run, where it does
 CONTENTS |= {"ConsisLoRATrainImage": 380, "ConsisLoRATrainStyle": 380}  # preview and loss while it trains
@@ -44,9 +63,12 @@ class From(NamedTuple):
 
 
 class Node(NamedTuple):
+    """room: width, and height beside sockets and widgets, where they are not those of its type."""
+
     type: str
     title: str
     inputs: dict = {}
+    room: tuple[int, int] | None = None
 
 
 Column = dict[str, Node]  # downwards, each node by a key that others refer to
@@ -203,11 +225,11 @@ def strength_grid(settings: Settings, note: str) -> Workflow:
     grid = {"model": MODEL, "vae": VAE, **LOADED, **sampling(settings), "cell_size": 256}
     saved = {"images": From("grid", "grid"), "filename_prefix": "consislora_grid"}
     pictures = {
-        "result": Node("SaveImage", "The grid", saved),
+        "result": Node("SaveImage", "The grid", saved, RESULT),
         "single": Node("PreviewImage", "Single pictures", {"images": From("grid", "images")}),
     }
-    columns = [{"grid": Node("ConsisLoRAStrengthGrid", "Every pair of guidances", grid)}, pictures]
-    return [*for_saved_loras(settings, note), [Group("3. From faithful to free", GREEN, columns)]]
+    columns = [{"grid": Node("ConsisLoRAStrengthGrid", "Strength grid", grid)}, pictures]
+    return [*for_saved_loras(settings, note), [Group("3. One picture for each pair of guidances", GREEN, columns)]]
 
 
 def evaluate_and_gate(settings: Settings, note: str) -> Workflow:
@@ -232,7 +254,7 @@ def evaluate_and_gate(settings: Settings, note: str) -> Workflow:
     columns = [drawn, judged, {side: kept(side) for side in ("accepted", "rejected")}]
     return [
         *for_saved_loras(settings, note, count=4),
-        [Group("3. What they are compared with", BLUE, [shown])],
+        [Group("3. To compare with", BLUE, [shown])],
         [Group("4. Four pictures, scored and split", GREEN, columns)],
     ]
 
@@ -255,7 +277,7 @@ def structure_lock(settings: Settings, note: str) -> Workflow:
     return [
         first,
         [loaded, words],
-        [Group("3. Where it begins", BLUE, [content, style, start])],
+        [Group("3. The same two pictures", BLUE, [{**content, **style}, start])],
         [Group("4. The subject in the style", GREEN, [sampled, shown("The subject in the style")])],
     ]
 
@@ -305,8 +327,8 @@ def catalogue(settings: Settings, note: str, cut_out: bool = False) -> Workflow:
         **asked(BOTH, settings.side),
         "empty": Node("EmptyLatentImage", "Empty, in the subject's shape", {**size, "batch_size": 1}),
     }
+    sampled = Node("ConsisLoRASampler", "Sample, guided", {"model": MODEL, **loras, **sampling(settings)})
     made = {
-        "sampled": Node("ConsisLoRASampler", "Sample, guided", {"model": MODEL, **loras, **sampling(settings)}),
         "decoded": decoded(),
         "coloured": Node(
             "ConsisLoRAKeepColours",
@@ -320,7 +342,7 @@ def catalogue(settings: Settings, note: str, cut_out: bool = False) -> Workflow:
         kept = {"images": From("coloured", "images"), "original": From("pairs", "content"), **masked}
         made["kept"] = Node("ConsisLoRAKeepOutsideMask", "Cut out again", {**kept, "outside": "transparent"})
         saved["images"] = From("kept", "images")
-    made["result"] = Node("ConsisLoRACatalogSave", "Into the catalogue", saved)
+    made["result"] = Node("ConsisLoRACatalogSave", "Into the catalogue", saved, RESULT)
     fitted = {"image": From("pairs", "content"), "upscale_method": "lanczos", **size}
     columns = [
         {"pairs": Node("ConsisLoRACatalogLoad", "Every subject, every style", folder)},
@@ -334,7 +356,7 @@ def catalogue(settings: Settings, note: str, cut_out: bool = False) -> Workflow:
             Group("2. Learn the subject", BROWN, learn_content(settings, **masked)[:1]),
             Group("3. Learn the style, in two stages", BROWN, learn_style(settings)[:2]),
         ],
-        [Group("4. The subject in the style", GREEN, [words, made])],
+        [Group("4. The subject in the style", GREEN, [words, {"sampled": sampled}, made])],
     ]
 
 
@@ -410,7 +432,7 @@ def learn_style(settings: Settings) -> list[Column]:
 def stylise(settings: Settings) -> list[Column]:
     loras = {"content": From("content_training", "consislora"), "style": From("stage_2_training", "consislora")}
     sampled = Node("ConsisLoRASampler", "Sample, guided", {"model": MODEL, **loras, **sampling(settings)})
-    return [asked(BOTH, settings.side), {"sampled": sampled, **shown("The subject in the style")}]
+    return [asked(BOTH, settings.side), {"sampled": sampled}, shown("The subject in the style")]
 
 
 def asked(prompt: str, side: int, count: int = 1) -> Column:
@@ -429,7 +451,7 @@ def sampling(settings: Settings) -> dict:
 
 def shown(title: str) -> Column:
     result = {"images": From("decoded", "IMAGE"), "filename_prefix": "consislora"}
-    return {"decoded": decoded(), "result": Node("SaveImage", title, result)}
+    return {"decoded": decoded(), "result": Node("SaveImage", title, result, RESULT)}
 
 
 def decoded() -> Node:
@@ -459,8 +481,12 @@ def load(image: str) -> Node:
 
 
 def note(*names: str) -> str:
-    """The text of notes/, with fields that `str.format` fills."""
-    return "".join((FOLDER / "notes" / f"{name}.md").read_text(encoding="utf-8") for name in names)
+    """The text of notes/, with fields that `str.format` fills; a paragraph is one line.
+
+    At the end of a line the frontend's canvas swallows the space between a marked word and the next.
+    """
+    text = "".join((FOLDER / "notes" / f"{name}.md").read_text(encoding="utf-8") for name in names)
+    return re.sub(r"(?<!\n)\n(?!\n|- |\d+\. |$)", " ", text)
 
 
 BOTH = "a [c] in the style of [v]"
@@ -555,9 +581,9 @@ WORKFLOWS = {
             (train_style, "", ()),
             (multi_reference, "", ()),
             (frames, "", ()),
-            (strength_grid, "Which guidance?", ("start",)),
-            (evaluate_and_gate, "Only the good ones", ("start",)),
-            (structure_lock, "Its own outlines", ("start",)),
+            (strength_grid, "Find the best guidance", ("start",)),
+            (evaluate_and_gate, "Keep the good pictures", ("start",)),
+            (structure_lock, "The subject in the style, in its own outlines", ("start",)),
         )
         for base in (DEMO, SDXL)
     },
@@ -638,9 +664,16 @@ def graph_node(number: int, node: Node, place: list, links: list, object_info: d
             {"name": name, "type": type, "links": [link[0] for link in links if link[1:3] == [number, slot]]}
             for slot, (name, type) in enumerate(outputs(node.type, object_info))
         ],
-        "properties": {"Node name for S&R": node.type},
+        "properties": {"Node name for S&R": node.type, **offered(node)},
         "widgets_values": widget_values(node, object_info),
     }
+
+
+def offered(node: Node) -> dict:
+    """What the frontend offers to download where the server lacks the node's file."""
+    files = [name for name in node.inputs.values() if isinstance(name, str) and name in MODELS]
+    models = [{"name": name, "directory": MODELS[name][0], "url": MODELS[name][1]} for name in files]
+    return {"models": models} if models else {}
 
 
 def all_nodes(workflow: Workflow) -> dict[str, Node]:
@@ -734,28 +767,38 @@ def laid_out(workflow: Workflow, object_info: dict) -> tuple[dict[str, list], li
         for group in stack:
             inside = placed(group, left, top, object_info)
             x, y = (max(place[i] + place[i + 2] for place in inside.values()) + GAP // 2 for i in (0, 1))
-            box = [left - GAP // 2, top - TITLE - GAP, x - left + GAP // 2, y - top + TITLE + GAP]
-            groups.append({"id": len(groups) + 1, "title": group.title, "bounding": box, "color": group.colour})
+            box = [left - GAP // 2, top - HEAD, x - left + GAP // 2, y - top + HEAD]
+            look = {"color": group.colour, "font_size": TITLE_SIZE}
+            groups.append({"id": len(groups) + 1, "title": group.title, "bounding": box, **look})
             places |= inside
-            top, right = y + 2 * GAP + TITLE, max(right, x)
+            top, right = y + GAP + HEAD, max(right, x)
         left = right + 2 * GAP
     return places, groups
 
 
 def placed(group: Group, left: int, top: int, object_info: dict) -> dict[str, list]:
-    places = {}
-    for number, column in enumerate(group.columns):
-        y = top
+    places, x = {}, left
+    for column in group.columns:
+        y, width = top, max(node.room[0] if node.room else WIDTH for node in column.values())
         for key, node in column.items():
             height = node_height(node, object_info)
-            places[key] = [left + number * (WIDTH + GAP), y, WIDTH, height]
+            places[key] = [x, y, width, height]
             y += height + TITLE + GAP // 2
+        x += width + GAP
     return places
 
 
 def node_height(node: Node, object_info: dict) -> int:
     slots = max(len(sockets(node, object_info)), len(outputs(node.type, object_info)))
-    return SLOT * slots + WIDGET * len(widget_values(node, object_info)) + CONTENTS.get(node.type, 0) + 10
+    return SLOT * slots + WIDGET * len(widget_values(node, object_info)) + room_below(node) + 10
+
+
+def room_below(node: Node) -> int:
+    """The height of what a node shows beside its sockets and widgets."""
+    if node.type == NOTE:
+        return 20 + 37 * len(node.inputs[""]) // 100  # of the size in which newer frontends write
+    badge = BADGE if node.type.startswith("ConsisLoRA") else 0
+    return node.room[1] if node.room else CONTENTS.get(node.type, badge)
 
 
 def write(files: Callable[[dict], dict[Path, str]]) -> None:

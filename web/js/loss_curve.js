@@ -51,6 +51,7 @@ class Curve {
     this.root.addEventListener("pointermove", (event) => this.showStepAt(event));
     const widget = node.addDOMWidget("loss_curve", "consislora_loss", this.root, {
       serialize: false,
+      hideInPanel: true, // as the pad of the sampler
       getMinHeight: () => HEIGHT + 20,
       getMaxHeight: () => HEIGHT + 20,
     });

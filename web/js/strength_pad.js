@@ -130,6 +130,7 @@ function addPad(node) {
   after(node, "onRemoved", () => clearInterval(watch));
   const pad = node.addDOMWidget("strength_pad", "consislora_pad", root, {
     serialize: false,
+    hideInPanel: true, // where newer frontends list widgets, they show nothing of it, and make it narrower on the node
     getMinHeight: () => HEIGHT,
     getMaxHeight: () => HEIGHT,
   });
