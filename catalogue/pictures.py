@@ -98,7 +98,7 @@ def _found(root: Path, name: str) -> tuple[list[Path], list[Path]]:
     if path.is_file():
         return [path], []
     if not path.is_dir():
-        raise ValueError(f"there is no such folder or file in {root}.")
+        raise ValueError(f"there is no such folder or file in {root}. Make the folder and put pictures into it.")
     files = [file for file in path.iterdir() if not file.name.startswith(".") and file.is_file()]
     pictures, others = [], []
     for file in files:

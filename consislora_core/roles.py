@@ -54,8 +54,8 @@ def targets(module_names: Iterable[str], architecture: str = "sdxl") -> dict[str
     if missing:
         wanted = ", ".join(f"{role} in {BLOCKS[architecture][role]['comfyui']}" for role in missing)
         raise ValueError(
-            f"This model has no attention layers for {wanted}. ConsisLoRA works on SDXL checkpoints; "
-            "SD 1.5, SD 2, the SDXL refiner and newer model families keep content and style elsewhere."
+            "model is no SDXL model, and ConsisLoRA works on those alone: choose an SDXL checkpoint. SD 1.5, SD 2, the "
+            f"SDXL refiner and newer families keep content and style elsewhere (no attention layers for {wanted})."
         )
     return found
 

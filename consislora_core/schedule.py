@@ -96,7 +96,7 @@ def image_stage(
     """
     _check("steps", steps, _is_count(steps), "a whole number of at least 1")
     is_transition = isinstance(transition_step, int) and 0 <= transition_step <= steps
-    _check("transition_step", transition_step, is_transition, f"a whole number from 0 to steps ({steps})")
+    _check("transition_step", transition_step, is_transition, f"a whole number from 0 to steps ({steps}): lower it")
     phases = (
         Phase(transition_step, NOISE, learning_rate),
         Phase(steps - transition_step, RECONSTRUCTION, reconstruction_learning_rate),

@@ -161,9 +161,11 @@ def missed_bounds(count: int, scores: Scores, bounds: dict[str, float]) -> list[
         {score: bounds[name] for name, (score, passes_all) in table.items() if bounds[name] != passes_all}
         for table in (LEAST, MOST)
     )
-    if missing := (least.keys() | most.keys()) - scores[0].keys():
+    tables = LEAST | MOST
+    if missing := [name for name, (score, _) in tables.items() if score in (least | most) and score not in scores[0]]:
+        accepting = ", ".join(f"{name} to {tables[name][1]:g}" for name in missing)
         raise ValueError(
-            f"There is a bound for {' and '.join(sorted(missing))}, but no such score. Connect clip_vision "
-            "to Evaluate, or leave the bound where it accepts all."
+            f"{' and '.join(missing)} cannot be checked: Evaluate gave no such score. Connect clip_vision to Evaluate, "
+            f"or set {accepting}, which accepts all."
         )
     return [misses(score, least, most) for score in scores]
