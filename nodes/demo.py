@@ -14,7 +14,7 @@ class LoadDemoModel(io.ComfyNode):
             category=CATEGORY,
             **aliases("tiny model", "test model"),
             description="A tiny model of SDXL's architecture that draws emoji at 256 x 256 pixels. "
-            "It tries every workflow on any computer; it is not for real work.",
+            "To try every workflow on any computer; it is not for real work.",
             inputs=[],
             outputs=[
                 io.Model.Output(tooltip="To train on and to sample from."),

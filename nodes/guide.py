@@ -53,8 +53,9 @@ class Sampler(io.ComfyNode):
                 io.Boolean.Input(
                     "structure_lock",
                     default=False,
-                    tooltip="Begins with latent_image's own noise, found by Euler inversion, instead of random "
-                    "noise, so that outlines stay where they are. Connect the content image's latent.",
+                    tooltip="Keeps the outlines of the picture in latent_image: begins with the noise that it is made "
+                    "from, found by Euler inversion, instead of the seed's. Connect the content image, best in the "
+                    "style's colours: Match Palette, then VAE Encode.",
                 ),
                 *optional_inputs(),
                 io.Combo.Input(
@@ -72,7 +73,7 @@ class Sampler(io.ComfyNode):
                     max=1.0,
                     step=0.05,
                     optional=True,
-                    tooltip="With structure_lock: how much of the noise is the seed's. At 0 all seeds are one picture.",
+                    tooltip="With structure_lock: how much of the noise is the seed's. At 0 every seed draws the same.",
                 ),
             ],
             outputs=[io.Latent.Output(tooltip="The denoised latent, for VAE Decode.")],

@@ -20,8 +20,8 @@ class Recolour(io.ComfyNode):
             display_name="Recolour",
             category=CATEGORY,
             **aliases("colour jitter", "color augmentation", "hue", "structure only"),
-            description="Gives a picture and the same picture in other colours, for Train ConsisLoRA (image): what it "
-            "learns from them is structure, so that the style image alone decides the colours.",
+            description="Gives a picture and the same picture in other colours, for Train ConsisLoRA (image): it "
+            "learns the structure from them and no colours, so that the style image alone decides these.",
             inputs=[
                 io.Image.Input("image", tooltip="A content image or a style image; of several, each is recoloured."),
                 io.Int.Input(
