@@ -42,7 +42,7 @@ MODELS = {
 TITLE, SLOT, WIDGET, GAP = 30, 20, 26, 50
 HEAD = 100  # of a group, for its title and those of its first nodes, which may have a badge on top
 WIDTH = 350
-RESULT = (500, 480)  # width, and height beside sockets and widgets, of a node that shows what a workflow is for
+RESULT = 500  # the most that a picture takes on the node that shows what a workflow is for; it is not enlarged
 BADGE = 24  # the pack's name on its nodes, where the frontend draws it at their lower end
 CONTENTS = {"CLIPTextEncode": 90, "LoadImage": 230, "SaveImage": 320, "LossGraphNode": 230}
 CONTENTS |= {"ConsisLoRACatalogLoad": 260, "ConsisLoRACatalogSave": 320}  # its report; its picture
@@ -225,7 +225,7 @@ def strength_grid(settings: Settings, note: str) -> Workflow:
     grid = {"model": MODEL, "vae": VAE, **LOADED, **sampling(settings), "cell_size": 256}
     saved = {"images": From("grid", "grid"), "filename_prefix": "consislora_grid"}
     pictures = {
-        "result": Node("SaveImage", "The grid", saved, RESULT),
+        "result": Node("SaveImage", "The grid", saved, room_for(RESULT)),
         "single": Node("PreviewImage", "Single pictures", {"images": From("grid", "images")}),
     }
     columns = [{"grid": Node("ConsisLoRAStrengthGrid", "Strength grid", grid)}, pictures]
@@ -278,7 +278,7 @@ def structure_lock(settings: Settings, note: str) -> Workflow:
         first,
         [loaded, words],
         [Group("3. The same two pictures", BLUE, [{**content, **style}, start])],
-        [Group("4. The subject in the style", GREEN, [sampled, shown("The subject in the style")])],
+        [Group("4. The subject in the style", GREEN, [sampled, shown("The subject in the style", settings)])],
     ]
 
 
@@ -311,7 +311,7 @@ def guided(use: Use, settings: Settings) -> Workflow:
             Group(f"1. {use.loaded}", BLUE, [loaded]),
             Group("2. What the picture shows", BLUE, [asked(use.prompts[settings.name], settings.side)]),
         ],
-        [Group(f"3. {use.made}", GREEN, [sampled, shown(use.made)])],
+        [Group(f"3. {use.made}", GREEN, [sampled, shown(use.made, settings)])],
     ]
 
 
@@ -342,7 +342,7 @@ def catalogue(settings: Settings, note: str, cut_out: bool = False) -> Workflow:
         kept = {"images": From("coloured", "images"), "original": From("pairs", "content"), **masked}
         made["kept"] = Node("ConsisLoRAKeepOutsideMask", "Cut out again", {**kept, "outside": "transparent"})
         saved["images"] = From("kept", "images")
-    made["result"] = Node("ConsisLoRACatalogSave", "Into the catalogue", saved, RESULT)
+    made["result"] = Node("ConsisLoRACatalogSave", "Into the catalogue", saved, room_for(RESULT))
     fitted = {"image": From("pairs", "content"), "upscale_method": "lanczos", **size}
     columns = [
         {"pairs": Node("ConsisLoRACatalogLoad", "Every subject, every style", folder)},
@@ -432,7 +432,7 @@ def learn_style(settings: Settings) -> list[Column]:
 def stylise(settings: Settings) -> list[Column]:
     loras = {"content": From("content_training", "consislora"), "style": From("stage_2_training", "consislora")}
     sampled = Node("ConsisLoRASampler", "Sample, guided", {"model": MODEL, **loras, **sampling(settings)})
-    return [asked(BOTH, settings.side), {"sampled": sampled}, shown("The subject in the style")]
+    return [asked(BOTH, settings.side), {"sampled": sampled}, shown("The subject in the style", settings)]
 
 
 def asked(prompt: str, side: int, count: int = 1) -> Column:
@@ -449,9 +449,14 @@ def sampling(settings: Settings) -> dict:
     return {**conditions, "latent_image": From("empty", "LATENT"), **settings.sampling}
 
 
-def shown(title: str) -> Column:
+def shown(title: str, settings: Settings) -> Column:
     result = {"images": From("decoded", "IMAGE"), "filename_prefix": "consislora"}
-    return {"decoded": decoded(), "result": Node("SaveImage", title, result, RESULT)}
+    return {"decoded": decoded(), "result": Node("SaveImage", title, result, room_for(settings.side))}
+
+
+def room_for(side: int) -> tuple[int, int]:
+    """The room of a node that shows a picture of this size in pixels."""
+    return max(WIDTH, min(side, RESULT)), min(side, RESULT) + SLOT
 
 
 def decoded() -> Node:
