@@ -161,9 +161,9 @@ def missed_bounds(count: int, scores: Scores, bounds: dict[str, float]) -> list[
         {score: bounds[name] for name, (score, passes_all) in table.items() if bounds[name] != passes_all}
         for table in (LEAST, MOST)
     )
-    tables = LEAST | MOST
-    if missing := [name for name, (score, _) in tables.items() if score in (least | most) and score not in scores[0]]:
-        accepting = ", ".join(f"{name} to {tables[name][1]:g}" for name in missing)
+    unscored = (least.keys() | most.keys()) - scores[0].keys()
+    if missing := {name: passes_all for name, (score, passes_all) in (LEAST | MOST).items() if score in unscored}:
+        accepting = ", ".join(f"{name} to {value:g}" for name, value in missing.items())
         raise ValueError(
             f"{' and '.join(missing)} cannot be checked: Evaluate gave no such score. Connect clip_vision to Evaluate, "
             f"or set {accepting}, which accepts all."

@@ -53,9 +53,8 @@ class Sampler(io.ComfyNode):
                 io.Boolean.Input(
                     "structure_lock",
                     default=False,
-                    tooltip="Keeps the outlines of the picture in latent_image: begins with the noise that it is made "
-                    "from, found by Euler inversion, instead of the seed's. Connect the content image, best in the "
-                    "style's colours: Match Palette, then VAE Encode.",
+                    tooltip="Keeps the outlines of latent_image: begins with the noise that this picture is made "
+                    "from (Euler inversion), not the seed's. Best is the content image after Match Palette, encoded.",
                 ),
                 *optional_inputs(),
                 io.Combo.Input(
