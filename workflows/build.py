@@ -527,8 +527,9 @@ USES = {
 
 DEMO = Settings(
     name="demo",
-    words="This uses **Load Demo Model**, a tiny model that comes with the pack and knows emoji only. For real "
-    "pictures open the workflow of this name that ends in *sdxl*.",
+    words="This uses **Load Demo Model**, a tiny model that comes with the pack and knows emoji only. Pictures for "
+    "it are in `custom_nodes/ComfyUI-ConsisLoRA/demo/images`. For photos open the workflow of this name that ends in "
+    "*sdxl*.",
     base=Node("ConsisLoRADemoModel", "Demo model"),
     images=("crown-flat.png", "balloon-halftone.png"),
     another="cherry-blossom-halftone.png",
