@@ -1,28 +1,38 @@
 """Frames of a film, sampled so that each looks like the first: chunk by chunk, whatever their number."""
 
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import comfy.samplers
 import torch
 from comfy.model_patcher import ModelPatcher
+from comfy.patcher_extension import WrappersMP
 from einops import rearrange
 from torch import Tensor
 
 from .sampling import invert, sample
 
 AT_ONCE = 8  # latents of a chunk, the anchor among them
+REPLACED = "consislora_replaced"  # in transformer_options: the places where another pack computes self-attention
 
 
 class AnchorAttention:
     """Self-attention of every latent also reads the keys and values of the first latent, the anchor.
 
     ComfyUI's attn1_patch, called with what queries, keys and values are computed from (b tokens channels). The batch
-    holds one chunk for each conditioning, with all latents in it.
+    holds one chunk for each conditioning, with all latents in it. Layers stay as they are where another pack computes
+    the attention, as for perturbed attention, or has cut the queries into tiles, as HyperTile does: both count on as
+    many keys as the picture has tokens.
     """
 
     knows_rows = True  # and each row by itself, so that equal rows can share the encoder
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, options: dict) -> tuple[Tensor, Tensor, Tensor]:
+        block = options["block"]
+        is_replaced = {block, (*block, options["block_index"])} & options[REPLACED]
+        if is_replaced or len(query) != len(key):
+            return query, key, value
         read = partial(_with_anchor, rows=len(options["cond_or_uncond"]))
         keys = read(key)
         return query, keys, keys if value is key else read(value)
@@ -38,7 +48,14 @@ def with_anchor_attention(model: ModelPatcher) -> ModelPatcher:
     """A clone of the model whose self-attention also reads the first latent of the batch."""
     clone = model.clone()
     clone.set_model_attn1_patch(AnchorAttention())
+    clone.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, "consislora_anchor", _note_replaced)
     return clone
+
+
+def _note_replaced(executor: Callable, x, timesteps, context, y, control, transformer_options: dict, **kwargs) -> Any:
+    """Says in transformer_options what ComfyUI does not tell an attn1_patch."""
+    replaced = frozenset(transformer_options.get("patches_replace", {}).get("attn1", ()))
+    return executor(x, timesteps, context, y, control, {**transformer_options, REPLACED: replaced}, **kwargs)
 
 
 def sample_frames(

@@ -104,6 +104,6 @@ class Sampler(io.ComfyNode):
 
 def check_lockable(latent: dict, turned_on: str) -> None:
     """Raises ValueError for a latent that cannot be inverted, as an input that is turned on wants it."""
-    if "noise_mask" in latent:
+    if latent.get("noise_mask") is not None:
         raise ValueError(f"{turned_on} does not work with a mask on latent_image. Turn it off, or remove the mask.")
     check_picture_in(latent, "latent_image", turned_on)

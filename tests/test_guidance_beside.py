@@ -564,6 +564,7 @@ def test_a_locked_picture_begins_with_no_random_noise(guide, loras):
     model, latent = comfy_model(), latent_of()
     locked = by_node(guide, model, loras, latent, structure_lock=True)
     assert torch.equal(locked, by_node(guide, model, loras, latent, structure_lock=True, seed=12))
+    assert torch.equal(locked, by_node(guide, model, loras, {**latent, "noise_mask": None}, structure_lock=True))
     assert relative_error(locked, by_node(guide, model, loras, latent)) > 1e-2
 
 
@@ -619,6 +620,17 @@ def test_the_first_frame_is_locked_and_the_others_read_it_too(guide, loras):
     assert relative_error(frames[:1], locked[:1]) < ROUNDING
     assert relative_error(frames[1:], locked[1:]) > 10 * ROUNDING
     assert torch.equal(frames, by_node(guide, model, loras, film_of(3), frames="consistent", seed=12))
+
+
+@pytest.mark.parametrize("patch", [with_pag, with_sag, with_hypertile, with_attention_replaced])
+def test_beside_what_changes_self_attention_the_first_frame_is_locked_as_without_frames(patch, guide, loras):
+    model = patch(comfy_model())
+
+    def first_frame(**settings):
+        torch.manual_seed(0)  # HyperTile rolls dice
+        return by_node(guide, model, loras, film_of(3), **settings)[:1]
+
+    assert relative_error(first_frame(frames="consistent"), first_frame(structure_lock=True)) < ROUNDING
 
 
 def test_frames_cancelled_in_the_second_chunk_leave_the_model_untouched(guide, pack, loras, monkeypatch):
