@@ -53,7 +53,7 @@ class Recolour(io.ComfyNode):
         check_pictures(image, "image")
         check_memory(image, recolourings)
         generator = torch.Generator().manual_seed(seed)
-        pictures = [picture[..., :3].expand(-1, -1, 3).float().cpu() for picture in image]
+        pictures = [picture[..., :3].expand(-1, -1, 3).float().cpu().clamp(0, 1) for picture in image]
         return io.NodeOutput(
             torch.cat([torch.cat([picture[None], recolour(picture, recolourings, generator)]) for picture in pictures])
         )

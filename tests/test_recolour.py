@@ -72,6 +72,17 @@ def test_the_node_gives_each_picture_and_then_its_recolourings(pack, owl):
     assert len({image.numpy().tobytes() for image in images}) == 6
 
 
+def test_values_out_of_range_count_as_the_nearest_that_a_picture_has(pack, owl):
+    import nodes
+
+    (enlarged,) = nodes.ImageScale().upscale(owl[None] * (owl < 0.9), "bicubic", 300, 300, "disabled")
+    assert enlarged.min() < 0 and enlarged.max() > 1
+    (images,), (wanted,) = (
+        pack.nodes.recolour.Recolour.execute(one, 4, 0).args for one in (enlarged, enlarged.clamp(0, 1))
+    )
+    assert images.isfinite().all() and torch.equal(images, wanted)
+
+
 def test_what_the_computer_has_no_memory_for_is_refused_before_it_is_made(pack):
     picture = torch.zeros(1, 1, 1, 3).expand(8, 12_000, 12_000, 3)  # takes no memory itself
     with pytest.raises(ValueError, match="200 pictures of 12000 x 12000 pixels take 691.2 GB .* Lower recolourings"):
