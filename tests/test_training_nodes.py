@@ -253,7 +253,7 @@ def test_no_scores_of_attention_are_kept_for_backward(nodes, pack, comfy, monkey
     assert max(largest) < heads * pixels**2
 
 
-@pytest.mark.parametrize("shape", [(16, 24), (20, 12), (17, 16)])
+@pytest.mark.parametrize("shape", [(16, 24), (20, 12), (17, 16), (2, 520)])
 def test_latents_of_any_size_and_aspect_train(nodes, comfy, shape):
     latent = {"samples": torch.randn(1, 4, *shape, generator=torch.Generator().manual_seed(0))}
     assert len(train_image(nodes, comfy_model(), latent=latent)[1]["loss"]) == 3
