@@ -61,7 +61,7 @@ def new_picture_paths(prefix: str, width: int, height: int) -> Iterator[Path]:
 def lora_names() -> list[str]:
     """The files in models/loras, with forward slashes on every system: a workflow made on one opens on another."""
     names = folder_paths.get_filename_list("loras")
-    return [name.replace("\\", "/") for name in names if name.endswith(".safetensors")]
+    return [name.replace("\\", "/") for name in names if name.lower().endswith(".safetensors")]
 
 
 def lora_path(name: str) -> Path:

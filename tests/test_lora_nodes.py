@@ -46,6 +46,12 @@ def test_what_is_saved_is_listed_and_loads_as_it_was(nodes):
     assert all(torch.equal(tensor, saved[key]) for key, tensor in lora_file.to_state_dict(loaded).items())
 
 
+def test_a_suffix_in_capitals_is_listed_and_loads(nodes, loras):
+    (loras / save(nodes, "capitals")).rename(loras / "CAPITALS.SAFETENSORS")
+    assert "CAPITALS.SAFETENSORS" in nodes.Load.INPUT_TYPES()["required"]["lora_name"][1]["options"]
+    assert nodes.Load.execute("CAPITALS.SAFETENSORS").result[0].parts
+
+
 def test_saving_again_never_overwrites(nodes):
     assert [save(nodes, "again") for _ in range(3)] == [f"again_{i:05}.safetensors" for i in (1, 2, 3)]
 
