@@ -73,15 +73,30 @@ def sample_frames(
     """
     if len(latent["samples"]) > AT_ONCE:
         _check_control(guider)
-    anchor, others = latent["samples"].split([1, len(latent["samples"]) - 1])
-    chunks = [torch.cat([anchor, chunk]) for chunk in others.split(AT_ONCE - 1) if len(chunk)] or [anchor]
+    count = len(latent["samples"])
+    chunks = [[0, *range(start, min(start + AT_ONCE - 1, count))] for start in range(1, max(2, count), AT_ONCE - 1)]
+    prompts = {each: each.original_conds for each in (guider, inverting)}
     frames = []
-    for number, chunk in enumerate(chunks):
+    for number, rows in enumerate(chunks):
         runs = 2 * len(chunks)
-        noisy = invert(inverting, {"samples": chunk}, sigmas, run=(2 * number, runs))
+        for each, conds in prompts.items():
+            each.original_conds = _conds_of(conds, rows)
+        noisy = invert(inverting, {"samples": latent["samples"][rows]}, sigmas, run=(2 * number, runs))
         sampled = sample(guider, noisy, seed, sampler_name, sigmas, noise=0, run=(2 * number + 1, runs))
         frames.append(sampled["samples"][min(number, 1) :])
     return {**latent, "samples": torch.cat(frames)}
+
+
+def _conds_of(conds: dict[str, list[dict]], rows: list[int]) -> dict[str, list[dict]]:
+    """The conditionings of these latents: of texts and masks for each frame theirs; fewer begin anew, as in ComfyUI."""
+
+    def chosen(value: Any) -> Any:
+        is_batch = torch.is_tensor(value) and value.ndim > 1 and len(value) > 1
+        return value[[row % len(value) for row in rows]] if is_batch else value
+
+    return {
+        name: [{key: chosen(value) for key, value in cond.items()} for cond in prompt] for name, prompt in conds.items()
+    }
 
 
 def _check_control(guider: comfy.samplers.CFGGuider) -> None:

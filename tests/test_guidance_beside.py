@@ -613,6 +613,32 @@ def test_frames_are_the_same_in_chunks_of_any_size_and_no_pass_sees_more_than_a_
     assert relative_error(pictures[3], pictures[8]) < ROUNDING
 
 
+def texts_for_frames(count):
+    """A conditioning with a text for each of so many frames."""
+    parts = [
+        conditioning(name)[0] for name in ("main", "content_positive", "uncond", "style_positive", "style_negative")
+    ]
+    texts, pooled = zip(*((text, extras["pooled_output"]) for text, extras in parts[:count]), strict=True)
+    return [[torch.cat(texts), {**parts[0][1], "pooled_output": torch.cat(pooled)}]]
+
+
+def masks_for_frames(count):
+    from nodes import ConditioningSetMask
+
+    masks = torch.rand(count, 16, 16, generator=torch.Generator().manual_seed(8))
+    return ConditioningSetMask().append(conditioning("main"), masks, "default", 1.0)[0]
+
+
+@pytest.mark.parametrize("positive, count", [(texts_for_frames, 5), (masks_for_frames, 5), (texts_for_frames, 2)])
+def test_each_frame_has_its_own_text_and_mask_in_chunks_of_any_size(positive, count, guide, pack, loras, monkeypatch):
+    model, pictures = comfy_model(), {}
+    for at_once in (3, 8):
+        monkeypatch.setattr(pack.host.frames, "AT_ONCE", at_once)
+        prompts = dict(positive=positive(count), negative=texts_for_frames(count))
+        pictures[at_once] = by_node(guide, model, loras, film_of(5), frames="consistent", **prompts)
+    assert relative_error(pictures[3], pictures[8]) < ROUNDING
+
+
 def test_the_first_frame_is_locked_and_the_others_read_it_too(guide, loras):
     model = comfy_model()
     frames = by_node(guide, model, loras, film_of(3), frames="consistent")
