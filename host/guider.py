@@ -21,7 +21,7 @@ from ..consislora_core.guidance import (
 )
 from ..consislora_core.lora_file import ImageLora
 from .guided_unet import ROWS, with_guided_pass, with_mix
-from .model_inputs import Conditioning, check_loras, check_roles, check_text
+from .model_inputs import Conditioning, check_areas, check_cache, check_loras, check_roles, check_text
 
 OWN_STYLE = {CONTENT: 1.0, CONTENTS_STYLE: 1.0}  # the content image in its own style
 
@@ -84,9 +84,10 @@ class DualGuider(comfy.samplers.CFGGuider):
         own = {row.prompt: self.settings.prompts.get(row.prompt, negative) for row in self.rows}
         self.inner_set_conds({"positive": positive, "negative": negative, **own})
 
-    def sample(self, *args, **kwargs):
+    def sample(self, noise, latent_image, *args, **kwargs):
+        check_areas(self.original_conds, latent_image)
         try:
-            return super().sample(*args, **kwargs)
+            return super().sample(noise, latent_image, *args, **kwargs)
         finally:
             self.guidance, self.computed_at = None, None
 
@@ -144,7 +145,8 @@ def build_dual_guider(
     """A `DualGuider` for the LoRAs of a content image and a style image, of which one may be missing.
 
     Raises ValueError if both are missing, if one lacks the part that is wanted of it or does not fit the model, for
-    text of another base model, and for a model without SDXL's content and style blocks.
+    text of another base model, for a model without SDXL's content and style blocks, and for a cache that guidance does
+    not go with.
     """
     check_roles(model)
     for name, conditioning in {"positive": positive, "negative": negative, **settings.prompts}.items():
@@ -152,7 +154,9 @@ def build_dual_guider(
     if content is None and style is None:
         raise ValueError("Neither content nor style is connected. Connect Load ConsisLoRA, or a training node, to one.")
     check_loras(model, content, style)
-    mixes = [settings.mix, *(row.mix for row in guidance_rows(settings.scales))]
+    rows = guidance_rows(settings.scales)
+    check_cache(model, settings.start_percent if rows else 0)
+    mixes = [settings.mix, *(row.mix for row in rows)]
     acting = {source: part for source, part in parts_of(content, style).items() if any(source in mix for mix in mixes)}
     guided = with_guided_pass(model, acting, settings.mix, share_encoder)
     guider = DualGuider(guided, settings)

@@ -1,5 +1,6 @@
 """Checks latents, text and pictures against the model they are for, before anything is loaded or computed."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -110,6 +111,36 @@ def check_text(model: ModelPatcher, conditioning: Conditioning, name: str) -> No
                 "model: it was encoded with the CLIP of another base model. Connect the CLIP of this checkpoint."
             )
         check_finite(pooled, name, TEXT_OVERFLOW)
+
+
+def check_areas(prompts: Mapping[str, list[dict]], latent: Tensor) -> None:
+    """Raises ValueError for a prompt whose area (height, width, top, left) begins outside of a latent (b c h w).
+
+    prompts: by name, as guiders keep conditioning.
+    """
+    height, width = latent.shape[-2:]
+    for name, conds in prompts.items():
+        for first, *_, top, left in (cond["area"] for cond in conds if "area" in cond):
+            if first == "percentage":  # the others are shares of the latent
+                top, left = round(top * height), round(left * width)
+            if top >= height or left >= width:
+                raise ValueError(
+                    f"{name} has an area that begins at {8 * left} x {8 * top} pixels, outside of latent_image, which "
+                    f"is {8 * width} x {8 * height}. Move the area, or make latent_image larger."
+                )
+
+
+def check_cache(model: ModelPatcher, start_percent: float) -> None:
+    """Raises ValueError for a model with ComfyUI's EasyCache and guidance that begins later than sampling.
+
+    EasyCache fails at a row of which it has no earlier pass when it skips a step.
+    """
+    cache = model.model_options.get("transformer_options", {}).get("easycache")
+    if start_percent > 0 and getattr(cache, "name", "") == "EasyCache":
+        raise ValueError(
+            f"start_percent is {start_percent:g}, and the model has EasyCache, which cannot skip steps before guidance "
+            "has begun. Set start_percent to 0, or use LazyCache instead."
+        )
 
 
 def _is_text(entry: Any) -> bool:

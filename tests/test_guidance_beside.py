@@ -198,6 +198,19 @@ def test_the_pass_of_perturbed_attention_is_one_row_and_sharing_stays_on_beside_
     assert rows == [2, 1, 2, 1]
 
 
+def test_easycache_is_refused_beside_guidance_that_begins_later(guide, loras):
+    """It fails at a row of which it has no earlier pass."""
+    from comfy_extras.nodes_easycache import EasyCacheNode, LazyCacheNode
+
+    settings = dict(reuse_threshold=0.2, start_percent=0.1, end_percent=0.95, verbose=False)
+    easy, lazy = (node.execute(comfy_model(), **settings)[0] for node in (EasyCacheNode, LazyCacheNode))
+    with pytest.raises(ValueError, match="start_percent is 0.5, and the model has EasyCache.*LazyCache instead"):
+        guider(guide, easy, loras, start_percent=0.5)
+    guider(guide, lazy, loras, start_percent=0.5)
+    guider(guide, easy, loras, start_percent=0.5, **OFF)
+    guider(guide, easy, loras)
+
+
 def test_a_merged_model_is_guided_as_the_model_it_comes_to(guide, pack, loras):
     from comfy_extras.nodes_model_merging import ModelMergeSimple
 
@@ -442,6 +455,17 @@ def test_a_prompt_in_places_without_guidance_is_that_of_the_applied_loras_to_the
     assert torch.equal(ours, theirs)
 
 
+def test_an_area_outside_of_the_picture_is_refused_in_words(guide, loras):
+    from nodes import ConditioningSetArea, ConditioningSetAreaPercentage
+
+    beside = ConditioningSetArea().append(conditioning("main"), 64, 64, 256, 8, 1.0)[0]
+    below = ConditioningSetAreaPercentage().append(conditioning("main"), 0.5, 0.5, 0.0, 1.0, 1.0)[0]
+    for place, at in ((beside, "256 x 8"), (below, "0 x 128")):
+        for name in ("positive", "style_positive"):
+            with pytest.raises(ValueError, match=f"^{name} has an area that begins at {at} pixels, .* is 128 x 128"):
+                sampled(guider(guide, comfy_model(), loras, **{name: place}), sigmas=ONE_STEP)
+
+
 @pytest.mark.parametrize("positive", POSITIVES.values(), ids=POSITIVES)
 def test_a_latent_batch_with_prompts_in_places_gives_the_pictures_of_its_latents_alone(positive, guide, loras):
     model, positive = comfy_model(), positive()
@@ -629,7 +653,7 @@ def masks_for_frames(count):
     return ConditioningSetMask().append(conditioning("main"), masks, "default", 1.0)[0]
 
 
-@pytest.mark.parametrize("positive, count", [(texts_for_frames, 5), (masks_for_frames, 5), (texts_for_frames, 2)])
+@pytest.mark.parametrize("positive, count", [(texts_for_frames, 5), (masks_for_frames, 5), (texts_for_frames, 3)])
 def test_each_frame_has_its_own_text_and_mask_in_chunks_of_any_size(positive, count, guide, pack, loras, monkeypatch):
     model, pictures = comfy_model(), {}
     for at_once in (3, 8):
