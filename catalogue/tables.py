@@ -16,6 +16,8 @@ from . import escape_text, patiently, written_whole
 
 MAX_ROWS, MAX_SHEET_BYTES = 200_000, 200_000_000
 FORMULA = re.compile(r"'*[=+\-@]")  # at the beginning of a cell, for a spreadsheet
+UTF_16 = codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE  # a spreadsheet's "Unicode text"
+SEPARATOR = re.compile(r"sep=([,;\t|])\r?\n", re.I)  # a first line that names it, for Excel
 CSV = {"encoding": "utf-8-sig"}  # spreadsheets recognise UTF-8 by its byte order mark
 AS_WRITTEN = {"errors": "backslashreplace", "newline": ""}  # file names from other systems may have no encoding
 
@@ -42,7 +44,7 @@ def parsed_table(name: str, data: bytes, only: Collection[str] = ()) -> Table:
     if len(data) > MAX_SHEET_BYTES:
         raise ValueError(f"{name} is larger than {MAX_SHEET_BYTES // 10**6} MB. Split it into several sheets.")
     try:
-        text = data.decode("utf-8-sig")
+        text = data.decode("utf-16" if data.startswith(UTF_16) else "utf-8-sig")
         table = _json_table(text) if name.lower().endswith(".json") else _csv_table(text, only)
     except UnicodeDecodeError:
         raise ValueError(f"{name} is not UTF-8 text. Save it as CSV UTF-8.") from None
@@ -71,26 +73,37 @@ def _csv_table(text: str, only: Collection[str]) -> Table:
 
 
 def _csv_rows(text: str) -> tuple[list[str], Iterator[tuple[int, list[str]]]]:
-    """The columns, and the rows that are not blank.
+    """The columns, from the first row that is not blank, and the other rows that are not.
 
-    Columns are separated by commas, semicolons or tabs, depending on a spreadsheet's country.
+    Columns are separated by commas, semicolons or tabs, depending on a spreadsheet's country, or as `SEPARATOR` says.
     """
-    first_line = text.partition("\n")[0]
-    delimiter = max(",;\t", key=first_line.count)
-    lines = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
-    header = [column.strip().lower().replace(" ", "_") for column in next(lines, [])]
+    if named := SEPARATOR.match(text):
+        text = text[named.end() :]
+    first_line = text.lstrip("\r\n").partition("\n")[0]
+    delimiter = named[1] if named else max(",;\t", key=first_line.count)
+    rows = enumerate(csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True), 1)
+    first = next((cells for _, cells in rows if _is_filled(cells)), [])
+    header = [column.strip().lower().replace(" ", "_") for column in first]
     duplicates = [column for column, count in Counter(header).items() if column and count > 1]
     if duplicates:
         raise ValueError(f"the column {duplicates[0]} is there twice")
-    return header, _filled_rows(lines, len(header))
+    return header, _filled_rows(rows, len(header))
 
 
-def _filled_rows(lines: Iterator[list[str]], width: int) -> Iterator[tuple[int, list[str]]]:
-    for number, cells in enumerate(lines, 2):
-        if len(cells) > width and any(value.strip() for value in cells[width:]):
-            raise ValueError(f"row {number} has more cells than the first row has columns")
-        if any(value.strip() for value in cells):
-            yield number, cells
+def _filled_rows(rows: Iterator[tuple[int, list[str]]], width: int) -> Iterator[tuple[int, list[str]]]:
+    number = 1
+    try:
+        for number, cells in rows:
+            if len(cells) > width and _is_filled(cells[width:]):
+                raise ValueError(f"row {number} has more cells than the first row has columns")
+            if _is_filled(cells):
+                yield number, cells
+    except csv.Error as error:
+        raise ValueError(f'{error}, after row {number}; look there for a " without a partner') from None
+
+
+def _is_filled(cells: list[str]) -> bool:
+    return any(value.strip() for value in cells)
 
 
 def _quoted(value: object) -> object:

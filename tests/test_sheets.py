@@ -38,11 +38,21 @@ SAME = [
         'cup.png;oil.png;;;;"a [c], ""big"""',
         "content\tstyle\tname\tseed\tcontent_strength\tprompt\ncup.png\tink.png\tcup in ink\t7\t0.5\n"
         'cup.png\toil.png\t\t\t\t"a [c], ""big"""',
+        "sep=|\r\ncontent|style|name|seed|content_strength|prompt\r\ncup.png|ink.png|cup in ink|7|0.5|\r\n"
+        'cup.png|oil.png||||"a [c], ""big"""\r\n',
+        "\r\n;;;;;\r\ncontent;style;name;seed;content_strength;prompt\r\ncup.png;ink.png;cup in ink;7;0,5;\r\n"
+        'cup.png;oil.png;;;;"a [c], ""big"""\r\n',
     ],
-    ids=["commas", "as a spreadsheet abroad saves it", "tabs"],
+    ids=["commas", "as a spreadsheet abroad saves it", "tabs", "with its separator named", "after blank rows"],
 )
 def test_csv_of_every_kind_is_read(tmp_path, text):
     assert read_jobs(sheet(tmp_path, text)) == SAME
+
+
+def test_unicode_text_of_a_spreadsheet_is_read(tmp_path):
+    text = "content\tstyle\ttitle\r\ncup.png\tink.png\t\u732b\r\n"
+    (job,) = read_jobs(sheet(tmp_path, text, "jobs.txt", "utf-16"))
+    assert job == Job("cup.png", "ink.png", "cup__ink", title="\u732b")
 
 
 @pytest.mark.parametrize("written", ["7", "7.0", "7,0", " 7.00 ", "0.7e1", "7E+00", "+7"])
@@ -124,7 +134,9 @@ def test_a_long_list_of_problems_is_cut(tmp_path):
         ("jobs.csv", "content,style\n", "holds no jobs"),
         ("jobs.csv", "content,style,style\n", "the column style is there twice"),
         ("jobs.csv", "content,style\na,b,c\n", "row 2 has more cells"),
-        ("jobs.csv", 'content,style\n"a,b\n', "cannot be read as a sheet: unexpected end of data"),
+        ("jobs.csv", 'content,style\na,b\n"a,b\n', "as a sheet: unexpected end of data, after row 2; look there for a"),
+        ("jobs.csv", '\ncontent,style\na,b\na,"b" c\na,b\n', "expected after '\"', after row 3; look there for a \""),
+        ("jobs.csv", "\n\ncontent,style\na,\n", "row 4, column style: it is empty"),
         ("jobs.csv", "content,style\n" + "a" * 200_000, "field larger than field limit"),
         ("jobs.json", "{}", "a list of objects was expected"),
         ("jobs.json", "[1]", "a list of objects was expected"),
