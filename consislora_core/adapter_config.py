@@ -69,7 +69,7 @@ def read_config(path: Path, metadata: Mapping[str, str]) -> AdapterConfig:
         if config := config_beside(path):
             fields = json.loads(config.read_text(encoding="utf-8"))
         else:
-            fields = json.loads(metadata.get(HEADER, "{}"))
+            fields = json.loads(metadata.get(HEADER) or "{}") or {}
         return _checked(fields)
     except (
         json.JSONDecodeError,
@@ -80,10 +80,14 @@ def read_config(path: Path, metadata: Mapping[str, str]) -> AdapterConfig:
         OverflowError,
         re.error,
     ) as error:
-        raise ValueError(f"Its settings as a PEFT adapter cannot be read ({error}).") from None
+        raise ValueError(
+            f"Its settings as a PEFT adapter cannot be read ({error}). Download or save it again."
+        ) from None
 
 
 def _checked(fields: dict) -> AdapterConfig:
+    if not isinstance(fields, dict):
+        raise TypeError("they are no JSON object")
     # A pipeline of diffusers writes those of the UNet with its name before each.
     fields = {name.removeprefix("unet."): value for name, value in fields.items()}
     kind = fields.get("peft_type", "LORA")

@@ -173,6 +173,12 @@ def test_alpha_in_the_header_gives_the_scale(tmp_path, prefix):
         assert {layer.alpha / layer.rank for layer in part.values()} == {4.0}
 
 
+@pytest.mark.parametrize("header", ["", "null", "{}"])
+def test_a_header_that_states_nothing_is_none(tmp_path, header):
+    save_file(load_file(AUTHORS), tmp_path / "x.safetensors", {HEADER: header})
+    assert lora_file.read(tmp_path / "x.safetensors").parts.keys() == {"content", "style"}
+
+
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
@@ -185,7 +191,7 @@ def test_alpha_in_the_header_gives_the_scale(tmp_path, prefix):
         ({"lora_alpha": float("nan")}, "cannot be read .a rank or alpha is not a finite number"),
         ({"lora_alpha": 10**400}, "settings as a PEFT adapter cannot be read"),
         ({"alpha_pattern": {"(": 1}}, "settings as a PEFT adapter cannot be read"),
-        ([], "settings as a PEFT adapter cannot be read"),
+        ([], "cannot be read .they are no JSON object.. Download or save it again"),
     ],
     ids=str,
 )
