@@ -49,11 +49,18 @@ def training_store() -> Store:
 def new_picture_paths(prefix: str, width: int, height: int) -> Iterator[Path]:
     """Where Save Image would write the next picture, and the one after it, and so on.
 
-    Raises ValueError for an empty prefix, with which Save Image writes hidden files.
+    Raises ValueError for an empty prefix, with which Save Image writes hidden files, and for one that leads out of the
+    output folder.
     """
-    prefix = re.sub("[\ud800-\udfff]", "_", prefix).strip()  # halves of characters, which no file system takes
+    prefix = re.sub("[\0\ud800-\udfff]", "_", prefix).strip()  # halves of characters, which no file system takes
     if not prefix:
         raise ValueError("filename_prefix is empty. Give the beginning of a name, such as consislora.")
+    root = os.path.abspath(output_folder())
+    if not Path(os.path.abspath(os.path.join(root, prefix))).is_relative_to(root):
+        raise ValueError(
+            f"filename_prefix {prefix!r:.100} leads out of ComfyUI's output folder. Name a place inside, such as "
+            "clients/cup."
+        )
     folder, name, first, *_ = folder_paths.get_save_image_path(prefix, str(output_folder()), width, height)
     return (Path(folder, f"{name}_{number:05}_.png") for number in count(first))
 

@@ -5,7 +5,7 @@ import re
 
 from comfy_api.latest import io
 
-from ..catalogue.names import portable
+from ..catalogue.names import composed, portable
 from ..consislora_core import lora_file
 from ..consislora_core.adapter_config import config_beside
 from ..consislora_core.files import escape_text
@@ -100,7 +100,7 @@ def portable_name(filename: str) -> str:
 
     Raises ValueError for a name that is empty or leads outside.
     """
-    parts = [part.strip() for part in re.split(r"[/\\]", filename.strip().removesuffix(".safetensors"))]
+    parts = [part.strip() for part in re.split(r"[/\\]", composed(filename).strip().removesuffix(".safetensors"))]
     if not parts[0] or not parts[-1].strip(".") or ".." in parts or re.fullmatch("[A-Za-z]:.*", parts[0]):
         raise ValueError(
             f"filename is {filename!r}; it must be a name inside models/loras, such as my_product or "

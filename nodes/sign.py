@@ -112,10 +112,10 @@ def sign_png(file: BytesIO, record: dict, title: str, algorithm: str) -> bytes:
 
 def read_pem(variable: str) -> bytes:
     """The content of the file that a variable of the environment names. Raises ValueError if there is none."""
-    path = Path(os.environ.get(variable, ""))
-    if not path.is_file():
+    named = os.environ.get(variable, "")
+    if not os.path.isfile(named):
         raise ValueError(
             f"To sign, set {variable} in ComfyUI's environment to a PEM file with "
-            f"{'the certificate chain' if variable == CERTIFICATE else 'the private key'}; now it is {str(path)!r}."
+            f"{'the certificate chain' if variable == CERTIFICATE else 'the private key'}; now it is {named!r}."
         )
-    return path.read_bytes()
+    return Path(named).read_bytes()

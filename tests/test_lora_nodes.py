@@ -102,6 +102,7 @@ def test_two_servers_that_save_under_one_name_lose_nothing(tmp_path):
         ("what: a <name>?", "what_ a _name__"),
         ("half \ud83d", "half _"),
         ("ends.safetensors ", "ends"),
+        ("cafe\u0301 of a Mac", "caf\u00e9 of a Mac"),
     ],
 )
 def test_a_name_is_made_one_that_every_system_takes(nodes, name, saved):

@@ -117,8 +117,15 @@ def test_with_disable_metadata_only_the_making_by_a_model_is_signed(pack, sign, 
         assert b"1a2b" not in file.read_bytes() and not Image.open(file).text
 
 
-def test_half_a_character_in_the_prefix_becomes_an_underscore(pack, sign, monkeypatch):
-    assert saved(pack, sign, monkeypatch, filename_prefix="half \ud83d")[0].name == "half __00001_.png"
+@pytest.mark.parametrize("half", ["\ud83d", "\0"])
+def test_what_no_name_can_have_becomes_an_underscore(pack, sign, monkeypatch, half):
+    assert saved(pack, sign, monkeypatch, filename_prefix=f"half {half}")[0].name.startswith("half __0")
+
+
+@pytest.mark.parametrize("prefix", ["../x", "/x", "a/../../x"])
+def test_a_prefix_that_leads_out_of_the_output_folder_is_refused(pack, sign, monkeypatch, prefix):
+    with pytest.raises(ValueError, match="^filename_prefix '.*x' leads out of ComfyUI's output folder"):
+        saved(pack, sign, monkeypatch, filename_prefix=prefix)
 
 
 @pytest.mark.parametrize("prefix", ["", "  "])
@@ -136,7 +143,7 @@ def test_what_is_missing_is_named(pack, sign, monkeypatch):
     with pytest.raises(ValueError, match="could not be signed: .*algorithm is the key's"):
         saved(pack, sign, monkeypatch, algorithm="ps256")
     monkeypatch.delenv(sign.KEY)
-    with pytest.raises(ValueError, match="set CONSISLORA_C2PA_KEY in ComfyUI's environment .*private key"):
+    with pytest.raises(ValueError, match="set CONSISLORA_C2PA_KEY in ComfyUI's environment .*private key; now it is ''"):
         saved(pack, sign, monkeypatch)
     monkeypatch.setitem(sys.modules, "c2pa", None)
     with pytest.raises(ValueError, match="pip install c2pa-python"):
