@@ -20,6 +20,12 @@ from .masks import acting, latent_mask
 from .model_inputs import check_latent, check_picture_in, check_roles, check_text
 from .training_model import is_flow, options_that_act, training_dtype
 
+# Of a conditioning: where, when and beside what a sampler applies it. Training reads none of it.
+FOR_SAMPLERS = {
+    "control", "control_apply_to_uncond", "area", "strength", "mask", "mask_strength", "set_area_to_bounds",
+    "start_percent", "end_percent", "hooks", "gligen", "default",
+}  # fmt: skip
+
 
 @dataclass(frozen=True, eq=False)
 class TrainingRequest:
@@ -58,6 +64,7 @@ class TrainingRequest:
         check_text(model, positive, "positive")
         if (count := _count(positive)) > 1:
             raise ValueError(f"positive holds {count} texts; training takes one. Connect a single CLIP Text Encode.")
+        positive = _as_trained(positive)
         dtype = training_dtype(model, precision)
         mask = None if mask is None else latent_mask(mask, latent["samples"])
         return cls(model, latent, positive, stage, dtype, frozen or {}, base_fingerprint(model), mask)
@@ -101,6 +108,18 @@ def _count(positive: list) -> int:
     text, extras = positive[0]
     tensors = text, extras.get("pooled_output"), extras.get("concat_latent_image")
     return max(len(positive), *(len(tensor) for tensor in tensors if torch.is_tensor(tensor)))
+
+
+def _as_trained(positive: list) -> list:
+    """One conditioning without what is `FOR_SAMPLERS`, so that the training has the same key with and without it."""
+    ((text, extras),) = positive
+    left_out = FOR_SAMPLERS & extras.keys()
+    if left_out:
+        logging.info(
+            "ConsisLoRA: positive has %s, which training does not read: the text is learned as it is.",
+            ", ".join(sorted(left_out)),
+        )
+    return [[text, {name: value for name, value in extras.items() if name not in left_out}]]
 
 
 def base_fingerprint(model: ModelPatcher) -> str:

@@ -493,6 +493,20 @@ def test_a_changed_setting_trains_anew(nodes, comfy, steps, changes):
     assert steps
 
 
+def test_what_only_a_sampler_reads_of_the_text_trains_nothing_anew_and_is_logged(nodes, comfy, steps, caplog):
+    from nodes import ConditioningSetArea, ConditioningSetMask
+
+    caplog.set_level(logging.INFO)
+    plain = comfy_conditioning(TENSORS)
+    lora, *_ = train_image(nodes, comfy_model(), positive=plain)
+    in_place = ConditioningSetMask().append(plain, torch.ones(1, 128, 128).tril(), "default", 0.5)[0]
+    in_place = ConditioningSetArea().append(in_place, 64, 64, 0, 0, 0.5)[0]
+    in_place[0][1]["control"] = object()  # which has no lasting name
+    again, *_ = train_image(nodes, comfy_model(), positive=in_place)
+    assert steps == [1, 2, 3] and bits(again) == bits(lora)
+    assert "positive has area, control, mask, mask_strength" in caplog.text
+
+
 def test_another_content_part_trains_stage_two_anew(nodes, comfy, steps):
     model = comfy_model()
     one, other = (train_image(nodes, model, seed=seed)[0] for seed in (0, 1))
