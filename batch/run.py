@@ -75,11 +75,15 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         parser.add_argument(f"--{name}", choices=values, help="of the results (default: as in the workflow)")
     parser.add_argument("--dry-run", action="store_true", help="only check every job, and report all problems")
     parser.add_argument(
-        "--patience", type=float, default=3600, metavar="S", help="how long to wait for a server that does not answer"
+        "--patience",
+        type=to_seconds,
+        default=3600,
+        metavar="S",
+        help="how long to wait for a server that does not answer",
     )
     parser.add_argument(
         "--workers",
-        type=int,
+        type=to_count,
         metavar="N",
         help="instead of a server: start this many ComfyUIs, on all machines of a Ray cluster",
     )
@@ -94,8 +98,25 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
+def to_seconds(text: str) -> float:
+    """A number of seconds. Raises ArgumentTypeError for what is none."""
+    with suppress(ValueError):
+        if (seconds := float(text)) >= 0:
+            return seconds
+    raise argparse.ArgumentTypeError(f"{text!r} is no number of seconds, such as 3600")
+
+
+def to_count(text: str) -> int:
+    """A number of workers. Raises ArgumentTypeError for what is none."""
+    with suppress(ValueError):
+        if (count := int(text)) > 0:
+            return count
+    raise argparse.ArgumentTypeError(f"{text!r} is no number of workers, such as 4")
+
+
 def to_url(text: str) -> str:
     """The address of a server. Raises ArgumentTypeError, which does not name it: it may hold a password."""
+    text = text.strip()
     url = text if "://" in text else f"http://{text}"
     with suppress(ValueError):
         parts = urlsplit(url)
@@ -157,7 +178,7 @@ def read_workflow(path: Path, checkpoint: str | None, save_as: Mapping[str, str]
     Raises ValueError for another kind of file, and for a checkpoint that the workflow does not load.
     """
     try:
-        workflow = json.loads(path.read_text(encoding="utf-8"))
+        workflow = json.loads(path.read_text(encoding="utf-8-sig"))  # some editors write a byte order mark
     except (ValueError, RecursionError):
         workflow = None
     if not is_workflow(workflow):

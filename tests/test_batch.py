@@ -27,7 +27,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from filelock import FileLock
 from PIL import Image
-from prompts import two_steps
+from prompts import api, two_steps
 from test_resume import check_every_file_is_whole
 
 import batch.comfy_client
@@ -184,6 +184,20 @@ def test_a_file_of_brackets_is_no_workflow(tmp_path):
     (tmp_path / "flow.json").write_text("[" * 100_000)
     with pytest.raises(ValueError, match="flow.json is not a whole workflow in API form"):
         run.read_workflow(tmp_path / "flow.json", None)
+
+
+def test_a_workflow_that_an_editor_has_saved_with_a_byte_order_mark_is_read(tmp_path):
+    (tmp_path / "flow.json").write_text(json.dumps(api("catalogue_sdxl")), encoding="utf-8-sig")
+    assert run.read_workflow(tmp_path / "flow.json", None) == api("catalogue_sdxl")
+
+
+@pytest.mark.parametrize(
+    "option", ["--patience nan", "--patience=-1", "--patience soon", "--workers 0", "--workers=-1", "--workers 1.5"]
+)
+def test_a_number_that_an_option_cannot_have_is_refused_in_words(option, capsys):
+    with pytest.raises(SystemExit):
+        run.parse(["jobs.csv", *option.split()])
+    assert "is no number of " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("address", ["", "http://", "http://[::1", "127.0.0.1:99999", "ftp://me:5ec2e7@host"])
