@@ -104,7 +104,9 @@ def _found(root: Path, name: str) -> tuple[list[Path], list[Path]]:
     for file in files:
         (pictures if file.suffix.lower() in SUFFIXES else others).append(file)
     if not pictures:
-        raise ValueError(f"there are no pictures in {path}. Put PNG, JPEG or WebP files there.")
+        inner = min((entry.name for entry in path.iterdir() if entry.is_dir()), default=None)
+        named = f", or name the folders in it, each on a line, as {name.rstrip('/')}/{inner}" if inner else ""
+        raise ValueError(f"there are no pictures in {path}. Put PNG, JPEG or WebP files there{named}.")
     return sorted(pictures, key=lambda file: by_number(file.name)), others
 
 

@@ -562,6 +562,13 @@ def test_every_file_that_cannot_be_used_is_listed_but_dot_files(root):
     ]
 
 
+def test_of_a_folder_that_holds_nothing_but_folders_one_is_named(root):
+    (root / "range" / "shoes").mkdir(parents=True)
+    (root / "range" / "hats").mkdir()
+    advice = "files there, or name the folders in it, each on a line, as range/hats."
+    assert find_pictures(root, "range/").problems["range/"].endswith(advice)
+
+
 def test_pictures_come_in_the_order_in_which_people_count(root):
     for name in ("10.png", "2.png", "b10.png", "B9.png"):
         (root / "styles" / name).write_bytes(b"x")
