@@ -11,6 +11,7 @@ import comfy.ops
 import torch
 from comfy.ldm.modules.attention import GEGLU, BasicTransformerBlock
 from comfy.ldm.modules.diffusionmodules.openaimodel import ResBlock
+from comfy.weight_adapter import WeightAdapterBase
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -31,6 +32,7 @@ def frozen_unet(base: Any, dtype: torch.dtype, device: torch.device, lean: bool)
     unet = base.diffusion_model
     with ExitStack() as stack:
         stack.enter_context(_frozen_parameters(unet, channels_last=not lean))
+        stack.enter_context(_copied_adapters(unet))
         stack.enter_context(_manual_cast(base, dtype, device))
         _check_gradients(unet, dtype, device)
         stack.enter_context(_recasting_layers(unet))
@@ -105,6 +107,24 @@ def _set(modules: Iterable[nn.Module], name: str, value: Callable[[nn.Module], A
                 setattr(module, name, own)
             else:
                 vars(module).pop(name, None)
+
+
+@contextmanager
+def _copied_adapters(unet: nn.Module) -> Iterator[None]:
+    """Replaces LoRAs in bypass mode, which newer ComfyUI has, by copies: they hold inference tensors as well.
+
+    Such a LoRA stands beside its layer, whose `forward` is a method of the object that holds it.
+    """
+    holders = [getattr(vars(module).get("forward"), "__self__", None) for module in unet.modules()]
+    adapters = [holder.adapter for holder in holders if isinstance(getattr(holder, "adapter", None), WeightAdapterBase)]
+    weights = [adapter.weights for adapter in adapters]
+    try:
+        for adapter in adapters:
+            adapter.weights = tuple(part.clone() if torch.is_tensor(part) else part for part in adapter.weights)
+        yield
+    finally:
+        for adapter, own in zip(adapters, weights, strict=True):
+            adapter.weights = own
 
 
 @contextmanager

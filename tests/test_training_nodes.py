@@ -10,7 +10,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from reference import INDEX, comfy_conditioning, comfy_model, flat, relative_error, run
+from reference import DATA, INDEX, comfy_conditioning, comfy_model, flat, relative_error, run
+
+from consislora_core import lora_file
 
 TENSORS = run("stage1_content")
 FEW_STEPS = dict(steps=3, transition_step=2, learning_rate=1e-3, reconstruction_learning_rate=1e-3, rank=2, seed=0)
@@ -336,6 +338,24 @@ def test_code_that_other_nodes_put_into_layers_acts_in_training_and_stays(nodes,
     assert called == {
         name for name, layer in model.model.diffusion_model.output_blocks.named_modules() if "forward" in vars(layer)
     }
+
+
+@pytest.mark.parametrize("memory", ["fast", "lean"])
+def test_a_lora_in_bypass_mode_acts_in_training_as_a_weight_patch_does(nodes, comfy, tmp_path, memory):
+    pytest.importorskip("comfy.weight_adapter.bypass", reason="newer ComfyUI has it")
+    import comfy.sd
+    import comfy.utils
+
+    lora_file.write(lora_file.read(DATA / "loras" / "stage1_style.safetensors"), tmp_path / "x.safetensors")
+    with torch.inference_mode():
+        lora = comfy.utils.load_torch_file(str(tmp_path / "x.safetensors"))
+        patched = comfy.sd.load_lora_for_models(comfy_model(), None, lora, 2.0, 0.0)[0]
+        bypassed = comfy.sd.load_bypass_lora_for_models(comfy_model(), None, lora, 2.0, 0.0)[0]
+    wanted, losses, plain = (
+        train_image(nodes, model, memory=memory)[1]["loss"] for model in (patched, bypassed, comfy_model())
+    )
+    assert losses == pytest.approx(wanted, rel=1e-4)
+    assert losses != pytest.approx(plain, rel=1e-3)
 
 
 def sd15_model():
