@@ -18,7 +18,7 @@ from ..consislora_core.schedule import Stage
 from ..consislora_core.store import METHOD, Unhashable, fingerprint
 from .masks import acting, latent_mask
 from .model_inputs import check_latent, check_picture_in, check_roles, check_text
-from .training_model import is_flow, options_that_act, training_dtype
+from .training_model import is_flow, options_that_act, training_dtype, wrappers_that_act
 
 # Of a conditioning: where, when and beside what a sampler applies it. Training reads none of it.
 FOR_SAMPLERS = {
@@ -165,7 +165,7 @@ def _changes(model: ModelPatcher) -> list:
         dict(sampling.named_buffers()),
         {key: _plain(patches) for key, patches in model.patches.items() if key.startswith("diffusion_model.")},
         {key: value for key, value in model.object_patches.items() if key != "model_sampling"},
-        [model.wrappers, model.callbacks, model.injections, options_that_act(model)],
+        [wrappers_that_act(model), model.callbacks, model.injections, options_that_act(model)],
     ]
 
 

@@ -24,6 +24,8 @@ MEMORY = ("auto", "fast", "lean")
 # (benchmarks/memory.py counts 236 for fast) and rounded up to leave room for temporary tensors. They grow linearly with
 # both, since `_pinned_attention` does not store its scores.
 ACTIVATIONS = {"fast": 340, "lean": 100}
+# By these names ComfyUI's own nodes make sampling faster: an attention kernel, torch.compile, and caches of steps.
+FOR_SAMPLING = {"optimized_attention_override", "torch.compile", "easycache", "lazycache"}
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -67,7 +69,7 @@ def open_for_training(
         lean = _load_model(model, needed, memory)
         base = model.model
         own = {
-            "wrappers": model.wrappers,
+            "wrappers": wrappers_that_act(model),
             "cond_or_uncond": [0],
             "optimized_attention_override": _pinned_attention(model.load_device),
         }
@@ -97,9 +99,18 @@ def _pinned_attention(device: torch.device) -> Callable:
 
 
 def options_that_act(model: ModelPatcher) -> dict[str, Any]:
-    """The transformer options of other nodes that act on training: all but the choice of an attention kernel."""
+    """The transformer options of other nodes that act on training: all but those that make sampling faster."""
     options = model.model_options.get("transformer_options", {})
-    return {name: value for name, value in options.items() if name != "optimized_attention_override"}
+    return {name: value for name, value in options.items() if name not in FOR_SAMPLING}
+
+
+def wrappers_that_act(model: ModelPatcher) -> dict[str, dict]:
+    """The wrappers of other nodes that act on training: all but those that make sampling faster."""
+    acting = {
+        kind: {key: found for key, found in wrappers.items() if key not in FOR_SAMPLING}
+        for kind, wrappers in model.wrappers.items()
+    }
+    return {kind: wrappers for kind, wrappers in acting.items() if wrappers}
 
 
 def is_flow(model: ModelPatcher) -> bool:
@@ -167,7 +178,7 @@ def _obstacle(model: ModelPatcher) -> str | None:
         return "measured on NVIDIA only (on AMD, ComfyUI's option --fast turns them on)"
     if any(has_quantised_weights(module) for module in modules):
         return "this model's weights are quantised"
-    code = model.wrappers, model.weight_wrapper_patches, options_that_act(model)
+    code = wrappers_that_act(model), model.weight_wrapper_patches, options_that_act(model)
     if any("forward" in vars(module) for module in modules) or any(code):
         return "other nodes act on this model"
     return None

@@ -35,6 +35,8 @@ NO_MEMORY = re.compile(
     re.I,
 )
 
+IN_PLACE = "modified by an inplace operation"  # in autograd's error
+
 CHECKPOINT_EVERY = 50  # steps, and less often where saving would take more than this share of the time
 CHECKPOINT_SHARE = 1 / 100
 
@@ -126,6 +128,11 @@ def _train(
     try:
         return _train_together(requests, hidden, progress, memory, resume, save)
     except (RuntimeError, MemoryError) as error:
+        if IN_PLACE in str(error):
+            raise ValueError(
+                "A node before this one changes the model's values in place, as FreeU_V2 does, through which nothing "
+                "can be learned. Connect the model from before that node; the LoRA then works behind it too."
+            ) from error
         if not is_out_of_memory(error):
             raise
     # Out here no traceback holds the tensors of the training any more.

@@ -7,6 +7,7 @@ import shutil
 import time
 import weakref
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -525,6 +526,37 @@ def test_what_only_a_sampler_reads_of_the_text_trains_nothing_anew_and_is_logged
     again, *_ = train_image(nodes, comfy_model(), positive=in_place)
     assert steps == [1, 2, 3] and bits(again) == bits(lora)
     assert "positive has area, control, mask, mask_strength" in caplog.text
+
+
+def compiled(model):
+    from comfy_api.torch_helpers import set_torch_compile_wrapper
+
+    clone = model.clone()
+    set_torch_compile_wrapper(clone, backend="eager")
+    return clone
+
+
+def cached(model, node="EasyCacheNode"):
+    from comfy_extras import nodes_easycache
+
+    settings = dict(reuse_threshold=0.2, start_percent=0.1, end_percent=0.95, verbose=False)
+    return getattr(nodes_easycache, node).execute(model, **settings)[0]
+
+
+@pytest.mark.parametrize("faster", [compiled, cached, partial(cached, node="LazyCacheNode")])
+def test_what_makes_sampling_faster_has_no_part_in_training(nodes, comfy, steps, store, faster):
+    lora, *_ = train_image(nodes, faster(comfy_model()))
+    assert steps == [1, 2, 3]
+    assert bits(train_image(nodes, comfy_model())[0]) == bits(lora) and steps == [1, 2, 3]  # from the store
+
+
+@pytest.mark.parametrize("memory", ["fast", "lean"])
+def test_a_model_whose_values_are_changed_in_place_is_refused_in_words(nodes, comfy, memory):
+    from comfy_extras.nodes_freelunch import FreeU_V2
+
+    model = FreeU_V2().patch(comfy_model(), 1.3, 1.4, 0.9, 0.2)[0]
+    with pytest.raises(ValueError, match="in place, as FreeU_V2 does.* Connect the model from before that node"):
+        train_image(nodes, model, memory=memory)
 
 
 def test_another_content_part_trains_stage_two_anew(nodes, comfy, steps):
