@@ -25,6 +25,8 @@ UNSUPPORTED = {
     "trainable_token_indices": "trained tokens",
     "fan_in_fan_out": "transposed weights",
 }
+# What is raised for a config that is no JSON, or of wrong types.
+DAMAGED = json.JSONDecodeError, UnicodeDecodeError, RecursionError, TypeError, AttributeError, OverflowError, re.error
 
 
 @dataclass(frozen=True)
@@ -71,15 +73,7 @@ def read_config(path: Path, metadata: Mapping[str, str]) -> AdapterConfig:
         else:
             fields = json.loads(metadata.get(HEADER) or "{}") or {}
         return _checked(fields)
-    except (
-        json.JSONDecodeError,
-        UnicodeDecodeError,
-        RecursionError,
-        TypeError,
-        AttributeError,
-        OverflowError,
-        re.error,
-    ) as error:
+    except DAMAGED as error:
         raise ValueError(
             f"Its settings as a PEFT adapter cannot be read ({error}). Download or save it again."
         ) from None

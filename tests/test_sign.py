@@ -143,7 +143,7 @@ def test_what_is_missing_is_named(pack, sign, monkeypatch):
     with pytest.raises(ValueError, match="could not be signed: .*algorithm is the key's"):
         saved(pack, sign, monkeypatch, algorithm="ps256")
     monkeypatch.delenv(sign.KEY)
-    with pytest.raises(ValueError, match="set CONSISLORA_C2PA_KEY in ComfyUI's environment .*private key; now it is ''"):
+    with pytest.raises(ValueError, match="set CONSISLORA_C2PA_KEY in .* the private key; now it is ''"):
         saved(pack, sign, monkeypatch)
     monkeypatch.setitem(sys.modules, "c2pa", None)
     with pytest.raises(ValueError, match="pip install c2pa-python"):
