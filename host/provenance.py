@@ -65,7 +65,7 @@ def recall(posted: dict) -> dict:
     extra = posted.setdefault("extra_data", {})
     extra["extra_pnginfo"] = extra.get("extra_pnginfo") or {}  # queued through the API there is none
     keys = _node_keys(prompt, ours)
-    known = {name: records[keys[name]] for name in ours if keys[name] in records}
+    known = {name: record for name in ours if (record := records.get(keys[name]))}  # `note` may drop one meanwhile
     if known and isinstance(extra["extra_pnginfo"], dict):
         extra["extra_pnginfo"][CHUNK] = known
     return posted
