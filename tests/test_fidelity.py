@@ -13,6 +13,7 @@ from safetensors import safe_open
 
 from benchmarks.fidelity.controls import palette_distance, stroke_distance, style_weight
 from benchmarks.fidelity.faster import ByLoss
+from benchmarks.fidelity.held_out import FP8, Fp8Products
 from benchmarks.fidelity.judges import DEMO, KINDS, load_judge
 from benchmarks.fidelity.pairs import ALIGNED_SETS, CONTENT_SET, PAIRS, SAME_STYLE, STYLE_SETS
 from benchmarks.fidelity.report import CONTENDERS, EARLY, LATE, Bench
@@ -222,3 +223,12 @@ def test_noise_levels_with_larger_losses_come_more_often_and_weigh_as_much_less(
     assert counts[shares.argmax()] > 2 * counts[shares.argmin()]
     assert shares.argmax() > shares.argmin()  # in high noise
     assert weights.sum(1)[-5:].sum() == pytest.approx(80, rel=0.3)
+
+
+def test_products_with_the_named_layers_are_those_of_fp8_and_no_others_are():
+    named, other = torch.nn.Linear(16, 16), torch.nn.Linear(16, 16)
+    x = torch.randn(4, 16, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad(), Fp8Products([named]):
+        rounded, exact = named(x), other(x)
+    assert torch.equal(exact, other(x))
+    assert 0 < (rounded - named(x)).norm() / named(x).norm() < torch.finfo(FP8).eps
