@@ -187,11 +187,17 @@ CONTENDERS = {
     ),
     "c locked": Contender("c, structure lock in the style's palette", PAPER, lock="palette"),
 }
-# With the structure lock, does guidance add anything?
+# With the structure lock, what do guidance and denoise add?
 CONTENDERS |= {
-    f"{name} {i}": CONTENDERS[name]._replace(label=f"{name}, {label}", settings=settings)
+    f"{name} {i}": CONTENDERS[name]._replace(label=f"{name}, {label}", settings=settings, denoise=denoise)
     for name in ("fast locked", "both locked")
-    for i, (label, settings) in enumerate([("without guidance", {}), ("content guidance 0.5 alone", guided(0.5, 0.0))])
+    for i, (label, settings, denoise) in enumerate(
+        [
+            ("without guidance", {}, 1.0),
+            ("content guidance 0.5 alone", guided(0.5, 0.0), 1.0),
+            ("without guidance, denoise 0.7", {}, 0.7),
+        ]
+    )
 }
 DIFFERENCES = ("c-b", "b-a", "c-a", "c-d", "c-e", "c-f", "g-c", "h-c", "i-c", "j-c", "j-b", "quality-c", "quality-i",
                "quality-j", "quality-b", "quality-a", "fast-c", "quality-fast", "draft-c", "both-c", "both-fast",
@@ -199,7 +205,8 @@ DIFFERENCES = ("c-b", "b-a", "c-a", "c-d", "c-e", "c-f", "g-c", "h-c", "i-c", "j
                "fast locked-c locked", "draft locked-c", "both locked-c", "both locked-c locked", "fast locked 0-c",
                "fast locked 0-fast locked", "fast locked 0-c locked", "fast locked 1-c", "fast locked 1-fast locked",
                "both locked 0-c", "both locked 0-both locked", "both locked 0-c locked", "both locked 1-c",
-               "both locked 1-both locked")  # fmt: skip
+               "both locked 1-both locked", "fast locked 2-c", "fast locked 2-fast locked 0", "fast locked 2-c locked",
+               "both locked 2-c", "both locked 2-both locked 0", "both locked 2-c locked")  # fmt: skip
 TRADED = ("content", "style")
 
 # For the base model prompted by name: subjects and drawings that it has learned.
