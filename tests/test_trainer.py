@@ -9,7 +9,7 @@ from reference import diffusers_unet, flat, relative_error
 
 from consislora_core.adapters import fresh_part, inserted
 from consislora_core.losses import Draw, draw, noise_loss, reconstruction_loss
-from consislora_core.schedule import ADAMW, MUON, OPTIMIZERS, image_stage, style_stage
+from consislora_core.schedule import ADAMW, MUON, PRESETS, SHORTER, image_stage, style_stage
 from consislora_core.trainer import Trainer
 
 SHORT = dict(steps=6, transition_step=3, learning_rate=1e-2, reconstruction_learning_rate=1e-2, rank=2)
@@ -78,9 +78,10 @@ def test_the_same_seed_trains_the_same_lora_and_another_seed_another(host):
     assert not torch.equal(first, other)
 
 
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_six_steps_equal_three_steps_saved_loaded_and_three_more(host, optimizer):
-    stage = image_stage(**SHORT, optimizer=optimizer)
+@pytest.mark.parametrize("preset", PRESETS)
+def test_six_steps_equal_three_steps_saved_loaded_and_three_more(host, preset):
+    times = SHORTER.get(preset, 1)
+    stage = image_stage(**{**SHORT, "steps": 6 * times, "transition_step": 2 * times}, preset=preset)
     losses, whole = train(host, stage)
     with Trainer(*host, stage) as trainer:
         events = iter(trainer)
