@@ -12,12 +12,13 @@ async def comfy_entrypoint():
 
     from comfy_api.latest import ComfyExtension
 
-    from .host import provenance
+    from .host import demo_pictures, provenance
     from .nodes import NODES
     from .review import routes
 
     provenance.listen()
     routes.add_routes()
+    demo_pictures.add_route()
     logging.info("ConsisLoRA: %d nodes", len(NODES))
 
     class ConsisLoRA(ComfyExtension):

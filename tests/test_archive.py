@@ -51,8 +51,7 @@ def test_it_is_small():
 
 def test_it_trains_and_draws_in_an_empty_comfyui(tmp_path):
     with Installed(tmp_path, Path(os.environ["COMFYUI_PATH"])) as server:
-        for name in ("crown-flat.png", "balloon-halftone.png"):
-            server.upload(server.base / "custom_nodes" / "ComfyUI-ConsisLoRA" / "demo" / "images" / name)
+        server.post("/consislora/demo_pictures", ["crown-flat.png", "balloon-halftone.png"])  # as its page does
         prompt = api("train_and_stylise_demo")
         for node in prompt.values():
             node["inputs"] |= {name: value for name, value in FEW.items() if name in node["inputs"]}

@@ -7,7 +7,7 @@ import shutil
 import time
 
 import pytest
-from browser import cancel, drop, in_language, look_at, queue, queued, setting, turn
+from browser import UP, cancel, drop, in_language, look_at, queue, queued, setting, turn
 from images import write_film
 from playwright.sync_api import TimeoutError as PageTimeout
 from prompts import FEW, graph
@@ -117,6 +117,22 @@ def test_a_webp_of_the_catalogue_opens_its_workflow_on_the_canvas(each_frontend,
         base64.b64encode(file.read_bytes()).decode(),
     )
     each_frontend.wait_for_function("count => app.graph.nodes.length === count", arg=len(made["nodes"]))
+
+
+def test_a_workflow_of_the_demo_opens_with_its_pictures(each_frontend, server):
+    """Those that are missing alone: what the user has under such a name stays."""
+    style, content = (server.base / "input" / f"{name}.png" for name in ("balloon-halftone", "crown-flat"))
+    style.unlink(missing_ok=True)
+    content.write_bytes((IMAGES / "owl-flat.png").read_bytes())
+    each_frontend.reload()
+    each_frontend.wait_for_function(UP)
+    drop(each_frontend, MAIN, graph(MAIN))
+    each_frontend.get_by_text(f"input folder: {style.name}").first.wait_for()
+    assert style.read_bytes() == (IMAGES / style.name).read_bytes()
+    assert content.read_bytes() == (IMAGES / "owl-flat.png").read_bytes()
+    each_frontend.wait_for_function(ALL_SHOW_PICTURES, arg=["LoadImage"])
+    assert each_frontend.get_by_text(re.compile(r"issues? found|Missing")).count() == 0
+    shutil.copy(IMAGES / content.name, content)
 
 
 def test_each_frontend_does_the_main_job(each_frontend, trained):

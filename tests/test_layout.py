@@ -13,7 +13,7 @@ COMFYUI = {"comfy", "comfy_api", "comfy_execution", "folder_paths", "latent_prev
 METHOD = {"torch", "einops", "safetensors"}
 PLAN = {
     "consislora_core": METHOD | {"filelock", "peft"},
-    "host": METHOD | COMFYUI | {"consislora_core", "PIL", "numpy"},
+    "host": METHOD | COMFYUI | {"consislora_core", "PIL", "numpy", "aiohttp"},
     "catalogue": {"consislora_core", "PIL"},
     "nodes": METHOD | COMFYUI | {"host", "catalogue", "consislora_core", "demo_model", "PIL", "c2pa"},
     "review": {"host", "catalogue", "consislora_core", "aiohttp"},
