@@ -18,6 +18,7 @@ QUIET += ["--disable-features=LocalNetworkAccessChecks"]
 ELSEWHERE = ("Failed to load resource", "Content Security Policy", "JobsApiError", "Error fetching file size")
 
 UP = "window.app?.graph && window.app.vueAppReady"
+TOGGLE_APP = "app.extensionManager.command.execute('Comfy.ToggleLinear')"
 SETTING = "([id, value]) => app.ui.settings.setSettingValueAsync(id, value)"
 
 
@@ -105,6 +106,15 @@ def drop(page: Page, name: str, graph: dict) -> None:
             && app.extensionManager.workflow.activeWorkflow?.filename.startsWith(name)""",
         arg=[name, len(graph["nodes"])],
     )
+
+
+def open_app(page: Page) -> None:
+    """Shows the open workflow in the app mode of newer frontends, in place of the graph."""
+    page.evaluate(TOGGLE_APP)
+    page.get_by_test_id("linear-widgets").wait_for()
+    page.wait_for_timeout(2000)
+    for tour in page.get_by_role("button", name="Skip", exact=True).all():  # which the newest offer to a new profile
+        tour.click()
 
 
 def turn(page: Page, changes: dict) -> None:

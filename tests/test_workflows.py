@@ -64,6 +64,19 @@ def test_links_join_slots_of_one_type_that_name_the_link(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_the_app_shows_what_one_turns_under_names_that_differ(name, object_info):
+    nodes = {node["id"]: node for node in graph(name)["nodes"]}
+    app = graph(name)["extra"]["linearData"]
+    labels = {
+        (number, slot["name"]): slot["label"] for number in nodes for slot in nodes[number]["inputs"] if "label" in slot
+    }
+    shown = [labels.get((number, widget), widget) for number, widget in app["inputs"]]
+    assert len(set(shown)) == len(shown) >= 1
+    assert all(widget in api(name)[str(number)]["inputs"] for number, widget in app["inputs"])
+    assert app["outputs"] and all(object_info[nodes[number]["type"]]["output_node"] for number in app["outputs"])
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_every_node_lies_in_one_group_and_on_no_other_node(name):
     boxes = [[*node["pos"], *node["size"]] for node in graph(name)["nodes"]]
     groups = [group["bounding"] for group in graph(name)["groups"]]

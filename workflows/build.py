@@ -53,6 +53,27 @@ CONTENTS |= {"ConsisLoRALoad": 90}  # what was found in the file
 CONTENTS |= {"LoadVideo": 230, "SaveVideo": 320, "SaveAnimatedWEBP": 320}
 CONTENTS |= {"ConsisLoRAEvaluate": 240, "PreviewAny": 120, "PreviewImage": 300}
 
+# What newer frontends' app mode, which hides the graph, shows of a workflow: the widgets of these nodes, by their keys,
+# and the pictures of nodes of these types. A file, a text or a name is called as its node is.
+STRENGTHS = ["content_guidance", "style_guidance", "content_strength", "style_strength"]
+GRID = ["sweep", "content_from", "content_to", "content_steps", "style_from", "style_to", "style_steps", "seed"]
+APP = {
+    "base": ["ckpt_name"],
+    "film": ["file"],
+    **{f"{image}_image": ["image"] for image in ("content", "style", "one", "another")},
+    "pairs": ["contents", "styles", "catalogue", "index"],
+    **{f"{image}_lora": ["lora_name"] for image in ("content", "style")},
+    "positive": ["text"],
+    "sampled": [*STRENGTHS, "denoise", "variation", "seed"],
+    "grid": GRID,
+    "coloured": ["keep_colours"],
+    "gate": ["min_content", "min_style", "max_leakage", "min_edges", "min_silhouette"],
+}
+CALLED_AS_THEIR_NODE = {"ckpt_name", "file", "image", "lora_name", "text"}
+# To change anything: one of these inputs.
+NEEDS = {"denoise": {"structure_lock", "frames"}, "variation": {"structure_lock"}}
+RESULTS = {"SaveImage", "SaveVideo", "SaveAnimatedWEBP", "PreviewImage", "ConsisLoRACatalogSave"}
+
 
 class From(NamedTuple):
     """The output of another node, as the value of an input; value: what its widget holds, if not the default."""
@@ -629,10 +650,18 @@ def graph_form(workflow: Workflow, object_info: dict) -> dict:
     """What the frontend saves and opens (schema version 0.4)."""
     places, groups = laid_out(workflow, object_info)
     links = all_links(workflow, object_info)
+    numbers = numbered(workflow)
+    shown = {key: in_app(key, node, object_info) for key, node in all_nodes(workflow).items()}
     nodes = [
-        graph_node(number, node, places[key], links, object_info)
-        for (key, node), number in zip(all_nodes(workflow).items(), numbered(workflow).values(), strict=True)
+        graph_node(numbers[key], node, places[key], links, shown[key], object_info)
+        for key, node in all_nodes(workflow).items()
     ]
+    types = {key: node.type for key, node in all_nodes(workflow).items()}
+    results = RESULTS if RESULTS & set(types.values()) else {"LossGraphNode"}
+    app = {
+        "inputs": [[numbers[key], widget] for key in APP for widget in shown.get(key, [])],
+        "outputs": [numbers[key] for key, type in types.items() if type in results],
+    }
     return {
         "revision": 0,
         "last_node_id": len(nodes),
@@ -641,13 +670,28 @@ def graph_form(workflow: Workflow, object_info: dict) -> dict:
         "links": links,
         "groups": groups,
         "config": {},
-        "extra": {},
+        "extra": {"linearData": app},
         "version": 0.4,
     }
 
 
-def graph_node(number: int, node: Node, place: list, links: list, object_info: dict) -> dict:
+def in_app(key: str, node: Node, object_info: dict) -> list[str]:
+    """The widgets of a node that the app mode shows."""
+    known = specs(node.type, object_info)
+    return [name for name in APP.get(key, []) if name in known and acts(name, node)]
+
+
+def acts(widget: str, node: Node) -> bool:
+    """Whether a widget changes anything in a workflow. Guidance and strength need their LoRA."""
+    image, _, what = widget.partition("_")
+    needed = {image} if what and image in LOADED else NEEDS.get(widget)
+    return needed is None or bool(needed & node.inputs.keys())
+
+
+def graph_node(number: int, node: Node, place: list, links: list, shown: list[str], object_info: dict) -> dict:
+    """shown: names of the widgets that the app mode shows."""
     x, y, width, height = place
+    known = specs(node.type, object_info)
     return {
         "id": number,
         "type": node.type,
@@ -662,9 +706,14 @@ def graph_node(number: int, node: Node, place: list, links: list, object_info: d
                 "name": name,
                 "type": type,
                 "link": next((link[0] for link in links if link[3:5] == [number, slot]), None),
-                **({"widget": {"name": name}} if is_widget(specs(node.type, object_info)[name]) else {}),
+                **({"widget": {"name": name}} if is_widget(known[name]) else {}),
             }
             for slot, (name, type) in enumerate(sockets(node, object_info).items())
+        ]
+        + [
+            {"name": name, "label": node.title, "type": type_of(known[name]), "link": None, "widget": {"name": name}}
+            for name in shown
+            if name in CALLED_AS_THEIR_NODE
         ],
         "outputs": [
             {"name": name, "type": type, "links": [link[0] for link in links if link[1:3] == [number, slot]]}
@@ -714,6 +763,10 @@ def specs(type: str, object_info: dict) -> dict[str, list]:
 def is_widget(spec: list) -> bool:
     forced = len(spec) > 1 and spec[1].get("forceInput")
     return not forced and (isinstance(spec[0], list) or spec[0] in WIDGETS)
+
+
+def type_of(spec: list) -> str:
+    return "COMBO" if isinstance(spec[0], list) else spec[0]
 
 
 def sockets(node: Node, object_info: dict) -> dict[str, str]:
