@@ -1,8 +1,9 @@
 """Makes the pictures of a job sheet at one ComfyUI."""
 
+import errno
 import io
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
@@ -41,6 +42,25 @@ class Order(NamedTuple):
         return {name: patiently(path.read_bytes) for name, path in self.pictures.items()}
 
 
+async def made_by(run: Callable[..., Awaitable[Made]], order: Order, *more: Callable) -> Made:
+    """What `run` makes of an order and its pictures, or the order's failure if a picture is gone.
+
+    Raises OSError if all are, and what `run` raises.
+    """
+    try:
+        pictures = order.read_pictures()
+    except (FileNotFoundError, PermissionError) as error:
+        check_is_there(Path(error.filename).parent)
+        return replace(order.result, error=f"{Path(error.filename).name} cannot be read: {error.strerror}."), None
+    return await run(order, pictures, *more)
+
+
+def check_is_there(folder: Path) -> None:
+    """Raises OSError if a folder of pictures is away, or has no files, as where a share was: they are not lost."""
+    if not any(path.is_file() for path in folder.iterdir()):
+        raise FileNotFoundError(errno.ENOENT, "The folder has no files; perhaps its drive is away", str(folder))
+
+
 class JobRunner:
     """Runs jobs at one server, one after another. report: takes messages for the user."""
 
@@ -49,7 +69,7 @@ class JobRunner:
         self.get = client.get
 
     async def run_all(self, orders: Iterable[Order], keep: Keep, show: Show) -> None:
-        """Runs all orders. Raises Unreachable and Denied."""
+        """Runs all orders. Raises Unreachable and Denied, and OSError as `made_by` does."""
         for order in orders:
             name = order.result.name
             show(name)
@@ -58,7 +78,7 @@ class JobRunner:
                 if kind == "progress":
                     show(f"{name}, step {data['value']} of {data['max']}")
 
-            keep(*await self.run(order, order.read_pictures(), on_event))
+            keep(*await made_by(self.run, order, on_event))
 
     async def run(self, order: Order, pictures: dict[str, bytes], on_event: Callable = lambda kind, data: None) -> Made:
         """Runs one order; what the server refuses or a node fails at is in the result.

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from batch.comfy_client import HEADER, ComfyClient, Denied, Refused, Unreachable, headers_in
 from batch.fill_workflow import LORAS, catalogue_folder, fill_workflow, lora_problems, server_problems
-from batch.job_runner import JobRunner, Order
+from batch.job_runner import JobRunner, Keep, Order, check_is_there
 from batch.scheduler import Scheduler, WorkerLost
 from catalogue.api_form import SAVE, Workflow, is_workflow
 from catalogue.names import as_spelled, inside
@@ -48,7 +48,7 @@ def main(arguments: list[str] | None = None) -> int | str:
     except (Denied, WorkerLost) as error:
         return f"{error}\nThe same command goes on from here."
     except OSError as error:
-        what = f"{error.filename or options.sheet}: {error.strerror or error}"
+        what = f"{error.filename or options.output}: {error.strerror or error}"  # no name: of what is being written
         return f"{what}. Once that is fixed, the same command goes on."
     except (ValueError, Refused) as error:
         return str(error)
@@ -95,7 +95,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         help="starts a worker's ComfyUI (default: the one that this pack is in), "
         "as in 'python /srv/ComfyUI/main.py --lowvram'",
     )
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    options.output = options.output or options.sheet.with_name(f"{options.sheet.stem}_results")
+    return options
 
 
 def to_seconds(text: str) -> float:
@@ -129,8 +131,7 @@ async def run(options: argparse.Namespace) -> int:
     """Runs all jobs. Raises ValueError that lists every problem, before any job is sent."""
     jobs = read_jobs(options.sheet)
     workflow = read_workflow(options.workflow, options.checkpoint, saving(options))
-    output = options.output or options.sheet.with_name(f"{options.sheet.stem}_results")
-    batch = Batch(workflow, options.sheet, output)
+    batch = Batch(workflow, options.sheet, options.output)
     if problems := batch.local_problems(jobs):
         raise ValueError(error_text(options.sheet.name, problems))
     async with job_runner(options) as runner:
@@ -238,8 +239,9 @@ class Batch:
         return list(found.values())
 
     def order(self, job: Job) -> Order:
-        """A job as the server gets it. Raises ValueError as `fill_workflow` does."""
-        content, style = self.names[job.content], self.names[job.style]
+        """A job as the server gets it, with its pictures as they are now. Raises ValueError for one that does not open,
+        and as `fill_workflow` does."""
+        content, style = map(self._name_now, (job.content, job.style))
         workflow, key = fill_workflow(self.workflow, job, content, style, self.server_folder, self.metadata)
         return Order(
             Result(job.name, key, job.content, job.style),
@@ -249,9 +251,18 @@ class Batch:
             frozenset([f"content {job.content_lora or content}", f"style {job.style_lora or style}"]),
         )
 
+    def _name_now(self, picture: str) -> str:
+        """The name of a picture on the server. It is opened only if it has changed."""
+        path = self.path(picture)
+        with suppress(OSError):
+            if name_by_bytes(path) == self.names[picture]:
+                return self.names[picture]
+        self.names[picture] = server_name(path)
+        return self.names[picture]
+
     async def run_all(self, jobs: list[Job], runner: JobRunner | Scheduler) -> int:
-        """Runs the jobs that are not done; 1 if any failed."""
-        sheet, failed, task = ResultsSheet(self.output / RESULTS), [], asyncio.current_task()
+        """Runs the jobs that are not done; 1 if any is not in the sheet then, or has failed."""
+        sheet, task = ResultsSheet(self.output / RESULTS), asyncio.current_task()
 
         def stop_if_cancelled() -> None:
             """Of Ctrl-C asyncio only takes note, from Python 3.11 on, until the task waits for something of its own."""
@@ -263,29 +274,39 @@ class Batch:
             def keep(result: Result, picture: bytes | None) -> None:
                 sheet.record([self.saved(result, picture) if picture else result], waiting=stop_if_cancelled)
                 if result.error:
-                    failed.append(result.name)
                     bar.write(f"{result.name}: {result.error}")
                 bar.update()
 
-            await runner.run_all(self.left(jobs, sheet.read(), bar), keep, bar.set_postfix_str)
+            await runner.run_all(self.left(jobs, sheet, keep, bar.update), keep, bar.set_postfix_str)
         if isinstance(runner, JobRunner):  # the folders of workers end with them
             await self.bring_review(sheet, runner, stop_if_cancelled)
-        results = sheet.read().values()
-        summary = summarise(results, changed_results(self.output, results))
+        results = sheet.read()
+        summary = summarise(results.values(), changed_results(self.output, results.values()))
         write_file(self.output / SUMMARY, json.dumps(summary, ensure_ascii=False, indent=1).encode())
-        print(
-            f"{len(jobs) - len(failed)} of {len(jobs)} are in {self.output}.",
-            *["Failed ones are in its sheet."] * bool(failed),
-        )
+        done = sum(job.name in results and not results[job.name].error for job in jobs)
+        print(f"{done} of {len(jobs)} are in {self.output}.", *["Failed ones are in its sheet."] * (done < len(jobs)))
         print(summary_text(summary))
-        return int(bool(failed))
+        return int(done < len(jobs))
 
-    def left(self, jobs: list[Job], results: dict[str, Result], bar: tqdm) -> Iterator[Order]:
-        """The orders of the jobs that are not done."""
+    def left(self, jobs: list[Job], sheet: ResultsSheet, keep: Keep, skip: Callable[[], object]) -> Iterator[Order]:
+        """The orders of the jobs that nobody has done when their turn comes.
+
+        One whose pictures no longer open fails, unless it has a result. Raises OSError if all its pictures are gone.
+        """
         for job in jobs:
-            order = self.order(job)
-            if job.name in results and results[job.name].is_done(order.result.key, self.output):
-                bar.update()
+            known = sheet.entries().get(job.name)
+            try:
+                order = self.order(job)
+            except ValueError as error:
+                for picture in (job.content, job.style):
+                    check_is_there(self.path(picture).parent)
+                if known and not known.error:
+                    skip()
+                else:
+                    keep(Result(job.name, content=job.content, style=job.style, error=str(error)), None)
+                continue
+            if known and known.is_done(order.result.key, self.output):
+                skip()
             else:
                 yield order
 
@@ -316,7 +337,11 @@ class Batch:
 
 
 def server_name(picture: Path) -> str:
-    """The name of a picture on the server, by its bytes. Raises ValueError for one that does not open."""
+    """The name of a picture on the server. Raises ValueError for one that does not open."""
     open_picture(picture)
+    return name_by_bytes(picture)
+
+
+def name_by_bytes(picture: Path) -> str:
     suffix = picture.suffix.lower()
     return picture_key(picture) + (suffix if suffix in SUFFIXES else "")

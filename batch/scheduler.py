@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import replace
 
-from batch.job_runner import ATTEMPTS, JobRunner, Keep, Order, Show, given_up_text
+from batch.job_runner import ATTEMPTS, JobRunner, Keep, Order, Show, given_up_text, made_by
 
 POLL = 0.5  # seconds between two looks for a job of a lost worker
 
@@ -33,7 +33,7 @@ class Scheduler:
         return await self.idle[0].get(path, **query)
 
     async def run_all(self, orders: Iterable[Order], keep: Keep, show: Show) -> None:
-        """Runs all orders. Raises WorkerLost if no worker is left."""
+        """Runs all orders. Raises WorkerLost if no worker is left, and OSError as `made_by` does."""
         self.waiting, self.keep, self.show = list(orders), keep, show
         self.running: dict[int, Order] = {}  # by the worker's number
         self.known: list[set[str]] = [set() for _ in range(self.size)]  # LoRAs that each worker has trained or loaded
@@ -71,7 +71,7 @@ class Scheduler:
             order = self.running[number] = self.waiting.pop(self._choose(number))
             self.known[number] |= order.loras
             self.show(", ".join(order.result.name for order in self.running.values()))
-            result, picture = await worker.run(order, order.read_pictures())
+            result, picture = await made_by(worker.run, order)
             self.keep(result, picture)
             del self.running[number]
 

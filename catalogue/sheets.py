@@ -94,8 +94,7 @@ class Result(Retry, Decision, Settings):
 
     def is_done(self, key: str, folder: Path) -> bool:
         """Whether this is the result of the job with that key, and its pictures still exist."""
-        entry = Entry(self.key, self.files, self.error)
-        return self.key == key and entry.has_pictures(lambda name: as_spelled(folder / name).is_file())
+        return Entry(self.key, self.files, self.error).is_done(key, folder)
 
 
 class Entry(NamedTuple):
@@ -108,6 +107,10 @@ class Entry(NamedTuple):
     def has_pictures(self, exists: Callable[[str], bool]) -> bool:
         """Whether this is a result without error whose pictures exist. exists: whether there is a file of that name."""
         return not self.error and all(map(exists, self.files.split(";")))
+
+    def is_done(self, key: str, folder: Path) -> bool:
+        """As `Result.is_done`."""
+        return self.key == key and self.has_pictures(lambda name: as_spelled(folder / name).is_file())
 
 
 @functools.cache

@@ -34,7 +34,7 @@ import batch.comfy_client
 from batch import run
 from batch.comfy_client import ComfyClient, Denied, Refused, Unreachable, WorkflowError, headers_in
 from batch.fill_workflow import fill_workflow, lora_problems, server_problems, value_problems
-from batch.job_runner import JobRunner, Order
+from batch.job_runner import JobRunner, Order, made_by
 from batch.scheduler import Scheduler, WorkerLost
 from catalogue.pictures import open_picture
 from catalogue.sheets import RESULTS, Job, Result, ResultsSheet
@@ -853,6 +853,84 @@ def test_a_disk_that_is_full_at_home_leaves_nothing_half_and_the_sheet_goes_on(m
     assert list((tmp_path / "out").rglob("*.*")) == []
     results, _ = made(["one", "two"], DONE, DONE)
     assert [result.error for result in results.values()] == ["", ""]
+
+
+class Night(Shelf):
+    """Does all jobs; during the first one something happens."""
+
+    def __init__(self, event):
+        super().__init__(DONE, DONE, DONE)
+        self.event = event
+
+    async def run(self, prompt, on_event):
+        if not self.prompts:
+            self.event()
+        return await super().run(prompt, on_event)
+
+
+@pytest.fixture
+def night(tmp_path, capsys):
+    """Makes a cup, a pot and a jar, and something happens meanwhile; the results, and the server."""
+    for number, name in enumerate(("cup", "pot", "jar", "ink")):
+        Image.new("RGB", (8, 8), (number, 0, 0)).save(tmp_path / f"{name}.png")
+
+    def make(event=lambda: None):
+        one, server = run.Batch(WORKFLOW, tmp_path / "jobs.csv", tmp_path / "out"), Night(event)
+        jobs = [Job(f"{name}.png", "ink.png", name) for name in ("cup", "pot", "jar")]
+        assert one.local_problems(jobs) == []
+        failed = asyncio.run(one.run_all(jobs, JobRunner(server)))
+        results = ResultsSheet(tmp_path / "out" / RESULTS).read()
+        assert failed == any(result.error for result in results.values())
+        return results, server
+
+    return make
+
+
+def test_pictures_that_are_deleted_or_replaced_meanwhile_hold_no_other_job_up(night, tmp_path):
+    def event():
+        (tmp_path / "pot.png").rename(tmp_path / "pot.away")
+        Image.new("RGB", (8, 8), "red").save(tmp_path / "jar.png")
+
+    results, _ = night(event)
+    assert results["pot"].error == "pot.png cannot be read: No such file or directory."
+    (tmp_path / "pot.away").rename(tmp_path / "pot.png")
+    after, server = night()
+    assert len(server.prompts) == 1 and after["pot"].error == ""
+    assert (after["cup"], after["jar"]) == (results["cup"], results["jar"])  # the jar was made of what replaced it
+
+
+def test_a_result_stays_though_its_photo_is_deleted_meanwhile(night, tmp_path):
+    before, _ = night()
+    (tmp_path / "out" / "cup.png").unlink()  # to have it made again
+    results, _ = night((tmp_path / "pot.png").unlink)
+    assert results["pot"] == before["pot"]
+
+
+def test_it_stops_when_all_pictures_are_away(night, tmp_path):
+    def event():
+        for picture in tmp_path.glob("*.png"):
+            picture.unlink()
+
+    with pytest.raises(FileNotFoundError, match="The folder has no files; perhaps its drive is away"):
+        night(event)
+    assert ResultsSheet(tmp_path / "out" / RESULTS).read().keys() == {"cup"}
+
+
+def test_what_another_batch_has_made_meanwhile_is_not_made_again(night, tmp_path):
+    night()
+    by_other = tmp_path / "by_other"
+    (tmp_path / "out").rename(by_other)
+    results, server = night(lambda: by_other.rename(tmp_path / "out"))
+    assert len(server.prompts) == 1 and sorted(results) == ["cup", "jar", "pot"]
+
+
+def test_of_workers_too_a_picture_that_is_deleted_holds_no_other_job_up(tmp_path):
+    order = Order(Result("cup", "key"), {}, "jobs", {"1a.png": tmp_path / "cup.png"}, frozenset())
+    with pytest.raises(FileNotFoundError, match="The folder has no files; perhaps its drive is away"):
+        asyncio.run(made_by(None, order))
+    (tmp_path / "pot.png").touch()
+    result, picture = asyncio.run(made_by(None, order))
+    assert (result.error, picture) == ("cup.png cannot be read: No such file or directory.", None)
 
 
 def test_errors_of_the_disk_are_reported(tmp_path):
