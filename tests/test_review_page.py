@@ -184,6 +184,21 @@ def test_of_two_who_decide_at_once_the_second_is_told(page, chromium, server, th
     page.evaluate("localStorage.setItem('consislora.review.name', JSON.stringify('editor'))")
 
 
+def test_while_the_server_is_away_nothing_looks_decided(page, server, three):
+    look(page, server, three, "b")
+    page.route(f"{server.url}/**", lambda route: route.abort())  # as when it was killed
+    page.keyboard.press("a")
+    page.get_by_text("b: ComfyUI does not answer.").wait_for()
+    page.locator("body[data-saving='0']").wait_for()
+    assert page.locator("#filters [data-filter=undecided] b").text_content() == "3"
+    assert page.locator("#accept").get_attribute("aria-pressed") == "false"
+    page.unroute(f"{server.url}/**")
+    look(page, server, three, "b")
+    page.keyboard.press("a")
+    wait_for(page, "c")
+    assert decided(page, three) == {"b": "accepted"}
+
+
 def test_nothing_is_lost_while_a_batch_writes_into_the_same_sheet(page, server, three):
     look(page, server, three, "b")
 

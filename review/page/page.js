@@ -16,6 +16,7 @@ const FILTERS = {
   rejected: (item) => standing(item) === "rejected",
   gate: ({ gate }) => gate === "rejected",
 };
+const DECIDED = ["decision", "decision_reason", "decided_by", "decided_at", "changed"]; // what a decision sets
 const NAMED = new Set(["changed", "missing", "unsigned"]); // of what is not handed over
 const KEPT = {
   name: "consislora.review.name",
@@ -302,24 +303,27 @@ async function undo() {
 // Shows a decision at once and sends it; the page's word is taken back if the server does not take it.
 function send(item, decision, reason, by) {
   const { name } = item;
-  const decided_at = new Date().toISOString();
-  Object.assign(item, { decision, decision_reason: reason, decided_by: by, decided_at, changed: false });
+  const before = Object.fromEntries(DECIDED.map((field) => [field, item[field]]));
+  const decided = { decision, decision_reason: reason, decided_by: by, decided_at: new Date().toISOString(), changed: false };
+  item.taken ??= before; // what the server has, also after several decisions that it does not take
+  Object.assign(item, decided);
   const { catalogue } = state;
   setUnderWay(underWay + 1);
   posting = posting.then(async () => {
     let isTaken = true;
     try {
       const said = await post(address("decision"), { catalogue, name, version: item.version, decision, reason, by });
-      item.version = said.version;
+      Object.assign(item, { version: said.version, taken: decided });
     } catch (error) {
       isTaken = false;
+      Object.assign(item, item.taken);
       say(`${name}: ${error.message}`);
       state.undo = state.undo.filter((one) => one.name !== name);
       state.chosen = name;
       state.etag = "";
     }
     setUnderWay(underWay - 1);
-    await refresh().catch(() => {}); // `watch` tells it
+    await refresh().catch(show); // `watch` tells it
     return isTaken;
   });
   return posting;
