@@ -108,6 +108,8 @@ class ComfyClient:
                     if is_sure:  # that ComfyUI answers; whether that word was its own, the next one tells
                         continue
                 trouble = f"answers, but not as ComfyUI does ({self._quoted(response, said)})"
+                if path == "/upload/image" and response.status == 500:  # ComfyUI's own word too, which gives no reason
+                    trouble = f"took no picture; its disk may be full ({self._quoted(response, said)})"
             except aiohttp.ClientConnectorCertificateError as error:
                 reason = error.certificate_error.verify_message
                 raise Denied(

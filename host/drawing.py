@@ -33,12 +33,15 @@ def to_mask(alpha: Image.Image) -> Tensor:
 def mapped(tensor: Tensor, folder: Path) -> Tensor:
     """A copy in a temporary file in the folder, of which only those parts take memory that are being used.
 
-    tensor: fp32, on the CPU. Raises OSError where the disk is full.
+    tensor: fp32, on the CPU. Raises OSError with the folder's name where the disk is full.
     """
-    with tempfile.TemporaryFile(dir=folder) as file:
-        tensor.numpy().tofile(file)
-        file.flush()
-        return torch.from_numpy(np.memmap(file, np.float32, "c", shape=tuple(tensor.shape)))
+    try:
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(tensor.contiguous().numpy())
+            file.flush()
+            return torch.from_numpy(np.memmap(file, np.float32, "c", shape=tuple(tensor.shape)))
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(folder)) from error
 
 
 def stack_pictures(pictures: Sequence[Image.Image]) -> Tensor:

@@ -733,6 +733,12 @@ def made(tmp_path, capsys):
     return make
 
 
+def test_a_server_that_cannot_save_a_picture_may_have_a_full_disk():
+    routes = {"/upload/image": says("500 Internal Server Error\n\nServer got itself in trouble", 500, "text/plain")}
+    with pytest.raises(Unreachable, match="took no picture; its disk may be full .500 Internal Server Error"):
+        asked(routes, lambda client: client.upload(b"data", "cup.png", "batch"), patience=0)
+
+
 @pytest.mark.parametrize("suffix", [".png", ".webp", ".jpg", ".tif"])
 def test_results_come_home_under_our_names_whatever_the_server_calls_them(made, tmp_path, suffix):
     results, _ = made(["a/cup"], server=Shelf(DONE, suffix=suffix))

@@ -440,6 +440,19 @@ def test_all_pairs_come_in_as_many_runs_as_the_disk_needs(nodes, folders, monkey
     assert names(nodes) == ["cup__oil"]
 
 
+@pytest.mark.skipif(os.name == "nt", reason="the limit is one of Unix")
+def test_a_disk_that_has_no_room_for_the_opened_pictures_is_named(nodes, folders, pack):
+    import resource
+
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+    try:
+        with pytest.raises(ValueError, match=f"File too large: '{pack.host.paths.temp_folder()}'. Free some space"):
+            load(nodes)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
 def test_waiting_for_the_sheet_of_results_is_cancelled(nodes, folders, comfy):
     import comfy.model_management as management
 
