@@ -16,7 +16,7 @@ from . import escape_text
 from .names import as_spelled, by_number, composed, inside
 from .pictures import picture_digest
 from .sheets import RESULTS, SETTINGS, Result, ResultsSheet, decision_in
-from .tables import Record
+from .tables import FileState, Record, file_state
 
 DEEPEST = 4  # folders inside the output folder in which a catalogue is found
 DECISIONS = ("accepted", "rejected", "")  # the last one: undone
@@ -64,12 +64,11 @@ def open_catalogue(output: Path, name: str) -> ResultsSheet:
 
 def read_results(sheet: ResultsSheet) -> Mapping[str, Result]:
     """The results by name. Raises ValueError for invalid cells."""
-    state = sheet.path.stat()
-    return _results(sheet.path, state.st_mtime_ns, state.st_size)
+    return _results(sheet.path, file_state(sheet.path.stat()))
 
 
 @functools.lru_cache(4)  # pages that watch a catalogue ask every few seconds
-def _results(path: Path, mtime_ns: int, size: int) -> Mapping[str, Result]:
+def _results(path: Path, state: FileState) -> Mapping[str, Result]:
     return ResultsSheet(path).read()
 
 

@@ -27,6 +27,7 @@ from catalogue.review import (
     mean_scores,
     newer_decisions,
     open_catalogue,
+    read_results,
 )
 from catalogue.sheets import RESULTS, Result, ResultsSheet
 from catalogue.summary import summarise, summary_text
@@ -104,6 +105,14 @@ def test_nobody_decides_about_what_they_have_not_seen(sheet, change):
     with pytest.raises(Changed):
         decide(sheet, "cup", seen, YES)
     assert sheet.path.read_bytes() == before
+
+
+def test_two_decisions_within_a_tick_of_the_file_systems_clock_are_both_seen(sheet):
+    """A memory card's lasts two seconds."""
+    for verdict in (YES, Verdict("rejected", "", "editor")):
+        decide(sheet, "cup", version(sheet), verdict)
+        os.utime(sheet.path, (1_000_000_000, 1_000_000_000))
+        assert read_results(sheet)["cup"].decision == verdict.decision
 
 
 def test_a_decision_that_is_taken_back_says_who_did(sheet):
