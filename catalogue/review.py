@@ -202,9 +202,17 @@ def decide(
         if now != version:
             raise Changed
         hashes = [hashlib.sha256(path.read_bytes()).hexdigest() for path in picture_files(folder, str(record["files"]))]
-        moment = datetime.now(timezone.utc).isoformat(timespec="milliseconds")
+        moment = _moment_after(str(record.get("decided_at") or ""))
         record |= {**cells, "decided_at": moment, "decided_pictures": ";".join(hashes) if verdict.decision else ""}
         return version_of(folder, record)
+
+
+def _moment_after(earlier: str) -> str:
+    """The time now, or just after the earlier decision if the clock has been set back: the later of two counts."""
+    now = datetime.now(timezone.utc)
+    with suppress(ValueError, OverflowError, OSError):  # there was none, or a spreadsheet has rewritten it
+        now = max(now, datetime.fromisoformat(earlier).astimezone(timezone.utc) + timedelta(milliseconds=1))
+    return now.isoformat(timespec="milliseconds")
 
 
 def _checked(verdict: Verdict) -> Record:

@@ -115,6 +115,14 @@ def test_two_decisions_within_a_tick_of_the_file_systems_clock_are_both_seen(she
         assert read_results(sheet)["cup"].decision == verdict.decision
 
 
+def test_after_the_clock_was_set_back_a_later_decision_is_still_later(sheet):
+    with sheet.edited() as records:
+        records["cup"] |= {"decision": "accepted", "decided_at": "2999-01-01T00:00:00.000+00:00"}
+    before = sheet.read()
+    decide(sheet, "cup", version(sheet), Verdict("rejected", "", "editor"))
+    assert newer_decisions(before, sheet.read())["cup"]["decision"] == "rejected"
+
+
 def test_a_decision_that_is_taken_back_says_who_did(sheet):
     after = decide(sheet, "cup", version(sheet), YES)
     decide(sheet, "cup", after, Verdict("", "", "another"))
