@@ -376,7 +376,7 @@ def disk_errors_named(what: str, then: str) -> Iterator[None]:
     """Raises a ValueError for an error of the disk. what: could not be done. then: to do after it is mended."""
     try:
         yield
-    except (OSError, NotImplementedError) as error:  # the second where a network folder has no locks
+    except OSError as error:
         raise ValueError(
             escape_text(
                 f"{what}: {error}. Free some space, make the folder writable, or close {RESULTS} in other programs; "

@@ -110,7 +110,7 @@ def locked(path: Path, waiting: Callable[[], None], reason: str) -> Iterator[Non
     """Holds a lock file against other processes. The lock of a process that is killed is released.
 
     waiting: called several times a second while another process holds it; may raise to give up. reason: logged then.
-    Raises OSError, and NotImplementedError on network folders without locks.
+    Raises OSError, also on network folders without locks.
     """
     lock, logged = FileLock(path), False
     while True:
@@ -123,6 +123,8 @@ def locked(path: Path, waiting: Callable[[], None], reason: str) -> Iterator[Non
             logged = True
             waiting()
             time.sleep(0.1)
+        except NotImplementedError:  # from older versions of filelock
+            raise OSError(errno.ENOLCK, "This network folder has no locks; choose another", str(path)) from None
     try:
         yield
     finally:

@@ -145,7 +145,7 @@ class Store:
         """Goes on after an error of the disk or, while `reading` a file, if that file is damaged."""
         try:
             yield
-        except (OSError, NotImplementedError) as error:  # the second from network folders without locks
+        except OSError as error:
             if not self.warned:
                 logging.warning(
                     "ConsisLoRA: the store of trained LoRAs, %s, cannot be used (%s). Training goes on, but may not "

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 
 from catalogue.sheets import Result, ResultsSheet
 from consislora_core import files, lora_file
@@ -71,6 +72,15 @@ def test_a_new_file_that_fails_leaves_nothing_and_its_number_free(tmp_path, monk
         with written_whole(tmp_path / "a_1.txt", new=True):
             pass
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_network_folder_without_locks_is_an_error_like_others_of_the_disk(tmp_path, monkeypatch):
+    def no_locks(*args, **kwargs):
+        raise NotImplementedError
+
+    monkeypatch.setattr(FileLock, "acquire", no_locks)
+    with pytest.raises(OSError, match="This network folder has no locks; choose another: .*results.csv.lock"):
+        ResultsSheet(tmp_path / "results.csv").record([Result("cup")])
 
 
 def test_when_every_number_is_taken_it_says_so(tmp_path):
