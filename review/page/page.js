@@ -82,6 +82,7 @@ async function watch() {
     if (!state.chosen) find("#empty").textContent = whyNothing();
   } catch (error) {
     find(state.chosen ? "#queue" : "#empty").textContent = error.message; // what is said about a decision stays readable
+    state.etag = ""; // pictures that did not come meanwhile are asked for again
   }
   setTimeout(watch, WATCH);
 }
@@ -176,7 +177,7 @@ function showResult(item, next) {
 }
 
 function load(picture, address) {
-  if (picture.dataset.address === address) return;
+  if (picture.dataset.address === address && !picture.classList.contains("missing")) return;
   picture.dataset.address = address;
   picture.classList.remove("missing");
   picture.src = address;
