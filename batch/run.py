@@ -272,10 +272,13 @@ class Batch:
         with tqdm(total=len(jobs), unit="job") as bar:
 
             def keep(result: Result, picture: bytes | None) -> None:
+                bar.update()
+                known = sheet.entries().get(result.name)
+                if known and known.is_done(result.key, self.output):
+                    return  # by another batch in this folder, and people may have decided about that picture
                 sheet.record([self.saved(result, picture) if picture else result], waiting=stop_if_cancelled)
                 if result.error:
                     bar.write(f"{result.name}: {result.error}")
-                bar.update()
 
             await runner.run_all(self.left(jobs, sheet, keep, bar.update), keep, bar.set_postfix_str)
         if isinstance(runner, JobRunner):  # the folders of workers end with them

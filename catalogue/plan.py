@@ -164,7 +164,16 @@ def plan_catalogue(root: Path, folder: Path, contents: str, styles: str, name: s
 
 
 def free_paths(job: CatalogueJob, entries: Mapping[str, Entry], suffix: str, number: int) -> list[Path]:
-    """Where the pictures of a pair go: a number is appended from the second on, and no other pair's are overwritten."""
+    """Where the pictures of a pair go: a number is appended from the second on, and no other pair's are overwritten.
+
+    Raises ValueError if another ComfyUI has made the pair meanwhile, and a person has decided about it.
+    """
+    known = entries.get(job.name)
+    if known and known.is_done(job.key, job.folder) and ResultsSheet(job.folder / RESULTS).read()[job.name].decision:
+        raise ValueError(
+            f"Another ComfyUI has made {job.name} meanwhile, and a person has decided about it. That picture stays; to "
+            "have it made again, delete it."
+        )
     others = {composed(file).casefold() for name, entry in entries.items() if name != job.name
               for file in entry.files.split(";")}  # fmt: skip
     names = (job.name + suffix if one == 1 else f"{job.name}_{one}{suffix}" for one in count(1))

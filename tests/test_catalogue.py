@@ -18,6 +18,7 @@ from PIL import Image
 from batch.comfy_client import WorkflowError
 from catalogue import pictures, tables
 from catalogue.pictures import digests_key, open_cut_out, open_picture, picture_digest
+from catalogue.review import Verdict, decide, describe_results
 from catalogue.sheets import SETTINGS, Result, ResultsSheet
 from catalogue.sizes import latent_size
 from consislora_core.lora_file import ImageLora
@@ -438,6 +439,23 @@ def test_all_pairs_come_in_as_many_runs_as_the_disk_needs(nodes, folders, monkey
     assert "3 pairs come in the next run" in report
     save(nodes, jobs[0])
     assert names(nodes) == ["cup__oil"]
+
+
+def test_of_two_servers_at_one_pair_the_later_saves_over_nothing_that_a_person_has_decided_about(nodes, folders):
+    _, output = folders
+    job = load(nodes)[2][0]
+    sheet = ResultsSheet(output / "cat" / "results.csv")
+    save(nodes, job)
+    save(nodes, job)  # until then the later one counts
+    (shown, *_) = describe_results(sheet)
+    decide(sheet, job.name, shown["version"], Verdict("accepted", "", "editor"))
+    before = sheet.path.read_bytes(), (output / "cat" / "cup__ink.png").read_bytes()
+    with pytest.raises(ValueError, match="Another ComfyUI has made cup__ink meanwhile"):
+        save(nodes, job)
+    assert (sheet.path.read_bytes(), (output / "cat" / "cup__ink.png").read_bytes()) == before
+    (output / "cat" / "cup__ink.png").unlink()
+    save(nodes, job)
+    assert sheet.read()["cup__ink"].decision == ""
 
 
 @pytest.mark.skipif(os.name == "nt", reason="the limit is one of Unix")
