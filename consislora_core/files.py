@@ -3,8 +3,8 @@
 import errno
 import logging
 import os
+import secrets
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
@@ -39,19 +39,18 @@ def write_numbered(paths: Iterable[Path], write: Callable[[Path], None]) -> Path
 
 @contextmanager
 def written_whole(path: Path, new: bool = False) -> Iterator[Path]:
-    """Yields the path of an empty temporary file, which takes the name `path` if the context ends without error.
+    """Yields a path for a temporary file, which takes the name `path` if the context ends without error.
 
     An earlier file of that name stays until then; with `new` it stays for good, and FileExistsError is raised. Raises
     OSError when the folder cannot be written or the disk is full.
     """
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
-    os.close(handle)
-    unfinished = Path(name)
+    # Not by tempfile, which on Windows may try for ever in a folder that cannot be written.
+    unfinished = path.with_name(f"{path.name}{secrets.token_hex(4)}.tmp")
     try:
         yield unfinished
         with patiently(unfinished.open, "r+b") as file:
             os.fsync(file.fileno())  # or a power cut could leave the new name on old or empty bytes
-        patiently(unfinished.chmod, 0o644)  # temporary files are for their owner alone
+        patiently(unfinished.chmod, 0o644)  # safetensors writes files for their owner alone
         with _taken(path) if new else nullcontext():
             patiently(os.replace, unfinished, path)
     finally:
@@ -119,6 +118,7 @@ def locked(path: Path, waiting: Callable[[], None], reason: str) -> Iterator[Non
             break
         except Timeout:
             if not logged:
+                patiently(path.touch)  # OSError in a folder that cannot be written, which on Windows looks like a lock
                 logging.info("ConsisLoRA: %s; waiting for it.", escape_text(reason))
             logged = True
             waiting()

@@ -226,7 +226,8 @@ def read(path: str | os.PathLike) -> ImageLora:
             metadata = file.metadata() or {}
             config = read_config(Path(path), metadata)
             kept = {entry: text for entry, text in metadata.items() if entry not in OF_THE_FILE}
-            lora = from_state_dict({key: file.get_tensor(key) for key in keys}, kept, config)
+            # Copies: Windows neither removes nor replaces a file while a tensor is mapped to it.
+            lora = from_state_dict({key: file.get_tensor(key).clone() for key in keys}, kept, config)
             return replace(lora, left_out=left_out)
     except SafetensorError as error:
         raise ValueError(

@@ -567,7 +567,7 @@ def test_a_picture_of_no_numbers_is_refused_and_not_done(nodes, folders):
     [
         ("os.fsync", OSError(28, "No space left on device"), "No space left on device. Free some space"),
         (
-            "tempfile.mkstemp",
+            "pathlib.Path.write_bytes",
             PermissionError(13, "Permission denied"),
             "Permission denied. .* make the folder writable",
         ),

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from catalogue.sheets import Result, ResultsSheet
 from consislora_core import files, lora_file
-from consislora_core.files import escape_text, write_file, write_numbered, written_whole
+from consislora_core.files import escape_text, locked, write_file, write_numbered, written_whole
 
 
 def test_a_file_that_fails_half_way_leaves_the_earlier_one_and_nothing_else(tmp_path):
@@ -69,8 +69,8 @@ def test_a_new_file_that_fails_leaves_nothing_and_its_number_free(tmp_path, monk
 
     with monkeypatch.context() as patch, pytest.raises(PermissionError):
         patch.setattr("os.replace", refuse)
-        with written_whole(tmp_path / "a_1.txt", new=True):
-            pass
+        with written_whole(tmp_path / "a_1.txt", new=True) as unfinished:
+            unfinished.touch()
     assert list(tmp_path.iterdir()) == []
 
 
@@ -144,5 +144,22 @@ def test_a_file_that_stays_refused_is_an_error(tmp_path, monkeypatch):
         files.patiently(refused)
 
 
-def refused():
+def refused(*_, **__):
     raise PermissionError(13, "in use")
+
+
+class LockOfWindows:
+    """filelock's before version 4 on Windows, where a folder that cannot be written looks like a lock that is held."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def acquire(self, timeout):
+        raise Timeout(str(self.path))
+
+
+def test_a_folder_of_windows_that_cannot_be_written_is_an_error_and_no_endless_wait(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "FileLock", LockOfWindows)
+    monkeypatch.setattr(os, "open", refused)  # which makes a file
+    with pytest.raises(PermissionError), locked(tmp_path / "a.lock", pytest.fail, "another process writes"):
+        pass

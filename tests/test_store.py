@@ -6,15 +6,15 @@ import os
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from filelock import FileLock
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from consislora_core import lora_file
@@ -104,6 +104,17 @@ def test_what_was_kept_is_found_bit_for_bit_also_by_another_process(store):
     assert equal(found, lora())
     assert found_losses == losses
     assert store.find(KEYS[1]) is None
+
+
+@pytest.mark.skipif(not hasattr(psutil.Process, "memory_maps"), reason="a Mac does not tell")
+def test_what_was_read_leaves_its_file_free(host, store):
+    """Windows neither removes nor replaces a file that is mapped into memory."""
+    store.keep(KEYS[0], lora(), [0.5])
+    trained(host, store, KEYS[1], cut_at=3)
+    with Trainer(*host, image_stage(**SHORT)) as trainer:
+        assert store.resume(KEYS[1], trainer) and store.find(KEYS[0])
+        (found, _), mapped = store.find(KEYS[0]), psutil.Process().memory_maps()
+        assert found.parts and not {file.path for file in mapped} & set(map(str, store.folder.iterdir()))
 
 
 def test_comfyui_lists_none_of_it(store, comfy):
@@ -318,9 +329,9 @@ def not_writable(store, monkeypatch):
     """As a read-only folder is for anyone but root, who may run the tests."""
 
     def read_only(*args, **kwargs):
-        raise PermissionError(13, "Permission denied")
+        raise SafetensorError("Error while serializing: I/O error: Permission denied (os error 13)")
 
-    monkeypatch.setattr(tempfile, "mkstemp", read_only)
+    monkeypatch.setattr(lora_file, "save_file", read_only)
 
 
 @pytest.mark.parametrize("fault", [refused, in_a_files_place, not_writable], ids=lambda fault: fault.__name__)
