@@ -1,8 +1,11 @@
 """Names of files and folders that are valid on every system and cannot leave their folder."""
 
+import ctypes
+import functools
 import hashlib
 import os
 import re
+import sys
 import unicodedata
 from pathlib import Path, PurePosixPath
 
@@ -10,6 +13,7 @@ LONGEST = 150  # bytes of a picture's name in that of a result
 LONGEST_RESULT = 180  # bytes of a result's name: a number and a suffix are appended
 LONGEST_PART = 200  # bytes of a file's or folder's name: file systems take 255
 LONGEST_PATH = 900  # bytes of a file's path: macOS takes 1,024, and an unfinished file has a longer name
+LONGEST_OF_WINDOWS = 247  # characters of the same, where long paths are off: it takes 259
 DEVICE = re.compile(r"(con|prn|aux|nul|conin\$|conout\$|com[0-9\u00b9\u00b2\u00b3]|lpt[0-9\u00b9\u00b2\u00b3])", re.I)
 FORBIDDEN = re.compile(r'[\x00-\x1f\x7f<>:"/|?*\\]')  # on Windows; a workflow made here is opened there
 HALF = re.compile("[\ud800-\udfff]")  # surrogates, which no file system takes
@@ -24,6 +28,11 @@ def inside(folder: Path, name: str) -> Path:
         raise ValueError(
             f"{name[:60]!r}... is too long a name: with its folders it has more than {LONGEST_PATH} bytes. Shorten it."
         )
+    if not has_long_paths() and len(os.path.abspath(folder)) + 1 + len(name) > LONGEST_OF_WINDOWS:
+        raise ValueError(
+            f"{name[:60]!r}... is too long a name: with its folders it has more than {LONGEST_OF_WINDOWS} characters. "
+            "Shorten it, or turn on long paths in Windows (LongPathsEnabled)."
+        )
     parts = PurePosixPath(name.replace("\\", "/")).parts
     if not all(map(is_portable, parts)):
         raise ValueError(
@@ -36,6 +45,16 @@ def inside(folder: Path, name: str) -> Path:
             f"{name!r} leads out of the folder {folder.name} through a link. Put the files themselves there."
         )
     return path
+
+
+@functools.cache
+def has_long_paths() -> bool:
+    """Whether a path may have more than 259 characters, which Windows has a setting for."""
+    if sys.platform != "win32":
+        return True
+    is_on = ctypes.WinDLL("ntdll").RtlAreLongPathsEnabled
+    is_on.restype = ctypes.c_ubyte
+    return bool(is_on())
 
 
 def is_portable(part: str) -> bool:

@@ -24,6 +24,7 @@ MAX_PIXELS, MAX_PICTURE_BYTES = 80_000_000, 500_000_000
 KINDS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF", "AVIF")  # Pillow's readers of some others run programs
 FORMATS = tuple(kind for kind in KINDS if kind in Image.registered_extensions().values())  # older ones have no AVIF
 SUFFIXES = tuple(suffix for suffix, kind in Image.registered_extensions().items() if kind in (*FORMATS, "MPO"))
+OF_THE_SYSTEM = {"thumbs.db", "desktop.ini", "icon\r"}  # what Windows and Macs put into folders, in lower case
 BASE_MODES = {"CMYK": "CMYK", "LAB": "LAB", "1": "L", "L": "L", "LA": "L"}  # of others it is RGB
 PROFILED = {"RGB ": "RGB", "GRAY": "L", "CMYK": "CMYK"}  # the mode that a kind of colour profile is for
 NAME = "{content}__{style}"
@@ -68,7 +69,7 @@ class Pictures(NamedTuple):
 def find_pictures(root: Path, names: str) -> Pictures:
     """The picture files in folders and files inside `root`, which `names` lists one a line.
 
-    problems: also of every other file in those folders, dot files excepted.
+    problems: also of every other file in those folders, dot files and the system's own excepted.
     """
     paths, problems, home = [], {}, root.resolve()
     for name in filter(None, map(str.strip, names.splitlines())):
@@ -99,9 +100,10 @@ def _found(root: Path, name: str) -> tuple[list[Path], list[Path]]:
         return [path], []
     if not path.is_dir():
         raise ValueError(f"there is no such folder or file in {root}. Make the folder and put pictures into it.")
-    files = [file for file in path.iterdir() if not file.name.startswith(".") and file.is_file()]
     pictures, others = [], []
-    for file in files:
+    for file in path.iterdir():
+        if file.name.startswith(".") or file.name.lower() in OF_THE_SYSTEM or not file.is_file():
+            continue
         (pictures if file.suffix.lower() in SUFFIXES else others).append(file)
     if not pictures:
         inner = min((entry.name for entry in path.iterdir() if entry.is_dir()), default=None)

@@ -4,6 +4,7 @@ import os
 
 import pytest
 
+from catalogue import names
 from catalogue.names import as_spelled, inside, is_portable, portable
 
 OUTSIDE = ["..", "../a", "a/../../b", "/etc/passwd", "\\\\host\\a", "..\\a", "C:\\a", "C:a", "a\0b"]
@@ -37,6 +38,17 @@ def test_a_name_that_no_file_system_takes_with_its_folders_is_refused(tmp_path):
     for name in ("a/" * 3000 + "b", "/".join(["x" * 190] * 6)):
         with pytest.raises(ValueError, match="^'[ax/]+'... is too long a name.* Shorten it.$"):
             inside(tmp_path, name)
+
+
+def test_on_windows_a_name_is_as_long_as_long_paths_allow(tmp_path, monkeypatch):
+    folder = tmp_path / ("\u732b" * 60)  # of three bytes each: Windows counts characters
+    name = "x" * (names.LONGEST_OF_WINDOWS - len(f"{folder}/"))
+    monkeypatch.setattr(names, "has_long_paths", lambda: False)
+    assert inside(folder, name) == folder / name
+    with pytest.raises(ValueError, match=r"has more than 247 characters. Shorten it, or turn on long paths"):
+        inside(folder, f"{name}s")
+    monkeypatch.setattr(names, "has_long_paths", lambda: True)
+    assert inside(folder, f"{name}s")
 
 
 def test_a_path_of_any_depth_is_looked_for(tmp_path):

@@ -551,15 +551,13 @@ def test_what_cannot_be_found_is_reported(root):
     ]
 
 
-def test_every_file_that_cannot_be_used_is_listed_but_dot_files(root):
-    for name in ("photo.heic", "Thumbs.db", "no suffix", ".DS_Store"):
+def test_every_file_that_cannot_be_used_is_listed_but_dot_files_and_the_systems_own(root):
+    for name in ("photo.heic", "Thumbs.db", "desktop.ini", "Icon\r", "no suffix", ".DS_Store"):
         (root / "subjects" / name).write_bytes(b"x")
     shutil.copy(CASES / "._picture.jpg", root / "subjects")
     found = find_pictures(root, "subjects")
     assert [path.name for path in found.paths] == ["A.jpg", "b.PNG"]
-    assert sorted(found.problems) == [
-        f"subjects/{name}" for name in ("Thumbs.db", "no suffix", "photo.heic", "readme.txt")
-    ]
+    assert sorted(found.problems) == [f"subjects/{name}" for name in ("no suffix", "photo.heic", "readme.txt")]
 
 
 def test_of_a_folder_that_holds_nothing_but_folders_one_is_named(root):
