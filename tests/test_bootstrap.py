@@ -20,15 +20,16 @@ print(sys.prefix, os.environ["COMFYUI_PATH"], *sys.argv[1:], sep="|")
 @pytest.fixture
 def copy(tmp_path):
     """The repository's ground, with a command that sets up and prints where it ended up."""
+    copy = tmp_path / "my \u732b"
     for name in ["bootstrap.py", "demo/requirements.txt"]:
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        shutil.copy(ROOT / name, tmp_path / name)
-    (tmp_path / "command.py").write_text(COMMAND)
-    comfyui = tmp_path / "comfyui"
+        (copy / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, copy / name)
+    (copy / "command.py").write_text(COMMAND)
+    comfyui = copy / "comfyui"
     comfyui.mkdir()
     (comfyui / "main.py").touch()
     (comfyui / "requirements.txt").write_text("torch\ntorchaudio\neinops\n")
-    return tmp_path
+    return copy
 
 
 @pytest.fixture
@@ -40,12 +41,12 @@ def ready(copy):
     return copy
 
 
-def run(copy: Path, comfyui: str = "") -> subprocess.CompletedProcess:
+def run(copy: Path, comfyui: str = "", console: str = "utf-8") -> subprocess.CompletedProcess:
     offline = {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": "", "PIP_CONFIG_FILE": os.devnull}
-    environment = {**os.environ, **offline, "COMFYUI_PATH": comfyui}
+    environment = {**os.environ, **offline, "COMFYUI_PATH": comfyui, "PYTHONIOENCODING": console}
     # The Python underneath: from inside a .venv, the copy would find itself in the wrong one.
     command = [sys._base_executable, "command.py", "an argument"]
-    return subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True)
+    return subprocess.run(command, cwd=copy, env=environment, capture_output=True, encoding=console)
 
 
 def test_without_a_network_it_names_what_is_missing(copy):
@@ -73,6 +74,11 @@ def test_what_is_ready_is_not_set_up_again_and_what_is_unfinished_is(ready):
     # That attempt was cut short: even with the old requirements back, the next one starts from nothing.
     (comfyui / "requirements.txt").write_text("torch\ntorchaudio\neinops\n")
     assert "No matching distribution" in run(copy, str(comfyui)).stderr
+
+
+def test_a_console_may_lack_the_letters_of_a_path(ready):
+    result = run(ready, str(ready / "comfyui"), console="cp1252")
+    assert result.stdout == f"{ready / '.venv'}|{ready / 'comfyui'}|an argument\n".replace("\u732b", "\\u732b")
 
 
 @pytest.mark.skipif(os.name == "nt", reason="a program is ended there without a word")
