@@ -89,7 +89,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--comfyui",
-        type=shlex.split,
+        type=split_command,
         default=THIS,
         metavar="COMMAND",
         help="starts a worker's ComfyUI (default: the one that this pack is in), "
@@ -98,6 +98,15 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     options.output = options.output or options.sheet.with_name(f"{options.sheet.stem}_results")
     return options
+
+
+def split_command(text: str) -> list[str]:
+    """The words of a command line, which may have quotes. On Windows a backslash separates folders."""
+    words = shlex.shlex(text, posix=True)
+    words.whitespace_split, words.commenters = True, ""
+    if os.sep == "\\":
+        words.escape = ""
+    return list(words)
 
 
 def to_seconds(text: str) -> float:

@@ -38,6 +38,7 @@ class Settings:
 
 
 SETTINGS = tuple(field.name for field in fields(Settings))
+PATHS = ("content", "style", "content_lora", "style_lora")  # columns of a job
 
 
 @dataclass(frozen=True)
@@ -197,6 +198,8 @@ def _parsed(kind: type, record: Record) -> tuple[typing.Any, list[str]]:
                 raise ValueError("it is empty, and it is needed.")
         except ValueError as error:
             problems.append(f"column {field.name}: {error}")
+    if kind is Job:  # which may be made on another system than the sheet was
+        values |= {name: values[name].replace("\\", "/") for name in PATHS if name in values}
     if kind is Job and "name" in values:
         values["name"] = result_name(values["name"])
         try:

@@ -200,6 +200,22 @@ def test_a_number_that_an_option_cannot_have_is_refused_in_words(option, capsys)
     assert "is no number of " in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("separator", "written", "words"),
+    [
+        ("\\", r"'C:\My Comfy\python.exe' -s C:\x\main.py", [r"C:\My Comfy\python.exe", "-s", r"C:\x\main.py"]),
+        (
+            "/",
+            r"'/my comfy/python' -s /x\ y/main.py --port 1#2",
+            ["/my comfy/python", "-s", "/x y/main.py", "--port", "1#2"],
+        ),
+    ],
+)
+def test_a_command_is_split_as_its_system_writes_paths(monkeypatch, separator, written, words):
+    monkeypatch.setattr(os, "sep", separator)
+    assert run.split_command(written) == words
+
+
 @pytest.mark.parametrize("address", ["", "http://", "http://[::1", "127.0.0.1:99999", "ftp://me:5ec2e7@host"])
 def test_what_is_no_address_is_refused_without_showing_it(address, capsys):
     with pytest.raises(SystemExit):

@@ -93,6 +93,12 @@ def test_json_is_read(tmp_path):
     assert read_jobs(sheet(tmp_path, json.dumps(rows), "jobs.json")) == SAME
 
 
+def test_a_sheet_that_was_made_on_windows_has_the_same_jobs_on_every_system(tmp_path):
+    text = "content,style,style_lora\npics\\cup.png,C:\\styles\\ink.png,consislora\\ink.safetensors"
+    (job,) = read_jobs(sheet(tmp_path, text))
+    assert job == Job("pics/cup.png", "C:/styles/ink.png", "cup__ink", style_lora="consislora/ink.safetensors")
+
+
 def test_jobs_without_a_name_get_one_each(tmp_path):
     jobs = read_jobs(
         sheet(tmp_path, "content,style,name\na/x.png,y.png,\nb/X.jpg,y.png,\nx.png,y.png,x__y_3\nx.png,y.png,")
