@@ -39,19 +39,21 @@ def keep_outside(images: Tensor, original: Tensor, mask: Tensor, feather: int = 
     """Pictures where a mask is 1, and where it is 0 their original, or nothing: b h w 3, or with alpha b h w 4.
 
     The pictures get the original's size, and its pixels outside of the mask stay as they are. original (b h w c) and
-    mask (b h w): one for all pictures, or one for each. feather: see `feathered`. Raises ValueError for inputs that do
-    not fit together.
+    mask (b h w): one for all pictures, or one for each. feather: see `feathered`. It is computed on the CPU, which has
+    all operators. Raises ValueError for inputs that do not fit together.
     """
     check_pictures(images, "images")
     check_pictures(original, "original")
-    images, original = (pixels[..., :3].expand(-1, -1, -1, 3).movedim(-1, 1).float() for pixels in (images, original))
+    images, original = (
+        pixels[..., :3].expand(-1, -1, -1, 3).movedim(-1, 1).float().cpu() for pixels in (images, original)
+    )
     size = original.shape[-2:]
     _check_count("original", len(original), len(images))
     _check_shape("images", images.shape[-2:], "original", size)
-    masks = picture_masks(mask, len(images), "original", size, "nothing of the result would show").to(images.device)
+    masks = picture_masks(mask, len(images), "original", size, "nothing of the result would show").cpu()
     masks = feathered(_resized(masks, size), feather).expand(len(images), -1, -1, -1)
     images = _resized(images, size)
-    joined = torch.cat([images, masks], 1) if transparent else torch.lerp(original.to(images), images, masks)
+    joined = torch.cat([images, masks], 1) if transparent else torch.lerp(original, images, masks)
     return joined.movedim(1, -1)
 
 

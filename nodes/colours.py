@@ -51,13 +51,11 @@ class KeepColours(io.ComfyNode):
     def execute(cls, images, content_image, keep_colours, mask=None) -> io.NodeOutput:
         check_both(images, content_image=content_image)
         if mask is not None:
-            mask = picture_masks(mask, len(images), "images", images.shape[1:3], "no colour would change")[:, 0]
-            mask = mask.to(images.device)
+            mask = picture_masks(mask, len(images), "images", images.shape[1:3], "no colour would change")[:, 0].cpu()
         if keep_colours == 0:
             return io.NodeOutput(images)
-        colours, alpha = in_colour(images), images[..., 3:]
-        moved = with_colours(colours, in_colour(content_image).to(images.device), keep_colours, mask)
-        return io.NodeOutput(torch.cat([moved, alpha], -1))
+        moved = with_colours(in_colour(images), in_colour(content_image), keep_colours, mask)
+        return io.NodeOutput(torch.cat([moved, images[..., 3:].cpu()], -1))
 
 
 class MatchPalette(io.ComfyNode):
@@ -100,8 +98,8 @@ class MatchPalette(io.ComfyNode):
     @checked
     def execute(cls, images, style_image, strength, together=False) -> io.NodeOutput:
         check_both(images, style_image=style_image)
-        matched = match_palette(in_colour(images), in_colour(style_image).to(images.device), strength, together)
-        return io.NodeOutput(torch.cat([matched, images[..., 3:]], -1))
+        matched = match_palette(in_colour(images), in_colour(style_image), strength, together)
+        return io.NodeOutput(torch.cat([matched, images[..., 3:].cpu()], -1))
 
 
 def check_both(images: torch.Tensor, **others: torch.Tensor) -> None:
@@ -110,5 +108,5 @@ def check_both(images: torch.Tensor, **others: torch.Tensor) -> None:
 
 
 def in_colour(images: torch.Tensor) -> torch.Tensor:
-    """Pictures b h w 3 without their alpha; grey ones too have three channels."""
-    return images[..., :3].expand(-1, -1, -1, 3)
+    """Pictures b h w 3 without their alpha, grey ones too with three channels; on the CPU, which has all operators."""
+    return images[..., :3].expand(-1, -1, -1, 3).cpu()

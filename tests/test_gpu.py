@@ -89,4 +89,4 @@ def test_pictures_on_the_gpu_go_with_those_on_the_cpu(pack):
         return kept.cpu(), matched.cpu(), torch.tensor(list(scores.values()))
 
     for ours, theirs in zip(made("cuda"), made("cpu"), strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(ours, theirs)
