@@ -95,3 +95,17 @@ def test_a_room_stays_small(room):
     lines = {name: path.read_text(encoding="utf-8").count("\n") for name, path in FILES[room].items()}
     whole, single = LINES[room]
     assert sum(lines.values()) <= whole and max(lines.values()) <= single
+
+
+ROOMS = (".", *PLAN, "demo_model", "demo_model/recipe", "workflows", "subgraphs", "locales")
+SHIPPED = [path for room in ROOMS for path in (ROOT / room).glob("*.py")]
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_text_is_read_and_written_in_an_encoding_that_is_not_the_systems(path):
+    """On Windows that is one of its language."""
+    for call in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(call, ast.Call):
+            named, settings = getattr(call.func, "attr", ""), {keyword.arg for keyword in call.keywords}
+            is_text = named in {"read_text", "write_text"} or named in {"run", "Popen"} and "text" in settings
+            assert not is_text or "encoding" in settings, f"line {call.lineno}"

@@ -31,7 +31,7 @@ ICON_SETS = {
 }
 SIGNS = re.compile(r"brand|logo|letter|number|text|format|align|\d")  # no subjects to be seen in these
 
-HELD_OUT = Path(__file__).with_name("held_out.txt").read_text().split()
+HELD_OUT = Path(__file__).with_name("held_out.txt").read_text(encoding="utf-8").split()
 # Words of the held-out names that mostly name other subjects: no icon is left out for these.
 COMMON = """
     3rd a and at back black blowing button crescent face fruit full glowing green growing hot in
@@ -47,7 +47,11 @@ def fetch_sets(folder: Path, names=TRAIN_SETS) -> None:
         if (folder / name / "icons.json").exists():
             continue
         packed = subprocess.run(
-            ["npm", "pack", "--silent", f"@iconify-json/{name}"], cwd=folder, check=True, capture_output=True, text=True
+            ["npm", "pack", "--silent", f"@iconify-json/{name}"],
+            cwd=folder,
+            check=True,
+            capture_output=True,
+            encoding="utf-8",
         ).stdout.split()[-1]
         with tarfile.open(folder / packed) as tar:
             for member in tar.getmembers():
@@ -61,7 +65,7 @@ class EmojiSet:
 
     def __init__(self, folder: Path, name: str):
         self.name = name
-        self.data = json.loads((folder / name / "icons.json").read_text())
+        self.data = json.loads((folder / name / "icons.json").read_text(encoding="utf-8"))
         self.by_plain_name = {key.replace("-", ""): key for key in self.data["icons"]}
 
     def icon(self, subject: str) -> dict | None:
@@ -107,7 +111,7 @@ class EmojiSet:
 def subjects(folder: Path) -> list[str]:
     """Names every training set but fxemoji (the smallest) can draw, in the order of fluent-emoji-flat."""
     sets = [EmojiSet(folder, name) for name in TRAIN_SETS if name != "fxemoji"]
-    categories = json.loads((folder / "fluent-emoji-flat" / "metadata.json").read_text())["categories"]
+    categories = json.loads((folder / "fluent-emoji-flat" / "metadata.json").read_text(encoding="utf-8"))["categories"]
     names = [subject for category in CATEGORIES for subject in categories[category]]
     return [
         subject

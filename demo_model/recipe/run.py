@@ -23,7 +23,7 @@ class Clock:
 
     def __init__(self, state: Path, minutes: float):
         self.file, self.total, self.started = state / "clock.json", 60 * minutes, time.time()
-        self.before = json.loads(self.file.read_text())["seconds"] if self.file.exists() else 0.0
+        self.before = json.loads(self.file.read_text(encoding="utf-8"))["seconds"] if self.file.exists() else 0.0
 
     def seconds(self) -> float:
         return self.before + time.time() - self.started
@@ -32,7 +32,7 @@ class Clock:
         return self.seconds() / self.total
 
     def save(self) -> None:
-        self.file.write_text(json.dumps({"seconds": round(self.seconds(), 1)}))
+        self.file.write_text(json.dumps({"seconds": round(self.seconds(), 1)}), encoding="utf-8")
 
 
 class Optimiser:

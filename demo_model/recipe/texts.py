@@ -101,8 +101,11 @@ def train_tokenizer(texts: list[str], folder: Path = demo.TOKENIZER) -> None:
     )
     config = {**special, "do_lower_case": True, "model_max_length": demo.TOKENS, "tokenizer_class": "CLIPTokenizer"}
     folder.mkdir(exist_ok=True)
-    vocabulary = json.dumps({token: i for i, token in enumerate(tokens)}, ensure_ascii=False)
-    (folder / "vocab.json").write_text(vocabulary)
-    (folder / "merges.txt").write_text("#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in merges))
-    (folder / "special_tokens_map.json").write_text(json.dumps(special, indent=1))
-    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=1))
+    files = {
+        "vocab.json": json.dumps({token: i for i, token in enumerate(tokens)}, ensure_ascii=False),
+        "merges.txt": "#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in merges),
+        "special_tokens_map.json": json.dumps(special, indent=1),
+        "tokenizer_config.json": json.dumps(config, indent=1),
+    }
+    for name, text in files.items():
+        (folder / name).write_text(text, encoding="utf-8")
