@@ -28,16 +28,16 @@ def inside(folder: Path, name: str) -> Path:
         raise ValueError(
             f"{name[:60]!r}... is too long a name: with its folders it has more than {LONGEST_PATH} bytes. Shorten it."
         )
-    if not has_long_paths() and len(os.path.abspath(folder)) + 1 + len(name) > LONGEST_OF_WINDOWS:
-        raise ValueError(
-            f"{name[:60]!r}... is too long a name: with its folders it has more than {LONGEST_OF_WINDOWS} characters. "
-            "Shorten it, or turn on long paths in Windows (LongPathsEnabled)."
-        )
     parts = PurePosixPath(name.replace("\\", "/")).parts
     if not all(map(is_portable, parts)):
         raise ValueError(
             f"{name!r} is not a name inside the folder {folder.name}. Use letters, digits and spaces, with / for "
             "subfolders; not .., a drive, a name that Windows keeps for devices, or a dot or space at an end."
+        )
+    if not has_long_paths() and len(os.path.abspath(folder)) + 1 + len(name) > LONGEST_OF_WINDOWS:
+        raise ValueError(
+            f"{name[:60]!r}... is too long a name: with its folders it has more than {LONGEST_OF_WINDOWS} characters. "
+            "Shorten it, or turn on long paths in Windows (LongPathsEnabled)."
         )
     path = folder.joinpath(*parts)
     if not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder)):
@@ -49,10 +49,12 @@ def inside(folder: Path, name: str) -> Path:
 
 @functools.cache
 def has_long_paths() -> bool:
-    """Whether a path may have more than 259 characters, which Windows has a setting for."""
+    """Whether a path may have more than 259 characters, for which Windows has a setting since 2016."""
     if sys.platform != "win32":
         return True
-    is_on = ctypes.WinDLL("ntdll").RtlAreLongPathsEnabled
+    is_on = getattr(ctypes.WinDLL("ntdll"), "RtlAreLongPathsEnabled", None)
+    if is_on is None:
+        return False
     is_on.restype = ctypes.c_ubyte
     return bool(is_on())
 

@@ -105,7 +105,7 @@ def changed_results(folder: Path, results: Iterable[Result]) -> set[str]:
 def is_changed(folder: Path, result: Result) -> bool:
     """Whether a person decided about other bytes than the result's pictures have now.
 
-    Of files that are older than the decision the bytes are not read.
+    The bytes are not read of files that were written between the result and the decision.
     """
     if not (result.decision and result.decided_pictures):
         return False
@@ -113,18 +113,24 @@ def is_changed(folder: Path, result: Result) -> bool:
         paths = picture_files(folder, result.files)
     except ValueError:
         return False  # gone: what is shown nowhere
-    if not _may_be_newer(paths, result.decided_at):
+    if _lie_between(result.finished, result.decided_at, paths):
         return False
     return [picture_digest(path).hex() for path in paths] != result.decided_pictures.split(";")
 
 
-def _may_be_newer(paths: list[Path], moment: str) -> bool:
-    """Whether a file may have been written after a moment, also a copy that kept the time of what it is a copy of."""
+def _lie_between(made: str, decided: str, paths: list[Path]) -> bool:
+    """Whether files were certainly written between two moments.
+
+    A copy may have kept the time of what it is a copy of; Windows does not tell when it was made.
+    """
     try:
-        begin = (datetime.fromisoformat(moment).astimezone() - CLOCKS_DIFFER).timestamp()
-    except (ValueError, OverflowError, OSError):  # as a spreadsheet has rewritten it
-        return True
-    return any(max(stat.st_mtime, stat.st_ctime) > begin for stat in map(Path.stat, paths))
+        begin, end = (
+            (datetime.fromisoformat(moment).astimezone() - CLOCKS_DIFFER).timestamp() for moment in (made, decided)
+        )
+    except (ValueError, OverflowError, OSError):  # as a spreadsheet has rewritten one
+        return False
+    stats = [path.stat() for path in paths]
+    return all(begin <= stat.st_mtime and max(stat.st_mtime, stat.st_ctime) <= end for stat in stats)
 
 
 def describe_results(sheet: ResultsSheet, changed: Collection[str] = ()) -> list[dict]:
