@@ -15,7 +15,7 @@ import pytest
 import torch
 from filelock import FileLock
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, save_file
 
 from consislora_core import lora_file
 from consislora_core.lora_file import ImageLora, LoraLayer
@@ -155,7 +155,8 @@ def test_a_training_that_goes_on_keeps_its_files_and_its_lock(store):
         assert store.find(KEYS[0]) and store.folder.joinpath(f"{KEYS[0]}.lock").exists()
     other.keep(KEYS[2], lora(), [])
     assert [bool(store.find(key)) for key in KEYS[:3]] == [False, False, True]
-    assert store.folder.joinpath(f"{KEYS[0]}.lock").exists()  # another process may be waiting for it
+    if os.name != "nt":  # where whoever releases it removes it, unless another process waits for it
+        assert store.folder.joinpath(f"{KEYS[0]}.lock").exists()
 
 
 def test_a_checkpoint_larger_than_the_limit_does_not_empty_the_store(host, store):
@@ -180,6 +181,7 @@ def test_a_network_folder_without_locks_keeps_to_its_limit_all_the_same(store, m
     assert [bool(store.find(key)) for key in KEYS[:2]] == [False, True]
 
 
+@pytest.mark.skipif(os.name == "nt", reason="a file that is open stays there")
 def test_deleting_the_folder_empties_it_also_while_training(store):
     with store.locked(KEYS[0], never):
         for path in store.folder.iterdir():
@@ -262,11 +264,11 @@ def record_of_another_kind(path):
 
 
 def record_of_nothing(path):
-    save_file(load_file(path), path, {"store": json.dumps({"key": KEYS[0]})})
+    save_file(load(path.read_bytes()), path, {"store": json.dumps({"key": KEYS[0]})})
 
 
 def record_without_end(path):
-    save_file(load_file(path), path, {"store": "[" * 100_000})
+    save_file(load(path.read_bytes()), path, {"store": "[" * 100_000})
 
 
 def other_tensors(path):
@@ -428,7 +430,7 @@ with store.locked(sys.argv[2], lambda: None):
     command = [sys.executable, "-c", code, str(store.folder), KEYS[0]]
     root = Path(lora_file.__file__).resolve().parent.parent
     with subprocess.Popen(command, cwd=root, stdout=subprocess.PIPE) as process:
-        assert process.stdout.readline() == b"writing\n"
+        assert process.stdout.readline() .strip() == b"writing"
         assert store.find(KEYS[0]) is None
         assert [name for name in files(store) if name.endswith(".tmp")]
         process.send_signal(getattr(signal, "SIGKILL", signal.SIGTERM))
