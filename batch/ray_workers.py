@@ -86,7 +86,7 @@ class Worker:
     """Lives in a process of Ray's. Raises WorkerLost once its ComfyUI has ended or hangs."""
 
     def __init__(self, comfyui: list[str]):
-        self.folder = tempfile.TemporaryDirectory(prefix="consislora_")
+        self.folder = tempfile.TemporaryDirectory(prefix="consislora_", ignore_cleanup_errors=True)
         self.log = Path(self.folder.name, "comfyui.log")
         self.port = free_port()
         self.command = [*comfyui, "--port", str(self.port), "--database-url", "sqlite:///:memory:"]

@@ -48,7 +48,8 @@ def main(arguments: list[str] | None = None) -> int | str:
     except (Denied, WorkerLost) as error:
         return f"{error}\nThe same command goes on from here."
     except OSError as error:
-        what = f"{error.filename or options.output}: {error.strerror or error}"  # no name: of what is being written
+        # The second is the name of a file that could not be replaced; none: of what is being written.
+        what = f"{error.filename2 or error.filename or options.output}: {error.strerror or error}"
         return f"{what}. Once that is fixed, the same command goes on."
     except (ValueError, Refused) as error:
         return str(error)

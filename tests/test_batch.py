@@ -430,7 +430,7 @@ def test_a_workflow_whose_answer_was_lost_is_queued_once():
         (401, "wants a key or a password .401 Unauthorized.. Set CONSISLORA_HEADER"),
         (403, "wants a key or a password"),
         (407, "wants a key or a password"),
-        (413, "takes no picture as large as this .413 Request Entity Too Large.. Save it smaller"),
+        (413, "takes no picture as large as this .413 [\\w ]+.. Save it smaller"),
     ],
 )
 def test_what_no_request_can_pass_ends_the_batch_at_once(made, status, words):
@@ -960,6 +960,16 @@ def test_errors_of_the_disk_are_reported(tmp_path):
     (tmp_path / "jobs.csv").write_text("content,style\na.png,a.png\n")
     text = run.main([str(tmp_path / "jobs.csv"), "--workflow", str(tmp_path / "none.json")])
     assert text.startswith(f"{tmp_path / 'none.json'}: No such file or directory. Once that is fixed")
+
+
+def test_a_sheet_that_a_spreadsheet_holds_open_is_named(monkeypatch):
+    """On Windows a file that another program has open is not replaced; the error names the unfinished one first."""
+
+    async def refused(options):
+        raise PermissionError(13, "Permission denied", "results.csv1f.tmp", None, "results.csv")
+
+    monkeypatch.setattr(run, "run", refused)
+    assert run.main(["jobs.csv"]).startswith("results.csv: Permission denied. Once that is fixed")
 
 
 def test_all_problems_are_reported_before_any_job_is_sent(tmp_path, capsys):

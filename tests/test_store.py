@@ -430,7 +430,7 @@ with store.locked(sys.argv[2], lambda: None):
     command = [sys.executable, "-c", code, str(store.folder), KEYS[0]]
     root = Path(lora_file.__file__).resolve().parent.parent
     with subprocess.Popen(command, cwd=root, stdout=subprocess.PIPE) as process:
-        assert process.stdout.readline() .strip() == b"writing"
+        assert process.stdout.readline().strip() == b"writing"
         assert store.find(KEYS[0]) is None
         assert [name for name in files(store) if name.endswith(".tmp")]
         process.send_signal(getattr(signal, "SIGKILL", signal.SIGTERM))
