@@ -27,17 +27,15 @@ class Draw(NamedTuple):
 
 
 def draw(z_0: Tensor, sigmas: Tensor, noise_offset: float, generator: torch.Generator) -> Draw:
-    """Gaussian noise like z_0 (b c h w), and for each row a noise level, uniform over the model's training `sigmas`.
+    """Gaussian noise like z_0 (1 c h w), and a noise level, uniform over the model's training `sigmas`.
 
-    Drawn on the CPU, so that every device trains alike. The levels of several rows are evenly spaced from one random
-    number (the low-discrepancy sampler of arXiv 2107.00630), so that their losses vary less than with independent ones.
+    Drawn on the CPU, so that every device trains alike.
     noise_offset: scale of one more normal number for each channel, which shifts the whole channel.
     """
     noise = torch.randn(z_0.shape, generator=generator)
     if noise_offset:
         noise = noise + noise_offset * torch.randn(*z_0.shape[:2], 1, 1, generator=generator)
-    first, rows = torch.randint(len(sigmas), (1,), generator=generator), len(z_0)
-    level = (first + torch.arange(rows) * len(sigmas) // rows) % len(sigmas)
+    level = torch.randint(len(sigmas), (1,), generator=generator)
     return Draw(noise.to(z_0), sigmas[level.to(sigmas.device)].to(z_0).view(-1, 1, 1, 1))
 
 

@@ -33,11 +33,9 @@ class Stage:
     rank: int = 64
     seed: int = 0
     noise_offset: float = 0.0
-    noises: int = 1  # in each step, of one image, at evenly spaced levels
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
     weight_decay: float = 1e-4
-    max_grad_norm: float | None = None  # the authors' code passes 1.0 to a clip that gets no gradients
     optimizer: str = ADAMW
 
     def __post_init__(self):
@@ -48,18 +46,15 @@ class Stage:
             _check("learning_rate", rate, is_rate, "a number above 0 and at most 1")
         is_seed = isinstance(self.seed, int) and 0 <= self.seed < 2**64
         are_betas = all(_is_between(beta, 0, 1) and beta < 1 for beta in self.betas)
-        is_norm = self.max_grad_norm is None or _is_between(self.max_grad_norm, 0, math.inf, open_below=True)
         for name, is_allowed, what in [
             ("phases", len(self.phases) > 0, "at least one phase"),
             ("learns", self.learns and set(self.learns) <= set(ROLES), f"some of {ROLES}"),
             ("rank", _is_count(self.rank) and self.rank <= 1024, "a whole number from 1 to 1024"),
             ("seed", is_seed, "a whole number from 0 to 2^64 - 1"),
             ("noise_offset", _is_between(self.noise_offset, 0, 1), "a number from 0 to 1"),
-            ("noises", _is_count(self.noises), "a whole number of at least 1"),
             ("betas", are_betas, "two numbers from 0 to below 1"),
             ("eps", _is_between(self.eps, 0, 1, open_below=True), "a number above 0"),
             ("weight_decay", _is_between(self.weight_decay, 0, 1), "a number from 0 to 1"),
-            ("max_grad_norm", is_norm, "none, or a number above 0"),
             ("optimizer", self.optimizer in OPTIMIZERS, " or ".join(OPTIMIZERS)),
         ]:
             _check(name, getattr(self, name), is_allowed, what)
@@ -69,8 +64,9 @@ class Stage:
         return sum(phase.steps for phase in self.phases)
 
     def facts(self) -> dict:
-        """All settings as plain values; without the optimizer where it is what it was before there was a choice."""
-        return {name: value for name, value in asdict(self).items() if (name, value) != ("optimizer", ADAMW)}
+        """All settings as plain values: the same as in earlier versions, since the store names trainings by them."""
+        settings = {name: value for name, value in asdict(self).items() if (name, value) != ("optimizer", ADAMW)}
+        return settings | {"noises": 1, "max_grad_norm": None}  # which could be chosen once
 
     def at(self, step: int) -> tuple[str, float]:
         """Loss and learning rate of a step, counted from 0. Raises IndexError past the end."""

@@ -41,7 +41,7 @@ class StepEvent(NamedTuple):
     phase: str  # the loss in use: "noise" or "reconstruction"
     losses: tuple[float, ...]  # of each LoRA
     learning_rate: float
-    sigma: float  # the mean noise level of its batch
+    sigma: float  # the noise level
     z_0_hat: Tensor  # x0 predictions (loras c h w) in latent space; the next step may overwrite them
 
     @property
@@ -54,7 +54,7 @@ class RandomStep(NamedTuple):
     """The random numbers of one step, on the CPU."""
 
     image: int | None  # which latent of each LoRA, where there are several
-    draw: Draw  # a row for each noise
+    draw: Draw  # of one row
     before: Tensor  # the generator's state before they were drawn
 
 
@@ -73,7 +73,6 @@ class Trainer:
     loss_scale: above 1 for fp16 activations, whose small gradients would vanish; halved when they overflow.
     loras: how many to train, each as if alone with the same seed. z_0 then holds the latents of one LoRA after those
     of another, equally many; a step takes one of each, as spans of the batch. frozen holds one mapping for each LoRA.
-    start: parts that the training begins with, by role, in place of fresh ones.
     mask: what of each latent counts in the losses, from 0 to 1 (b 1 h w, see losses.py); None: everything.
 
     Raises ValueError for latents that are empty or not finite, and on entry for parts that do not fit the UNet.
@@ -88,7 +87,6 @@ class Trainer:
         frozen: Mapping[str, Part] | Sequence[Mapping[str, Part]] | None = None,
         loss_scale: float = 1.0,
         loras: int = 1,
-        start: Mapping[str, Part] | None = None,
         mask: Tensor | None = None,
     ):
         _check_latents(z_0)
@@ -98,7 +96,7 @@ class Trainer:
         self.generator = torch.Generator().manual_seed(stage.seed)
         fresh = {role: fresh_part(model.unet, role, stage.rank, self.generator) for role in stage.learns}
         frozen = [frozen or {}] if loras == 1 else frozen or [{}] * loras
-        self.start = [{**parts, **fresh, **(start or {})} for parts in frozen]  # until the UNet has them
+        self.start = [{**parts, **fresh} for parts in frozen]  # until the UNet has them
         self.loss_scale = loss_scale
         self.step = 0
         self.drawn: RandomStep | None = None  # of the next step
@@ -147,18 +145,18 @@ class Trainer:
             yield self.train_step(self._rows(self.z_0, image), Draw(noise, sigma), weight)
 
     def _rows(self, batch: Tensor, image: int | None) -> Tensor:
-        """One image of each LoRA, a row for each noise."""
-        return batch[:, 0 if image is None else image].repeat_interleave(self.stage.noises, 0)
+        """One image of each LoRA."""
+        return batch[:, 0 if image is None else image]
 
     def _draw(self) -> RandomStep:
         before = self.generator.get_state()
         images = self.z_0.shape[1]
         image = int(torch.randint(images, (1,), generator=self.generator)) if images > 1 else None
-        like = torch.empty(self.stage.noises, *self.z_0.shape[2:])
+        like = torch.empty(1, *self.z_0.shape[2:])
         return RandomStep(image, draw(like, self.model.sigmas, self.stage.noise_offset, self.generator), before)
 
     def train_step(self, z_0: Tensor, random: Draw, weight: Tensor | None = None) -> StepEvent:
-        """One step on given noise and noise levels. z_0, random, weight: b rows each, in equal spans for the LoRAs.
+        """One step on given noise and noise levels. z_0, random, weight: a row for each LoRA.
 
         weight: of each latent pixel in the loss, from `mask_weights`; None: all weigh alike.
 
@@ -183,16 +181,7 @@ class Trainer:
         """Moves the weights; takes what `_compute_gradients` returned."""
         for parameter, gradient in zip(self.inserted.parameters, gradients, strict=True):
             parameter.grad = gradient
-        if self.stage.max_grad_norm is not None:
-            self._clip(self.stage.max_grad_norm)
-        self.optimizer.step()
-
-    def _clip(self, max_grad_norm: float) -> None:
-        """Clips each LoRA's gradients to a norm over all its layers."""
-        grads = [parameter.grad for parameter in self.inserted.parameters]
-        norms = torch.cat([grad.flatten(1) for grad in grads], 1).norm(dim=1)
-        for grad in grads:
-            grad.mul_((max_grad_norm / (norms + 1e-6)).clamp(max=1).view(-1, 1, 1))
+        self.optimizer.step()  # unclipped: the authors' code passes 1.0 to a clip that gets no gradients
 
     def _backward(self, inputs: Sequence[Tensor], loss_name: str) -> tuple[Sequence[Tensor], tuple[float, ...], float]:
         """Computes gradients; returns what `_compute_gradients` does, the loss of each LoRA and the mean sigma.
@@ -241,7 +230,7 @@ class Trainer:
             foreach("div_", grads, loss_scale)
         norm = torch.stack(foreach("norm", grads)).sum()
         numbers = torch.stack([*losses.detach(), norm, sigma.mean()])  # one host sync for all of them
-        return z_0_hat.detach()[:: len(z_0_hat) // self.loras], numbers, *grads
+        return z_0_hat.detach(), numbers, *grads
 
     def parts(self, lora: int = 0) -> dict[str, Part]:
         """The parts of one LoRA as trained so far, frozen ones included, by role, on the CPU in fp32."""

@@ -155,7 +155,7 @@ def _train_together(
 ) -> list[Trained]:
     model, stage, dtype = requests[0].model, requests[0].stage, requests[0].dtype
     latent = {"samples": torch.cat([request.latent["samples"] for request in requests])}
-    shape = (len(requests) * stage.noises, *latent["samples"].shape[1:])
+    shape = (len(requests), *latent["samples"].shape[1:])
     with open_for_training(model, shape, dtype, memory) as denoiser:
         z_0 = clean_latents(model, latent)
         cond = encoded_conditioning(model, requests[0].positive, z_0)

@@ -32,7 +32,7 @@ def train(pack, stage):
     """Losses and the norm of the weights after a training through all of host/, on the tiny UNet in fp32."""
     host, model, tensors = pack.host.training_model, comfy_model(), run("stage1_content")
     latent = {"samples": tensors["z_0"] / INDEX["vae_scaling_factor"]}
-    shape = (stage.noises, *latent["samples"].shape[1:])
+    shape = latent["samples"].shape
     with torch.inference_mode(), host.open_for_training(model, shape, torch.float32) as denoiser:
         z_0 = host.clean_latents(model, latent)
         cond = host.encoded_conditioning(model, comfy_conditioning(tensors), z_0)

@@ -8,7 +8,7 @@ import torch
 from reference import diffusers_unet, flat, relative_error
 
 from consislora_core.adapters import fresh_part, inserted
-from consislora_core.losses import Draw, draw, noise_loss, reconstruction_loss
+from consislora_core.losses import draw, noise_loss, reconstruction_loss
 from consislora_core.schedule import ADAMW, MUON, PRESETS, SHORTER, image_stage, style_stage
 from consislora_core.trainer import Trainer
 
@@ -48,28 +48,10 @@ def test_the_noise_offset_moves_whole_channels():
     assert offset.flatten(2).std(-1).max() < 1e-6 < offset.mean((2, 3)).abs().min()
 
 
-def test_the_levels_of_several_noises_lie_evenly_and_each_is_as_likely_as_any():
+def test_each_noise_level_is_as_likely_as_any():
     sigmas, generator = torch.arange(9.0), torch.Generator().manual_seed(0)
-    draws = torch.stack([draw(torch.zeros(3, 4, 1, 1), sigmas, 0.0, generator).sigma.flatten() for _ in range(900)])
-    assert ((draws - draws.roll(1, 1)) % 9 == 3).all()
-    for column in draws.T:
-        assert column.long().bincount().sub(100).abs().max() < 40
-
-
-def test_several_noises_a_step_weigh_alike(host):
-    model, z_0, cond = host
-    generator = torch.Generator().manual_seed(0)
-    random = draw(z_0.expand(3, -1, -1, -1), model.sigmas, 0.0, generator)
-    rows = [Draw(*row) for row in zip(*(part.split(1) for part in random), strict=True)]
-    grads = []
-    for batch in ([random], rows):
-        one_step = []
-        for some in batch:
-            with Trainer(model, z_0, cond, image_stage(**SHORT)) as trainer:
-                trainer.train_step(z_0.expand(len(some.noise), -1, -1, -1), some)
-                one_step.append(torch.cat([p.grad.flatten() for p in trainer.inserted.parameters]))
-        grads.append(torch.stack(one_step).mean(0))
-    assert relative_error(*grads) < 1e-4
+    levels = torch.cat([draw(torch.zeros(1, 4, 1, 1), sigmas, 0.0, generator).sigma.flatten() for _ in range(900)])
+    assert levels.long().bincount().sub(100).abs().max() < 40
 
 
 def test_the_same_seed_trains_the_same_lora_and_another_seed_another(host):
@@ -101,21 +83,13 @@ def test_stage_two_learns_style_anew_and_leaves_the_content_part_alone(host):
     assert any(layer.up.any() for layer in second["style"].values())
 
 
-def test_training_starts_from_the_parts_that_it_gets(host):
-    _, first = train(host, image_stage(**SHORT))
-    with Trainer(*host, image_stage(**SHORT), start={"style": first["style"]}) as trainer:
-        parts = trainer.parts()
-    assert torch.equal(flat({"style": parts["style"]}), flat({"style": first["style"]}))
-    assert not any(layer.up.any() for layer in parts["content"].values())
-
-
-@pytest.mark.parametrize(("noises", "optimizer", "each"), [(1, ADAMW, 1), (2, ADAMW, 1), (1, MUON, 1), (1, ADAMW, 2)])
-def test_loras_that_train_together_are_those_that_each_image_or_images_would_get_alone(host, noises, optimizer, each):
+@pytest.mark.parametrize(("optimizer", "each"), [(ADAMW, 1), (MUON, 1), (ADAMW, 2)])
+def test_loras_that_train_together_are_those_that_each_image_or_images_would_get_alone(host, optimizer, each):
     model, z_0, cond = host
     images = torch.cat([z_0, z_0.flip(-1), z_0.roll(3, -1), z_0.flip(-2)])
     content = None
     # At the paper's learning rates: AdamW's first steps blow up the rounding of gradients near 0.
-    settings = dict(rank=2, noises=noises, optimizer=optimizer)
+    settings = dict(rank=2, optimizer=optimizer)
     for stage in (image_stage(steps=6, transition_step=3, **settings), style_stage(steps=3, **settings)):
         alone = [
             train((model, image, cond), stage, frozen=content and {"content": content[row]})
@@ -192,20 +166,6 @@ def test_gradients_that_overflow_halve_the_loss_scale_and_the_step_is_done_again
         losses = [event.loss for event in trainer]
         assert trainer.loss_scale < 2.0**16
     assert losses == pytest.approx(train(host, stage)[0], rel=1e-5)
-
-
-def test_gradient_clipping_is_off_unless_asked_for(host):
-    model, z_0, cond = host
-    random = Draw(torch.randn(z_0.shape, generator=torch.Generator().manual_seed(0)), torch.full((1, 1, 1, 1), 5.0))
-    norms = {}
-    for max_grad_norm in (None, 1e-3):
-        with Trainer(model, z_0, cond, image_stage(**SHORT, max_grad_norm=max_grad_norm)) as trainer:
-            trainer.train_step(z_0, random)
-            norms[max_grad_norm] = (
-                torch.stack(torch._foreach_norm([p.grad for p in trainer.inserted.parameters])).norm().item()
-            )
-    assert norms[1e-3] == pytest.approx(1e-3, rel=1e-2)
-    assert norms[None] > 0.1
 
 
 @pytest.mark.parametrize(

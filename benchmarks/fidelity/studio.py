@@ -7,7 +7,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -166,7 +166,7 @@ class Studio:
 
     def learned_everywhere(self, stage: Stage, prompt: str, drawings: list[Drawing]) -> Learned:
         """An Everywhere for each drawing: the stage's first phase as a LoRA on all attention layers."""
-        name = fingerprint([self.base, asdict(stage), prompt, drawings, "everywhere"])
+        name = fingerprint([self.base, stage.facts() | {"optimizer": stage.optimizer}, prompt, drawings, "everywhere"])
         if kept := self._kept(name, drawings, _everywhere_of):
             return kept
         generator, phase = torch.Generator().manual_seed(stage.seed), stage.phases[0]
