@@ -74,7 +74,7 @@ def _keep_colours_of_one(picture: Tensor, content: Tensor, mask: Tensor | None, 
     if mask is None:
         weight = _inside(silhouette(theirs), lab, guide)
     else:
-        weight = F.interpolate(mask[:, None].float().clamp(0, 1), x.shape[-2:], mode="bilinear", antialias=True)
+        weight = F.interpolate(mask[:, None].float(), x.shape[-2:], mode="bilinear", antialias=True)
     moved = to_srgb(torch.cat([lab[:, :1], lab[:, 1:] + strength * weight * missing], 1))
     return torch.where(weight.movedim(1, -1) > 0, moved.movedim(1, -1).to(picture.dtype), picture)
 
@@ -181,7 +181,7 @@ def to_oklab(x: Tensor) -> Tensor:
 
 def to_srgb(lab: Tensor) -> Tensor:
     """OKLab (b 3 h w) as sRGB, 0 to 1. A colour out of gamut gets the largest chroma of its hue and lightness."""
-    light, chroma = lab[:, :1].clamp(0, 1), lab[:, 1:]
+    light, chroma = lab[:, :1], lab[:, 1:]
     scale, step = torch.ones_like(light), 1.0
     is_out = _is_out_of_gamut(_to_linear(light, chroma))
     for _ in range(HALVINGS if is_out.any() else 0):

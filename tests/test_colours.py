@@ -126,16 +126,33 @@ def test_a_batch_gets_one_content_image_or_one_each(crown, blue):
     each = keep_colours(results, torch.cat([crown, owl.flip(-1)]), 0.5)
     assert torch.equal(one[:1], keep_colours(blue, crown, 0.5)) and torch.equal(each[:1], one[:1])
     assert torch.equal(each[1:], keep_colours(owl, owl.flip(-1), 0.5))
+    masks = torch.stack([torch.zeros(8, 8), torch.ones(8, 8)])
+    assert (keep_colours(results, crown, 0.5, masks) == results).all((1, 2, 3)).tolist() == [True, False]
     with pytest.raises(ValueError, match="content_image has a batch of 2"):
         keep_colours(torch.cat([results, blue]), results, 0.5)
     with pytest.raises(ValueError, match="mask has a batch of 3"):
         keep_colours(results, crown, 0.5, torch.ones(3, 8, 8))
 
 
-def test_half_precision_comes_back_as_it_was_and_right(crown, blue):
-    moved = keep_colours(blue.half(), crown.half(), 1.0)
-    assert moved.dtype == torch.float16
-    assert (moved - keep_colours(blue, crown, 1.0)).abs().max() < 0.02
+@pytest.mark.parametrize("change", [keep_colours, match_palette])
+def test_half_precision_comes_back_as_it_was_and_right(crown, blue, change):
+    changed = change(blue.half(), crown.half(), 1.0)
+    assert changed.dtype == torch.float16
+    assert (changed - change(blue, crown, 1.0)).abs().max() < 0.02
+
+
+@pytest.mark.parametrize("change", [keep_colours, match_palette])
+def test_values_out_of_range_count_as_the_nearest_that_a_picture_has(crown, blue, change):
+    """A picture has such where it was scaled with bicubic."""
+    sharpened = [1.2 * picture - 0.1 for picture in (blue, crown)]
+    changed, expected = change(*sharpened, 1.0), change(*(picture.clamp(0, 1) for picture in sharpened), 1.0)
+    assert torch.equal(changed.clamp(0, 1), expected)
+
+
+def test_one_colour_stays_one_up_to_the_edge_of_the_picture():
+    grey, red = torch.full((1, 64, 64, 3), 0.5), torch.tensor([0.7, 0.4, 0.4]).expand(1, 64, 64, 3)
+    kept = keep_colours(grey, red, 1.0, torch.ones(1, 8, 8))
+    assert (lab(kept) - lab(red))[..., 1:].abs().max() < 5e-3
 
 
 def node(pack, *inputs, **others) -> torch.Tensor:
@@ -187,6 +204,22 @@ def test_with_another_palette_outlines_and_the_page_stay_where_they_are(crown, o
     scores = structure_scores(matched.movedim(-1, 1), crown.movedim(-1, 1))
     assert scores["silhouette"] > 0.97 and scores["edges"] > 0.8
     assert torch.equal(matched[0, :8], crown[0, :8])
+
+
+def test_white_in_a_subject_stays_white_and_counts_in_no_palette():
+    def subject(darkest, brightest, spotted):
+        """A square on white, with a white spot in its middle or none."""
+        drawn, shade = torch.ones(1, 128, 128, 3), torch.linspace(0, 1, 64)[:, None]
+        drawn[:, 32:96, 32:96] = torch.lerp(torch.tensor(darkest), torch.tensor(brightest), shade)
+        drawn[:, 48:80, 48:80] = torch.where(torch.tensor(spotted), 1.0, drawn[:, 48:80, 48:80])
+        return drawn
+
+    light, dark = ([0.6, 0.5, 0.3], [0.9, 0.8, 0.5]), ([0.0, 0.05, 0.2], [0.1, 0.2, 0.5])
+    matched = match_palette(subject(*light, True), subject(*dark, False))
+    assert (matched[:, 50:78, 50:78] == 1).all()
+    plain, spotted = (match_palette(subject(*light, False), subject(*dark, spot)) for spot in (False, True))
+    for other in (spotted, matched):
+        assert (plain - other)[:, 34:46, 34:94].abs().mean() < 0.03
 
 
 def test_the_noise_of_a_flat_subject_does_not_become_a_pattern(owl):

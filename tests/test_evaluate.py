@@ -104,7 +104,7 @@ def test_the_gate_splits_pictures_and_says_why(nodes, owls):
 
 
 def test_leakage_is_bounded_from_above(nodes):
-    scores = [{"leakage": 0.1, "edges": 0.0}, {"leakage": 0.5, "edges": 0.0}]
+    scores = [{"leakage": 0.3, "edges": 0.0}, {"leakage": 0.5, "edges": 0.0}]
     accepted, rejected, reasons = gate(nodes, torch.rand(2, 8, 8, 3), scores, max_leakage=0.3)
     assert (len(accepted), len(rejected)) == (1, 1)
     assert reasons.splitlines()[1] == "2: leakage 0.50 is above 0.3"
@@ -114,7 +114,7 @@ def test_what_is_not_a_number_never_passes_whatever_the_bounds(nodes):
     pictures = torch.rand(4, 8, 8, 3)
     pictures[1, 0, 0, 0] = float("nan")
     scores = [{"edges": edges} for edges in (0.5, 0.5, float("nan"), float("inf"))]
-    for bounds in ({}, {"min_edges": 0.4}):
+    for bounds in ({}, {"min_edges": 0.5}):
         accepted, rejected, reasons = gate(nodes, pictures, scores, **bounds)
         assert torch.equal(accepted, pictures[:1]) and len(rejected) == 3
         assert reasons.splitlines() == [

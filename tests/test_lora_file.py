@@ -394,6 +394,16 @@ def test_apply_consislora_gives_the_same_answer(pack, question, ours, our_file):
     assert relative_error(comfy_answer(pack, patched, question), ours) < 1e-4
 
 
+def test_at_a_strength_below_0_a_part_acts_the_other_way_round(pack, question, our_file):
+    lora = lora_file.read(our_file)
+    turned = {path: layer._replace(up=-layer.up) for path, layer in lora.part("style").items()}
+    answers = [
+        comfy_answer(pack, pack.nodes.lora.Apply.execute(comfy_model(), 1.0, *inputs).result[0], question)
+        for inputs in ((-0.5, lora, lora), (0.5, lora, ImageLora({"style": turned}, {})))
+    ]
+    assert relative_error(*answers) < 1e-5
+
+
 def test_apply_takes_each_role_from_its_own_image(pack, question):
     content, style = (
         lora_file.read(DATA / "loras" / f"{name}.safetensors") for name in ("stage1_content", "stage2_style")

@@ -6,7 +6,14 @@ import torch.nn.functional as F
 from images import IMAGES, loaded
 
 from benchmarks.picture_scores import perceptual_distance, ssim, style_distance
-from consislora_core.metrics import content_score, content_similarity, leakage, silhouette_overlap, style_similarity
+from consislora_core.metrics import (
+    content_score,
+    content_similarity,
+    feature_scores,
+    leakage,
+    silhouette_overlap,
+    style_similarity,
+)
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +61,7 @@ def test_a_score_does_not_depend_on_the_rest_of_the_batch(score, pictures):
 def test_content_falls_as_the_subject_moves_and_further_when_it_is_another():
     owl, crown = loaded("owl-flat"), loaded("crown-flat")
     scores = [content_score(shifted(owl, pixels), owl) for pixels in (0, 1, 2, 4, 8)]
-    assert falls(scores)
+    assert falls(scores) and scores[1] > 0.9
     assert content_score(crown, owl) < scores[3]
 
 
@@ -99,6 +106,7 @@ def test_ssim_turns_negative_for_the_negative(pictures):
 def test_silhouettes_are_what_they_cover():
     assert silhouette_overlap(square(8, 8, 32), square(8, 24, 32)).item() == pytest.approx(1 / 3)
     assert silhouette_overlap(square(8, 8, 32), square(8, 8, 16)).item() == pytest.approx(1 / 4)
+    assert silhouette_overlap(square(0, 4, 56), square(0, 4, 28)).item() == pytest.approx(1 / 4)  # cut by the border
 
 
 @pytest.mark.parametrize(
@@ -107,10 +115,11 @@ def test_silhouettes_are_what_they_cover():
         square(8, 8, 32, ink=(0.9, 0.2, 0.1)),
         square(8, 8, 32, hollow=True),
         square(8, 8, 32, ink=(1.0, 1.0, 1.0), paper=(0.1, 0.2, 0.4)),
+        square(8, 8, 32) - 0.08 * torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0)),
     ],
-    ids=["ink", "outline", "paper"],
+    ids=["ink", "outline", "paper", "grain"],
 )
-def test_silhouettes_know_neither_colours_nor_fillings(other):
+def test_silhouettes_know_neither_colours_nor_fillings_nor_the_grain_of_paper(other):
     assert silhouette_overlap(other, square(8, 8, 32)).item() == 1
 
 
@@ -155,6 +164,14 @@ def test_leakage_counts_from_the_clean_picture_so_that_a_likeness_of_the_two_sub
     assert content_similarity(clean, style) > 0.5
     torch.testing.assert_close(leakage(clean, style, clean), torch.zeros(1))
     assert leakage(directions(1, seed=1), style, clean) < 0
+    assert leakage(style, style, clean=style).isfinite()
+
+
+def test_each_content_image_counts_alike_however_long_its_features():
+    features, content, style = directions(2), directions(3, seed=1), directions(2, seed=2)
+    longer = feature_scores(features, content * torch.tensor([[1.0], [5.0], [20.0]]), style)
+    for name, score in feature_scores(features, content, style).items():
+        torch.testing.assert_close(longer[name], score)
 
 
 def test_a_subject_of_one_among_n_style_images_leaks_by_1_over_n():
