@@ -236,7 +236,7 @@ def broken_files():
     layer = {key: tensor for key, tensor in whole.items() if key.startswith(f"{one}.")}
     rest = {key: tensor for key, tensor in whole.items() if key not in layer}
     for kind, ends in {
-        "DoRA": ["dora_scale", "lora.dora_scale", "lora_magnitude_vector.default.weight"],
+        "DoRA": ["dora_scale", "lora.dora_scale", "lora_magnitude_vector", "lora_magnitude_vector.default.weight"],
         "AdaLoRA": ["lora_E", "lora_E.default"],
         "LoHa": ["hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"],
         "LoKr": ["lokr_w1", "lokr_w2_a", "lokr_w2_b"],

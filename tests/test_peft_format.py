@@ -202,14 +202,6 @@ def test_a_config_that_a_lora_cannot_hold_is_refused_by_name(tmp_path, fields, w
         peft_format.read(tmp_path)
 
 
-@pytest.mark.parametrize("key", ["to_q.lora_magnitude_vector.weight", "to_q.lora_magnitude_vector", "to_q.dora_scale"])
-def test_a_dora_is_called_that(tmp_path, key):
-    name = "base_model.model.up_blocks.0.attentions.0.transformer_blocks.0.attn1"
-    save_file({**load_file(AUTHORS), f"{name}.{key}": torch.ones(128)}, tmp_path / "x.safetensors")
-    with pytest.raises(ValueError, match="x.safetensors: It is a DoRA .in the content part.*blocks.0.attn1.to_q"):
-        lora_file.read(tmp_path / "x.safetensors")
-
-
 # Our layer and PEFT's
 
 

@@ -52,9 +52,11 @@ def test_the_colours_of_the_recolourings_say_nothing_of_the_pictures(owl):
     assert (means.mean(0) - turned.mean(0)).abs().max() < 0.05 < means.std(0).min()
 
 
-def test_a_grey_picture_gets_colours_too():
+def test_a_grey_picture_gets_colours_and_in_half_of_the_recolourings_its_dark_tones_are_the_light_ones():
     grey = torch.linspace(0, 0.9, 64).view(8, 8, 1).expand(-1, -1, 3)
-    assert (recoloured(grey).amax(-1) - recoloured(grey).amin(-1)).mean() > 0.1
+    pictures = recoloured(grey, 100)
+    assert (pictures.amax(-1) - pictures.amin(-1)).mean() > 0.1
+    assert 30 < (pictures[:, 0, 0].sum(-1) > pictures[:, -1, -1].sum(-1)).sum() < 70
 
 
 def test_the_same_seed_gives_the_same_colours_and_another_seed_others(owl):
