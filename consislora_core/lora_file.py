@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .adapter_config import HEADER, AdapterConfig, read_config
 from .files import escape_text, patiently, written_whole
-from .roles import ROLES, Target, diffusers_name, kohya_name, parse_module
+from .roles import Target, diffusers_name, kohya_name, parse_module
 
 # What the keys of a layer end in, by kind. LoRA (arXiv 2106.09685) as kohya, diffusers and PEFT spell it, PEFT with or
 # without its adapter's name; what belongs to both matrices may stand at either's module, as in to_q.lora.alpha:
@@ -140,7 +140,7 @@ def from_state_dict(
     for target, keys in placed.items():
         layer = _layer(target, {kind: state[key] for kind, key in keys.items()}, config or AdapterConfig())
         parts.setdefault(target.role, {})[target.layer] = layer
-    return ImageLora({role: parts[role] for role in ROLES if role in parts}, metadata or {}, left_out)
+    return ImageLora(parts, metadata or {}, left_out)
 
 
 def _placed(keys: Collection[str]) -> tuple[dict[Target, dict[str, str]], tuple[str, ...]]:
