@@ -227,6 +227,14 @@ def test_weights_of_1_x_1_convolutions_are_those_of_linear_layers(shape, tmp_pat
     assert equal_parts(lora_file.read(tmp_path / "x.safetensors").parts, plain_parts())
 
 
+@pytest.mark.parametrize("dtype", lora_file.FLOATS, ids=str)
+def test_weights_of_every_precision_are_read(dtype, tmp_path):
+    state = {key: tensor.to(dtype) for key, tensor in load_file(CASES / "lora_plain.safetensors").items()}
+    save_file(state, tmp_path / "x.safetensors")
+    read = lora_file.to_state_dict(lora_file.read(tmp_path / "x.safetensors"))
+    assert all(torch.equal(read[key].float(), tensor.float()) for key, tensor in state.items())
+
+
 def test_what_a_file_says_of_its_own_tensors_does_not_go_into_another(tmp_path):
     with safe_open(CASES / "lora_alpha_in_header.safetensors", "pt") as file:
         metadata = file.metadata() | dict.fromkeys(
@@ -403,12 +411,12 @@ def test_apply_consislora_gives_the_same_answer(pack, question, ours, our_file):
     assert relative_error(comfy_answer(pack, patched, question), ours) < 1e-4
 
 
-def test_at_a_strength_below_0_a_part_acts_the_other_way_round(pack, question, our_file):
+def test_a_part_acts_at_its_strength_times_alpha_by_rank_and_below_0_the_other_way_round(pack, question, our_file):
     lora = lora_file.read(our_file)
-    turned = {path: layer._replace(up=-layer.up) for path, layer in lora.part("style").items()}
+    turned = {path: LoraLayer(layer.down, -layer.up, 2.0 * layer.alpha) for path, layer in lora.part("style").items()}
     answers = [
         comfy_answer(pack, pack.nodes.lora.Apply.execute(comfy_model(), 1.0, *inputs).result[0], question)
-        for inputs in ((-0.5, lora, lora), (0.5, lora, ImageLora({"style": turned}, {})))
+        for inputs in ((-0.5, lora, lora), (0.25, lora, ImageLora({"style": turned}, {})))
     ]
     assert relative_error(*answers) < 1e-5
 

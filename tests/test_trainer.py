@@ -6,9 +6,11 @@ import weakref
 import pytest
 import torch
 from reference import diffusers_unet, flat, relative_error
+from torch import nn
 
-from consislora_core.adapters import fresh_part, inserted
+from consislora_core.adapters import Inserted, LoraLinear, fresh_part, inserted
 from consislora_core.losses import draw, noise_loss, reconstruction_loss
+from consislora_core.roles import Target
 from consislora_core.schedule import ADAMW, MUON, PRESETS, SHORTER, image_stage, style_stage
 from consislora_core.trainer import Trainer
 
@@ -68,12 +70,16 @@ def test_six_steps_equal_three_steps_saved_loaded_and_three_more(host, preset):
     with Trainer(*host, stage) as trainer:
         events = iter(trainer)
         first_losses = [next(events).loss for _ in range(3)]
-        state = trainer.state_dict()
+        state, parts = trainer.state_dict(), trainer.parts()
         assert {name: tuple(tensor.shape) for name, tensor in state.items()} == trainer.state_shapes()
+        kept, weights = {name: tensor.clone() for name, tensor in state.items()}, flat(parts).clone()
+        next(events)
+        assert torch.equal(flat(parts), weights)
     with Trainer(*host, stage) as resumed:
         resumed.load_state_dict(state)
         assert first_losses + [event.loss for event in resumed] == losses
         assert torch.equal(flat(resumed.parts()), flat(whole))
+    assert all(torch.equal(state[name], tensor) for name, tensor in kept.items())
 
 
 def test_stage_two_learns_style_anew_and_leaves_the_content_part_alone(host):
@@ -134,6 +140,15 @@ def test_lora_weights_stay_fp32_on_a_half_precision_unet():
     part = fresh_part(unet, "style", 2, torch.Generator())
     with inserted(unet, [{"style": part}], ("style",), torch.device("cpu")) as lora:
         assert {parameter.dtype for parameter in lora.parameters} == {torch.float32}
+
+
+def test_after_a_cast_layers_compute_with_their_own_weights_again():
+    base, x = nn.Linear(4, 4), torch.ones(1, 4)
+    layer = LoraLinear(base, torch.ones(1, 2, 4), torch.ones(1, 4, 2), 2.0)
+    with Inserted({Target("style", "to_q"): layer}, ("style",)).cast(torch.bfloat16):
+        pass
+    nn.init.zeros_(layer.up)
+    assert torch.equal(layer(x), base(x))
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_weights_move(host):
