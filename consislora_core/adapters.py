@@ -298,7 +298,7 @@ def check_fit(unet: nn.Module, parts: Mapping[str, Part]) -> None:
     layers = {target: unet.get_submodule(name) for name, target in targets(dict(unet.named_modules())).items()}
     for role, part in parts.items():
         expected = {target.layer: layer for target, layer in layers.items() if target.role == role}
-        if _blocks(part) != _blocks(expected) or part.keys() - expected.keys():
+        if _blocks(part) != _blocks(expected):
             raise ValueError(
                 f"The {role} LoRA has {len(part)} layers where this model has {len(expected)}, and in other "
                 "transformer blocks: it was trained on another architecture."
