@@ -97,7 +97,7 @@ def _checked(fields: dict) -> AdapterConfig:
         bool(fields.get("use_rslora")),
     )
     numbers = [config.r, config.lora_alpha, *config.rank_pattern.values(), *config.alpha_pattern.values()]
-    if not all(number is None or type(number) in (int, float) and math.isfinite(number) for number in numbers):
+    if not all(number is None or isinstance(number, (int, float)) and math.isfinite(number) for number in numbers):
         raise TypeError("a rank or alpha is not a finite number")
     for pattern in [*config.rank_pattern, *config.alpha_pattern]:
         re.compile(pattern)

@@ -64,9 +64,7 @@ class _Cast(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *grads):
-        known = [grad for grad in grads if grad is not None]
-        cast = iter(_cast(known, torch.float32))
-        return None, *(None if grad is None else next(cast) for grad in grads)
+        return None, *_cast(grads, torch.float32)
 
 
 @torch.no_grad()
@@ -125,9 +123,9 @@ def inserted(
 ) -> Iterator[Inserted]:
     """Within the context LoRAs act on the UNet, and those of their parts whose role is in `learns` ask for gradients.
 
-    loras: the parts of each by role; one LoRA acts on all batch rows, several on equal spans of them. Afterwards, also
-    after an error, the UNet's modules and `requires_grad` flags are what they were. Raises ValueError for a part that
-    does not fit the UNet, and for LoRAs of different rank or alpha.
+    loras: the parts of each by role; one LoRA acts on all batch rows, several, of one rank and alpha, on equal spans of
+    them. Afterwards, also after an error, the UNet's modules and `requires_grad` flags are what they were. Raises
+    ValueError for a part that does not fit the UNet.
     """
     for parts in loras:
         check_fit(unet, parts)
@@ -162,8 +160,6 @@ def _put(unet: nn.Module, name: str, layer: nn.Module) -> None:
 def _stacked(layers: Sequence[LoraLayer]) -> LoraLayer:
     """Copies of one layer of several LoRAs: down (loras rank in), up (loras out rank), fp32."""
     downs, ups, alphas = zip(*layers, strict=True)
-    if len({(down.shape, alpha) for down, alpha in zip(downs, alphas, strict=True)}) > 1:
-        raise ValueError("The LoRAs have different ranks or alphas: train them one by one, or all with the same rank.")
     return LoraLayer(torch.stack(downs).detach().float(), torch.stack(ups).detach().float(), alphas[0])
 
 

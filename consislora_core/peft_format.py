@@ -2,7 +2,6 @@
 
 import os
 import shutil
-from collections import Counter
 from pathlib import Path
 
 import torch
@@ -34,12 +33,12 @@ def write(lora: ImageLora, folder: Path, dtype: torch.dtype = torch.float16) -> 
     layers = {
         diffusers_name(Target(role, path)): layer for role, part in lora.parts.items() for path, layer in part.items()
     }
-    (rank, alpha), _ = Counter((layer.rank, layer.alpha) for layer in layers.values()).most_common(1)[0]
+    first = next(iter(layers.values()))
     config = LoraConfig(
-        r=rank,
-        lora_alpha=alpha,
-        rank_pattern={name: layer.rank for name, layer in layers.items() if layer.rank != rank},
-        alpha_pattern={name: layer.alpha for name, layer in layers.items() if layer.alpha != alpha},
+        r=first.rank,
+        lora_alpha=first.alpha,
+        rank_pattern={name: layer.rank for name, layer in layers.items() if layer.rank != first.rank},
+        alpha_pattern={name: layer.alpha for name, layer in layers.items() if layer.alpha != first.alpha},
         target_modules=list(layers),
     )
     folder.mkdir(parents=True)

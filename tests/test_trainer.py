@@ -135,11 +135,15 @@ def test_encoder_and_middle_block_run_without_a_graph(host):
     assert graphs == {"middle": False, "first output resnet": False, "end": True}
 
 
-def test_lora_weights_stay_fp32_on_a_half_precision_unet():
+def test_lora_weights_stay_fp32_on_a_half_precision_unet_which_afterwards_learns_as_before():
     unet = diffusers_unet().to(torch.bfloat16)
+    unet.conv_in.requires_grad_(False)
+    unet.conv_out.requires_grad_(True)
+    before = {name: parameter.requires_grad for name, parameter in unet.named_parameters()}
     part = fresh_part(unet, "style", 2, torch.Generator())
     with inserted(unet, [{"style": part}], ("style",), torch.device("cpu")) as lora:
         assert {parameter.dtype for parameter in lora.parameters} == {torch.float32}
+    assert {name: parameter.requires_grad for name, parameter in unet.named_parameters()} == before
 
 
 def test_after_a_cast_layers_compute_with_their_own_weights_again():
