@@ -11,7 +11,6 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -129,7 +128,7 @@ class Store:
         """Sets a new trainer to the last checkpoint; the losses until there, none without a checkpoint."""
         path = self._path(key, CHECKPOINT)
         with self._tolerant(path), suppress(FileNotFoundError), safe_open(path, framework="pt") as file:
-            record = _record(file.metadata(), key, partial(_are_numbers, trainer.loras))
+            record = _record(file.metadata(), key, _are_numbers)
             shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
             if shapes != trainer.state_shapes():  # before a tensor takes memory
                 raise ValueError("its tensors are those of another training")
@@ -206,8 +205,8 @@ def _is_number(loss: object) -> bool:
     return isinstance(loss, float)
 
 
-def _are_numbers(count: int, losses: object) -> bool:
-    return isinstance(losses, list) and len(losses) == count and all(map(_is_number, losses))
+def _are_numbers(losses: object) -> bool:
+    return isinstance(losses, list) and all(map(_is_number, losses))
 
 
 def _record(metadata: dict[str, str] | None, key: str, is_loss: Callable[[object], bool]) -> dict:

@@ -260,7 +260,7 @@ class Trainer:
         return shapes
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Continues from the `state_dict` of a Trainer of the same arguments that had made at least one step."""
+        """Continues, in a new Trainer, from the `state_dict` of one of the same arguments after its first step."""
         moments, names = {}, KEPT[self.stage.optimizer]
         with torch.no_grad():
             for number, weight in enumerate(self.inserted.parameters):
@@ -269,7 +269,7 @@ class Trainer:
                 moments[number] = {name: state[f"optimizer.{number}.{name}"].clone() for name in names}
         self.optimizer.load_state_dict({"state": moments, "param_groups": self.optimizer.state_dict()["param_groups"]})
         self.generator.set_state(state["generator"])
-        self.random_state, self.drawn = self.generator.get_state(), None
+        self.random_state = self.generator.get_state()
         self.step, self.loss_scale = int(state["step"]), float(state["loss_scale"])
 
 

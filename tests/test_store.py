@@ -100,8 +100,9 @@ def test_what_was_kept_is_found_bit_for_bit_also_by_another_process(store):
     assert store.find(KEYS[0]) is None
     losses = [0.1, 1 / 3, 1e-30]
     store.keep(KEYS[0], lora(), losses)
+    store.folder.joinpath(f"{KEYS[0]}.checkpoint").touch()  # as a kill at the end of `keep` leaves it
     found, found_losses = Store(store.folder, 0).find(KEYS[0])
-    assert equal(found, lora())
+    assert equal(found, lora()) and files(store) == [".lora"]
     assert found_losses == losses
     assert store.find(KEYS[1]) is None
 
@@ -151,6 +152,10 @@ def test_a_training_that_goes_on_keeps_its_files_and_its_lock(store):
     other = Store(store.folder, 0)  # as of another process
     with store.locked(KEYS[0], never):
         store.keep(KEYS[0], lora(), [])
+        two_more = Store(store.folder, int(2.5 * store.folder.joinpath(f"{KEYS[0]}.lora").stat().st_size))
+        for key in KEYS[3:]:  # beside which the one that goes on does not count
+            two_more.keep(key, lora(), [])
+        assert all(map(store.find, KEYS[3:]))
         other.keep(KEYS[1], lora(), [])
         assert store.find(KEYS[0]) and store.folder.joinpath(f"{KEYS[0]}.lock").exists()
     other.keep(KEYS[2], lora(), [])
@@ -168,6 +173,13 @@ def test_a_checkpoint_larger_than_the_limit_does_not_empty_the_store(host, store
         store.keep(KEYS[2], lora(), [])  # as a smaller training may beside it
     assert {".checkpoint", ".lora"} <= set(files(store))
     assert store.find(KEYS[2])
+
+
+def test_of_trainings_that_were_cut_the_last_can_go_on_whatever_the_limit(host, store):
+    store.limit = 0
+    for key in KEYS[:2]:
+        trained(host, store, key, cut_at=1)
+    assert [path.name for path in store.folder.glob("*.checkpoint")] == [f"{KEYS[1]}.checkpoint"]
 
 
 def test_a_network_folder_without_locks_keeps_to_its_limit_all_the_same(store, monkeypatch):

@@ -184,6 +184,10 @@ def test_gradients_that_overflow_halve_the_loss_scale_and_the_step_is_done_again
     with Trainer(narrow, z_0, cond, stage, loss_scale=2.0**16) as trainer:
         losses = [event.loss for event in trainer]
         assert trainer.loss_scale < 2.0**16
+        scale, state = trainer.loss_scale, trainer.state_dict()
+    with Trainer(narrow, z_0, cond, stage, loss_scale=2.0**16) as resumed:
+        resumed.load_state_dict(state)
+        assert resumed.loss_scale == scale
     assert losses == pytest.approx(train(host, stage)[0], rel=1e-5)
 
 
