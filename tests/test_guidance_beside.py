@@ -705,9 +705,14 @@ def test_frames_cancelled_in_the_second_chunk_leave_the_model_untouched(guide, p
 
 
 def test_more_frames_than_a_chunk_with_a_control_picture_each_are_refused_in_words(guide, loras):
-    with pytest.raises(ValueError, match="picture for each frame, which works up to 8"):
-        prompts = controlled(controlnet, "positive", hints(9))
-        by_node(guide, comfy_model(), loras, film_of(9), frames="consistent", **prompts)
+    from nodes import ControlNetApplyAdvanced
+
+    prompts = controlled(controlnet, "positive", hints(9))
+    one_more = ControlNetApplyAdvanced().apply_controlnet(*prompts.values(), controlnet(), hints(), 1.0, 0.0, 1.0)
+    for positive in (prompts["positive"], one_more[0]):
+        with pytest.raises(ValueError, match="picture for each frame, which works up to 8"):
+            inputs = {**prompts, "positive": positive}
+            by_node(guide, comfy_model(), loras, film_of(9), frames="consistent", **inputs)
 
 
 # Hooks on conditioning

@@ -153,7 +153,9 @@ def test_one_mask_is_for_all_recolourings_and_two_for_two_spans_of_them(pack):
 def test_a_mask_is_the_share_of_each_latent_pixel_that_is_inside(pack):
     mask = torch.zeros(1, 16, 24)
     mask[:, :4, :12] = 1
-    assert pack.host.masks.latent_mask(mask, torch.ones(1, 4, 2, 3)).tolist() == [[[[0.5, 0.25, 0], [0, 0, 0]]]]
+    for values in (mask, 3 * mask - 1):  # out of range they count as 0 and 1
+        fitted = pack.host.masks.latent_mask(values, torch.ones(1, 4, 2, 3))
+        assert fitted.tolist() == [[[[0.5, 0.25, 0], [0, 0, 0]]]]
 
 
 @pytest.mark.parametrize("size", [(1003, 750), (1000, 748), (125, 93), (61, 47)])
@@ -173,7 +175,7 @@ BAD = {
     "one of two empty": (torch.cat([HALF, 0 * HALF]), "mask is empty"),
     "NaN": (torch.full((1, 128, 128), torch.nan), "mask holds values that are not numbers"),
     "wrong batch": (HALF.expand(3, -1, -1), "mask holds 3 masks for 2 pictures. Connect one for all"),
-    "wrong shape": (HALF[:, :64], "mask is 128 x 64 pixels, and the picture in latent .* another shape"),
+    "wrong shape": (HALF[:, :108], "mask is 128 x 108 pixels, and the picture in latent .* another shape"),
     "no pixels": (torch.zeros(1, 0, 8), r"mask has shape \(1, 0, 8\); masks are"),
     "no mask": ([1], "mask is no mask"),
 }
@@ -218,6 +220,8 @@ def test_a_result_of_another_size_comes_in_the_originals(keep):
     assert kept.shape == (2, 300, 201, 3)
     assert torch.equal(kept[0] == original[0], (mask[0] == 0)[..., None].expand(-1, -1, 3) | (original[0] == 0.5))
     assert (kept[:, 50:250, 50:150] - 0.5).abs().max() < 1e-5
+    sharp = keep(torch.rand(1, 96, 64, 3).round(), original, mask)
+    assert sharp.min() >= 0 and sharp.max() <= 1
 
 
 def test_the_soft_edge_rises_inwards_and_leaves_the_outside_and_the_pictures_border_alone(keep):
@@ -234,9 +238,9 @@ def test_a_thin_part_becomes_faint_and_does_not_vanish(keep):
     assert 0 < row[31] < 0.2
 
 
-def test_pictures_with_alpha_and_grey_ones_are_taken(keep):
-    kept = keep(torch.rand(1, 8, 8, 4), torch.rand(1, 8, 8, 1), torch.ones(8, 8))
-    assert kept.shape == (1, 8, 8, 3)
+def test_pictures_with_alpha_and_grey_ones_are_taken_and_a_mask_of_ones_of_any_size(keep):
+    kept = keep(torch.rand(1, 8, 16, 4), torch.rand(1, 8, 16, 1), torch.ones(64, 64))  # Load Image's, inverted
+    assert kept.shape == (1, 8, 16, 3)
 
 
 BAD_TOGETHER = {

@@ -96,6 +96,12 @@ def test_the_radius_is_in_pixels_of_the_training():
     assert abs(twice - 2 * once) <= 1
 
 
+def test_a_fine_weave_is_no_noise():
+    y, x = torch.meshgrid(torch.arange(256.0), torch.arange(256.0), indexing="ij")
+    weave = 0.5 + 0.25 * torch.sin(2 * torch.pi * (x + 0.3 * y) / 3)
+    assert "noisy" not in str(find_faults(weave[..., None].expand(-1, -1, 3), 256))
+
+
 def test_a_small_picture_is_named_where_it_is_learned_large():
     (fault,) = faults(picture(DEMO[0], 200), 1024)
     assert fault.startswith("has 200 x 200 pixels and is scaled up 5.1 times")

@@ -136,6 +136,16 @@ def test_every_kind_of_checkpoint_trains(nodes, comfy, prediction, stored, cast)
     )
 
 
+@pytest.mark.parametrize(("fast_bf16", "dtype"), [(True, torch.bfloat16), (False, torch.float32)])
+def test_auto_is_what_the_model_samples_in_but_never_fp16(pack, comfy, monkeypatch, fast_bf16, dtype):
+    import comfy.model_management
+
+    monkeypatch.setattr(comfy.model_management, "should_use_bf16", lambda device: fast_bf16)
+    models = comfy_model(dtype=torch.float16), comfy_model(dtype=torch.bfloat16), comfy_model(manual_cast=torch.float16)
+    chosen = [pack.host.training_model.training_dtype(model, "auto") for model in models]
+    assert chosen == [dtype, torch.bfloat16, dtype]
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 def test_every_precision_trains_nearly_alike(nodes, comfy, precision):
     expected = train_image(nodes, comfy_model(), precision="fp32")[1]["loss"]
@@ -186,12 +196,47 @@ def test_auto_trains_lean_where_memory_is_short_and_says_so(nodes, comfy, store,
     assert "memory auto trains fast" in caplog.text
     shutil.rmtree(store.folder)
 
-    def little(device=None, torch_free_too=False):
-        return (1e6, 1e6) if torch_free_too else 1e6
+    def little(device=None, torch_free_too=False):  # enough for lean
+        return (6e6, 6e6) if torch_free_too else 6e6
 
     monkeypatch.setattr(comfy.model_management, "get_free_memory", little)
     assert bits(train_image(nodes, comfy_model())[0]) == bits(lora)
     assert "memory auto trains lean" in caplog.text
+
+
+def test_a_training_has_the_room_of_its_activations_and_other_models_leave(nodes, comfy, store, monkeypatch):
+    import comfy.model_management
+
+    management, required = comfy.model_management, []
+    other, load = loaded_model(), management.load_models_gpu
+
+    def spy(models, memory_required=0, **settings):
+        required.append(memory_required)
+        load(models, memory_required=memory_required, **settings)
+
+    monkeypatch.setattr(management, "load_models_gpu", spy)
+    for memory in ("fast", "lean"):
+        shutil.rmtree(store.folder, ignore_errors=True)
+        train_image(nodes, comfy_model(), memory=memory)
+    train_each(nodes, comfy_model(), 1, 2, memory="fast")
+    assert required[0] > required[1] > 0 and required[2] == 2 * required[0]
+    assert all(loaded.model is not other for loaded in management.current_loaded_models)
+
+
+def test_comfyuis_flag_for_training_is_up_while_a_training_runs(nodes, comfy, monkeypatch):
+    import comfy.model_management
+
+    model, flags = comfy_model(), []
+    apply_model = model.model.apply_model
+
+    def spy(*args, **kwargs):
+        flags.append(comfy.model_management.in_training)
+        return apply_model(*args, **kwargs)
+
+    monkeypatch.setattr(comfy.model_management, "in_training", False, raising=False)
+    monkeypatch.setattr(model.model, "apply_model", spy)
+    train_image(nodes, model)
+    assert flags == [True] * 3 and comfy.model_management.in_training is False
 
 
 def without_backward(users, q, *args, **kwargs):
@@ -470,6 +515,7 @@ def steps(pack, monkeypatch):
 
     def spy(progress, event):
         steps.append(event.step)
+        steps.losses = progress.losses
         if event.step == steps.cancel_at:
             comfy.model_management.interrupt_current_processing()
         show(progress, event)
@@ -645,9 +691,19 @@ def test_a_model_that_other_nodes_wrap_in_code_is_trained_without_the_store(node
     assert not store.folder.exists()
 
 
-def test_a_model_whose_weights_code_of_other_nodes_changes_has_no_key(nodes, comfy):
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda model: model.add_weight_wrapper("diffusion_model.middle_block.1.proj_in.weight", lambda weight: weight),
+        lambda model: model.add_object_patch("diffusion_model.out.2", torch.nn.Identity()),
+        lambda model: model.add_callback("on_pre_run", lambda patcher: None),
+        lambda model: model.set_injections("theirs", [object()]),
+    ],
+    ids=["weights", "layer", "callback", "injection"],
+)
+def test_a_model_that_code_of_other_nodes_changes_has_no_key(nodes, comfy, change):
     model = comfy_model()
-    model.add_weight_wrapper("diffusion_model.middle_block.1.proj_in.weight", lambda weight: weight * 2)
+    change(model)
     assert key(nodes, model) is None
 
 
@@ -667,7 +723,7 @@ def test_cancel_and_queue_again_goes_on_and_ends_with_the_same_bits(nodes, comfy
     assert steps == [1, 2, 3, 4, 5, 6]
     assert "image stage: goes on from step 4" in caplog.text
     assert bits(lora) == bits(whole)
-    assert again_loss_map == loss_map
+    assert again_loss_map == loss_map == {"loss": steps.losses}
 
 
 def test_cancel_in_the_first_step_leaves_no_checkpoint(nodes, comfy, steps, store, caplog):
@@ -707,7 +763,9 @@ def train_each(nodes, model, *shifts, **changes):
 def test_each_image_gets_the_lora_it_would_get_alone_and_is_never_trained_again(nodes, comfy, steps, store):
     rates = dict(learning_rate=2e-4, reconstruction_learning_rate=1e-4)
     model = comfy_model()
-    alone = [train_image(nodes, model, latent=images(shift), **rates)[0] for shift in (0, 1, 2)]
+    alone, losses, _ = zip(
+        *(train_image(nodes, model, latent=images(shift), **rates) for shift in (0, 1, 2)), strict=True
+    )
     shutil.rmtree(store.folder)
     train_image(nodes, model, latent=images(1), **rates)
     steps.clear()
@@ -716,9 +774,20 @@ def test_each_image_gets_the_lora_it_would_get_alone_and_is_never_trained_again(
     for ours, theirs in zip(each, [*alone, alone[0]], strict=True):
         assert relative_error(flat(ours.parts), flat(theirs.parts)) < 1e-4
         assert ours.metadata == theirs.metadata
+    assert len({lora.metadata["consislora.image_hash"] for lora in each}) == 3
     train_each(nodes, model, 2, 1, 0)
-    train_image(nodes, model, latent=images(2), **rates)
+    _, again, _ = train_image(nodes, model, latent=images(2), **rates)
+    assert again["loss"] == pytest.approx(losses[2]["loss"], rel=1e-4)
     assert steps == [1, 2, 3]
+
+
+def test_the_bar_goes_on_from_one_image_to_the_next(nodes, comfy, monkeypatch):
+    import comfy.utils
+
+    shown = []
+    monkeypatch.setattr(comfy.utils, "PROGRESS_BAR_HOOK", lambda done, total, *_, **__: shown.append((done, total)))
+    train_each(nodes, comfy_model(), 0, 1, at_once=1)
+    assert shown == [(step, 6) for step in range(1, 7)]
 
 
 def test_cancel_among_several_images_keeps_what_is_done_and_goes_on(nodes, comfy, steps, store):
