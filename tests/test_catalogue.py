@@ -179,6 +179,13 @@ def test_a_result_has_its_row_and_its_facts(nodes, folders):
     assert open_picture(output / "cat" / "ink" / "cup.png").size == (24, 16)
 
 
+def test_the_pairs_of_a_run_share_its_time(nodes, folders, pack, monkeypatch):
+    jobs = load(nodes)[2]
+    monkeypatch.setattr(pack.host.progress, "run_began", time.monotonic() - 40)
+    save(nodes, jobs[0])
+    assert ResultsSheet(jobs[0].folder / "results.csv").read()[jobs[0].name].seconds == pytest.approx(10, abs=2)
+
+
 @pytest.mark.parametrize(("format", "suffix"), FORMATS.items())
 def test_with_disable_metadata_a_picture_has_no_facts(nodes, folders, monkeypatch, format, suffix):
     monkeypatch.setattr(nodes.save_catalogue.args, "disable_metadata", True)

@@ -14,6 +14,8 @@ import torch
 from reference import DATA, INDEX, comfy_conditioning, comfy_model, flat, relative_error, run
 
 from consislora_core import lora_file
+from consislora_core.schedule import image_stage
+from consislora_core.trainer import StepEvent
 
 TENSORS = run("stage1_content")
 FEW_STEPS = dict(steps=3, transition_step=2, learning_rate=1e-3, reconstruction_learning_rate=1e-3, rank=2, seed=0)
@@ -758,6 +760,19 @@ def train_each(nodes, model, *shifts, **changes):
     defaults = {"latent": images(*shifts), "learning_rate": 2e-4, "reconstruction_learning_rate": 1e-4, "at_once": 2}
     with torch.inference_mode():
         return nodes.TrainImages.execute(model, **inputs(**{**defaults, **changes})).result[0]
+
+
+def test_the_time_left_is_that_of_all_steps_to_go_and_at_the_end_the_least_memory_is_told(pack, comfy, monkeypatch):
+    import comfy.model_management
+
+    stage, told = image_stage(100, 50), []
+    progress = pack.host.progress.Progress(comfy_model(), stage, None, run=(1, 3))
+    for second, (step, free) in enumerate([(11, 9e9), (21, 2e9), (100, 4e9)]):
+        monkeypatch.setattr(time, "monotonic", lambda now=10.0 * second: now)
+        monkeypatch.setattr(comfy.model_management, "get_free_memory", lambda device, free=free: free)
+        progress.show(StepEvent(step, "image", "noise", (1.0,), 1e-4, 1.0, torch.zeros(1, 4, 8, 8)))
+        told.append(progress.time_and_memory(step))
+    assert told == ["9.0 GB free", "2:59 left, 2.0 GB free", "took 0:20, at least 2.0 GB free"]
 
 
 def test_each_image_gets_the_lora_it_would_get_alone_and_is_never_trained_again(nodes, comfy, steps, store):
