@@ -182,6 +182,8 @@ def bad_values(node) -> dict:
     for one in node.define_schema().inputs:
         if hasattr(one, "min"):
             found |= {(one.id, str(value)): value for value in (NAN, float("inf"), one.min - 1, one.max + 1, "a", None)}
+            if one.io_type == "INT":
+                found[one.id, "a half"] = one.min + 0.5
         elif hasattr(one, "options"):
             found |= {(one.id, "no such choice"): "no such choice", (one.id, "a number"): 5}
         elif one.io_type == "STRING":
