@@ -488,7 +488,11 @@ def latent_of(side=16):
     return {"samples": 2 * torch.randn(1, 4, side, side, generator=torch.Generator().manual_seed(5))}
 
 
-def by_node(guide, model, loras, latent, sampler="euler", scheduler="normal", denoise=1.0, **changes):
+def by_node(*inputs, **changes):
+    return latent_by_node(*inputs, **changes)["samples"]
+
+
+def latent_by_node(guide, model, loras, latent, sampler="euler", scheduler="normal", denoise=1.0, **changes):
     usual = dict(content_strength=1.0, style_strength=1.0, start_percent=0.0, end_percent=1.0, reuse_steps=1, seed=11)
     prompts = dict(positive=conditioning("main"), negative=conditioning("uncond"))
     return guide.Sampler.execute(
@@ -499,7 +503,7 @@ def by_node(guide, model, loras, latent, sampler="euler", scheduler="normal", de
         scheduler=scheduler,
         denoise=denoise,
         **{**prompts, **SETTINGS, **usual, **loras, **changes},
-    ).result[0]["samples"]
+    ).result[0]
 
 
 def samplers():
@@ -523,14 +527,17 @@ def test_without_guidance_the_node_is_ksampler_to_the_bit_with_every_sampler_and
     from comfy.samplers import KSampler
 
     model = comfy_model()
-    theirs = applied(pack, model, loras)
+    theirs, latent = applied(pack, model, loras), {**latent_of(8), "batch_index": [2]}  # the third of a batch
     for names in zip(samplers(), cycle(KSampler.SCHEDULERS), cycle([1.0, 0.5]), strict=False):
-        ours = by_node(guide, model, loras, latent_of(8), *names, **OFF)
-        assert torch.equal(ours, by_ksampler(theirs, latent_of(8), *names)), names
+        ours = by_node(guide, model, loras, latent, *names, **OFF)
+        assert torch.equal(ours, by_ksampler(theirs, latent, *names)), names
 
 
-def test_nothing_denoised_is_the_latent_that_was_given(guide, loras):
-    assert torch.equal(by_node(guide, comfy_model(), loras, latent_of(), denoise=0.0), latent_of()["samples"])
+@pytest.mark.parametrize("settings", [{}, {"structure_lock": True}, {"frames": "consistent"}], ids=str)
+def test_nothing_denoised_is_the_latent_that_was_given(settings, guide, loras):
+    latent = {**latent_of(), "batch_index": [2]}
+    drawn = latent_by_node(guide, comfy_model(), loras, latent, denoise=0.0, **settings)
+    assert relative_error(drawn["samples"], latent["samples"]) < 1e-3 and drawn["batch_index"] == [2]
 
 
 def test_the_node_is_the_guider_with_ksamplers_noise_and_steps(guide, loras):
@@ -598,6 +605,21 @@ def test_variation_leads_from_the_lock_to_random_noise_and_gives_each_seed_its_o
     assert 1e-2 < relative_error(little, locked) < relative_error(much, locked)
     assert relative_error(draw(structure_lock=True, variation=0.4, seed=12), much) > 1e-2
     assert torch.equal(all_of_it, draw())
+
+
+def test_variation_is_the_share_of_the_variance_that_the_seeds_noise_has(guide, pack, loras, monkeypatch):
+    begun, sample = [], pack.host.sampling.sample
+
+    def spy(guider, latent, *inputs, noise=1.0, **settings):
+        begun.append((latent["samples"], noise))
+        return sample(guider, latent, *inputs, noise=noise, **settings)
+
+    monkeypatch.setattr(pack.host.sampling, "sample", spy)
+    for variation in (0.0, 0.36):
+        by_node(guide, comfy_model(), loras, latent_of(), structure_lock=True, variation=variation)
+    (_, _), (locked, _), (_, _), (varied, noise) = begun  # each is inverted first
+    clean = latent_of()["samples"]
+    assert noise == pytest.approx(0.6) and relative_error(varied - clean, 0.8 * (locked - clean)) < 1e-5
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
@@ -811,6 +833,9 @@ def test_the_node_shows_a_picture_at_every_step(guide, loras, monkeypatch):
     by_node(guide, comfy_model(), loras, latent_of())
     assert [done for done, _ in shown] == [1, 2]
     assert [picture.size for _, (_, picture, _) in shown] == [(16, 16)] * STEPS
+    shown.clear()
+    by_node(guide, comfy_model(), loras, film_of(9), frames="consistent")
+    assert [done for done, _ in shown] == list(range(1, 9))  # of two chunks, each inverted and sampled
 
 
 def cancel(*_):
@@ -961,6 +986,20 @@ def test_with_every_sampler_a_guidance_that_is_not_reused_is_computed_in_every_p
         if {len(call.prompts) for call in calls} != {6}:
             stale.append(sampler)
     assert stale == []
+
+
+def test_a_sampler_that_goes_back_in_noise_gets_its_guidance_anew(guide, pack, loras, monkeypatch):
+    import comfy.samplers
+
+    def back_and_forth(model, x, sigmas, extra_args, **_):
+        for step in (2, 0, 1):
+            x0 = model(x, sigmas[step] * x.new_ones(len(x)), **extra_args)
+        return x0
+
+    monkeypatch.setattr(comfy.samplers, "sampler_object", lambda name: comfy.samplers.KSAMPLER(back_and_forth))
+    model, calls = logging_calls(comfy_model(), pack)
+    sampled(guider(guide, model, loras, reuse_steps=3))
+    assert [len(call.prompts) for call in calls] == [6, 6, 2]
 
 
 @THEIR_WARNINGS
