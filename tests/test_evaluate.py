@@ -89,6 +89,14 @@ def test_the_report_holds_every_score_and_the_mean(nodes, owls):
     assert report["mean"]["edges"] == pytest.approx(sum(score["edges"] for score in scores) / 3, abs=1e-3)
 
 
+def test_a_score_beyond_0_and_1_is_drawn_as_they_are(pack):
+    def bar(score):
+        card = pack.host.drawing.draw_card({"picture": Image.new("RGB", (8, 8))}, {"leakage": score})
+        return card.crop((140, card.height - 60, card.width - 70, card.height)).tobytes()  # without the number
+
+    assert bar(-0.4) == bar(0.0) != bar(0.5) != bar(1.0) == bar(1.3)
+
+
 def gate(nodes, pictures, scores, **bounds):
     everything = {name: all_keep for name, (_, all_keep) in (nodes.LEAST | nodes.MOST).items()}
     return nodes.Gate.execute(pictures, scores, **{**everything, **bounds}).result

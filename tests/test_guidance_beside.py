@@ -462,8 +462,9 @@ def test_an_area_outside_of_the_picture_is_refused_in_words(guide, loras):
     below = ConditioningSetAreaPercentage().append(conditioning("main"), 0.5, 0.5, 0.0, 1.0, 1.0)[0]
     for place, at in ((beside, "256 x 8"), (below, "0 x 128")):
         for name in ("positive", "style_positive"):
-            with pytest.raises(ValueError, match=f"^{name} has an area that begins at {at} pixels, .* is 128 x 128"):
-                sampled(guider(guide, comfy_model(), loras, **{name: place}), sigmas=ONE_STEP)
+            with pytest.raises(ValueError, match=f"^{name} has an area that begins at {at} pixels, .* is 64 x 128"):
+                tall = noise()[..., :8]
+                sampled(guider(guide, comfy_model(), loras, **{name: place}), sigmas=ONE_STEP, start=tall)
 
 
 @pytest.mark.parametrize("positive", POSITIVES.values(), ids=POSITIVES)
@@ -538,6 +539,13 @@ def test_nothing_denoised_is_the_latent_that_was_given(settings, guide, loras):
     latent = {**latent_of(), "batch_index": [2]}
     drawn = latent_by_node(guide, comfy_model(), loras, latent, denoise=0.0, **settings)
     assert relative_error(drawn["samples"], latent["samples"]) < 1e-3 and drawn["batch_index"] == [2]
+
+
+def test_an_empty_latent_of_another_base_model_is_taken_as_one_of_this(guide, loras):
+    theirs, ours = (
+        by_node(guide, comfy_model(), loras, {"samples": torch.zeros(1, channels, 16, 16)}) for channels in (16, 4)
+    )
+    assert torch.equal(theirs, ours)
 
 
 def test_the_node_is_the_guider_with_ksamplers_noise_and_steps(guide, loras):

@@ -102,10 +102,18 @@ def test_every_format_has_the_profile_of_srgb_which_changes_no_pixel(write, form
 @pytest.mark.parametrize("format", ["PNG", "WebP", "TIFF"])
 def test_alpha_stays(write, format, bits):
     image = torch.full((8, 8, 4), 0.4)
-    image[:, 4:, 3] = 0
+    image[:, 4:] = torch.tensor([0.8, 0.8, 0.8, 0.0])
     picture = opened(write(image, format, bits))
     assert picture.mode == "RGBA" and picture.getpixel((0, 0))[3] == 102 and picture.getpixel((7, 0))[3] == 0
-    assert picture.getpixel((7, 0))[0] == pytest.approx(102, abs=2)  # the colour under it too
+    assert picture.getpixel((7, 0))[0] == pytest.approx(204, abs=2)  # the colour under it too
+    if format == "TIFF":
+        assert picture.tag_v2[338] == (2,)  # by which other programs know the fourth channel for alpha
+
+
+def test_a_jpeg_keeps_the_colour_of_fine_lines(write):
+    image = torch.tensor([[0.8, 0.2, 0.2], [0.2, 0.2, 0.8]]).repeat(16, 16, 1)
+    read = np.asarray(opened(write(image, "JPEG"))).astype(float)
+    assert np.abs(read - image.numpy() * 255).max() < 20
 
 
 def test_a_jpeg_shows_the_picture_on_white(write):
@@ -123,7 +131,7 @@ def xmp(path) -> dict[str, list[str]]:
     picture = opened(path)
     packet = picture.info.get("xmp") or picture.info["XML:com.adobe.xmp"].encode()
     (description,) = ElementTree.fromstring(packet).iter(f"{{{NAMESPACES['rdf']}}}Description")
-    return {node.tag: [text.strip() for text in node.itertext() if text.strip()] for node in description}
+    return {node.tag: [text for text in node.itertext() if text.strip()] for node in description}
 
 
 @pytest.mark.parametrize("bits", [8, 16])

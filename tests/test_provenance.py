@@ -89,6 +89,12 @@ def test_a_record_is_found_though_comfyui_has_made_floats_of_whole_numbers(pack)
     assert queued_again(provenance, sent)["extra_pnginfo"] == {"consislora": {"2": {"cfg": 5.0}}}
 
 
+def test_seeds_that_are_equal_as_floats_have_records_of_their_own(pack):
+    provenance = pack.host.provenance
+    provenance.note(running(stylising(2**60), "2"), {}, {"seed": 2**60})
+    assert queued_again(provenance, stylising(2**60 + 1))["extra_pnginfo"] == {}
+
+
 @pytest.mark.parametrize("theirs", [None, {}, [], "", 0, "text", [["workflow", 1]], {"consislora": "theirs"}], ids=str)
 def test_metadata_of_any_kind_is_taken(theirs, pack):
     provenance, prompt = pack.host.provenance, stylising(8)

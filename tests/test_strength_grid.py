@@ -35,6 +35,18 @@ def test_pictures_lie_in_their_cells_between_the_axes(pack):
     torch.testing.assert_close(centres, colours, atol=0.01, rtol=0)
 
 
+def test_each_axis_shows_its_own_values(pack):
+    def margins(content, style):
+        page = pack.host.drawing.draw_grid(torch.zeros(4, 40, 40, 3), "guidance", content, style, cell=80)[0]
+        return page[160:], page[:160, :-160]  # below the pictures, and left of them
+
+    (below, left), (other_below, same_left), (same_below, other_left) = (
+        margins(*values) for values in (([0, 1], [0, 1]), ([2, 3], [0, 1]), ([0, 1], [2, 3]))
+    )
+    assert torch.equal(below, same_below) and not torch.equal(below, other_below)
+    assert torch.equal(left, same_left) and not torch.equal(left, other_left)
+
+
 def test_a_page_is_as_large_as_it_was_said_to_be(pack):
     drawing, images = pack.host.drawing, torch.rand(6, 20, 40, 3)
     page = drawing.draw_grid(images, "guidance", [0, 1, 2], [0, 1], cell=300)
