@@ -18,8 +18,9 @@ from PIL import Image
 from batch.comfy_client import WorkflowError
 from catalogue import pictures, tables
 from catalogue.pictures import digests_key, open_cut_out, open_picture, picture_digest
+from catalogue.plan import CatalogueJob, free_paths
 from catalogue.review import Verdict, decide, describe_results
-from catalogue.sheets import SETTINGS, Result, ResultsSheet
+from catalogue.sheets import SETTINGS, Entry, Result, ResultsSheet
 from catalogue.sizes import latent_size
 from consislora_core.lora_file import ImageLora
 from demo.run import IMAGES
@@ -341,6 +342,12 @@ def test_a_batch_overwrites_no_result_of_another_pair(nodes, folders, order):
     assert len(set(files)) == 6 and set(names(nodes)).isdisjoint(order)
     nodes.CatalogSave.execute(images=torch.rand(3, 8, 8, 3), job=jobs[order[0]])  # its own it may replace
     assert ResultsSheet(output / "cat" / "results.csv").read()[order[0]].files == results[order[0]].files
+
+
+def test_a_batch_takes_no_name_that_differs_from_another_pairs_in_case_alone(tmp_path):
+    job = CatalogueJob("cup__ink", "key", "cup.png", "ink.png", tmp_path, (8, 8))
+    others = {"CUP__INK_2": Entry("", "CUP__INK_2.png", "")}
+    assert [path.name for path in free_paths(job, others, ".png", 2)] == ["cup__ink.png", "cup__ink_3.png"]
 
 
 NAMES = ["a;b", "=1+2", "cafe\u0301", " spaces ", "x" * 230, "-cup", "100%", "{style}", "\u00a0cup"]

@@ -231,6 +231,18 @@ def test_scores_are_those_of_evaluate_or_none():
         assert mean_scores(text) == {}
 
 
+def test_the_less_leakage_a_result_has_the_higher_is_its_score(sheet):
+    save(sheet, Result("cup", "k1", files="cup.png", scores='{"mean": {"content": 0.9, "leakage": 0.3}}'))
+    (row,) = describe_results(sheet)
+    assert row["score"] == pytest.approx(0.8)
+
+
+def test_a_decision_that_somebody_wrote_into_the_sheet_is_of_the_pictures_that_are_there(sheet):
+    with sheet.edited() as records:
+        records["cup"]["decision"] = "accepted"
+    assert changed_in(sheet) == set()
+
+
 # Again
 
 

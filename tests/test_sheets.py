@@ -75,6 +75,12 @@ def test_what_is_no_whole_number_or_could_be_two_is_refused(tmp_path, written):
         read_jobs(sheet(tmp_path, json.dumps([{"content": "a", "style": "b", "seed": written}]), "jobs.json"))
 
 
+@pytest.mark.parametrize("written", [True, [1], {}, "1.5.2", "inf", 10**400])
+def test_what_is_no_number_is_refused(tmp_path, written):
+    with pytest.raises(ValueError, match="row 1, column cfg: .* is not a number, such as 0.8"):
+        read_jobs(sheet(tmp_path, json.dumps([{"content": "a", "style": "b", "cfg": written}]), "jobs.json"))
+
+
 def test_a_sheet_that_a_spreadsheet_saved_is_read():
     assert [job.seed for job in read_jobs(CASES / "jobs_spreadsheet.csv")] == [7, None]
 

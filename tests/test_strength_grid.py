@@ -4,6 +4,7 @@ import logging
 
 import pytest
 import torch
+from PIL import Image
 from reference import comfy_model
 from test_bad_inputs import Vae, latent
 from test_guidance import conditioning
@@ -33,6 +34,12 @@ def test_pictures_lie_in_their_cells_between_the_axes(pack):
     assert (height - 80, width - 240) == (56, 56)  # two rows of 40, three columns of 80, and the axes
     centres = page[20:80:40, width - 240 + 40 :: 80].flatten(0, 1)
     torch.testing.assert_close(centres, colours, atol=0.01, rtol=0)
+
+
+def test_a_picture_of_8_bits_comes_back_as_it_was(pack):
+    drawing, pixels = pack.host.drawing, bytes(range(256)) * 3
+    picture = Image.frombytes("RGB", (16, 16), pixels)
+    assert drawing.to_picture(drawing.to_image(picture)[0]).tobytes() == pixels
 
 
 def test_each_axis_shows_its_own_values(pack):
