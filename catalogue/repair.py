@@ -9,6 +9,7 @@ from PIL import Image, ImageChops
 BAND = 512  # pixels
 MISSING = 0.01  # share of its pixels that a picture without its last bytes may lack
 JPEG_START, JPEG_END, JPEG_RESTART = b"\xff\xd8", b"\xff\xd9", b"\xff\xdd"
+JPEG_MARKERS = [bytes([0xFF, number]) for number in range(0xD0, 0xD8)]  # of restarts, in turn
 PNG_START = b"\x89PNG\r\n\x1a\n"
 PNG_PIXELS = b"\0\0\0\0IDAT"  # as far as Pillow reads when it opens a file
 PNG_ORIENTATION = (b"eXIf", b"iTXtXML:com.adobe.xmp\0", b"zTXtRaw profile type exif\0", b"tEXtRaw profile type exif\0")
@@ -41,14 +42,22 @@ def _completed_jpeg(data: bytes) -> bytes:
     """A JPEG with its end.
 
     The pixels that it lacks are those that other bytes in place of the missing ones change. After a restart marker
-    decoders go on with the next pixels, so where there are such markers, none may be missing.
+    decoders go on with the next pixels, and before it they wait for it, so where a picture has such markers, the next
+    one is among the other bytes, and no pixel may be missing.
     """
-    data = data.removesuffix(JPEG_END[:1])
-    completed = data + JPEG_END
-    one, other = map(_decoded_jpeg, (completed, data + bytes([0x55]) * 2**20 + JPEG_END))
-    if _changed_pixels(one, other) > (0 if JPEG_RESTART in data else MISSING * one.width * one.height):
+    data, noise = data.removesuffix(JPEG_END[:1]), bytes([0x55]) * 2**20
+    completed, has_markers = data + JPEG_END, JPEG_RESTART in data
+    others = noise + _next_marker(data) + noise if has_markers else noise
+    one, other = map(_decoded_jpeg, (completed, data + others + JPEG_END))
+    if _changed_pixels(one, other) > (0 if has_markers else MISSING * one.width * one.height):
         raise ValueError("a part of the picture is missing")
     return completed
+
+
+def _next_marker(data: bytes) -> bytes:
+    """The restart marker that follows the last one: they take turns."""
+    places = [data.rfind(marker) for marker in JPEG_MARKERS]
+    return JPEG_MARKERS[(places.index(max(places)) + 1) % len(places) if max(places) > 0 else 0]
 
 
 def _decoded_jpeg(data: bytes) -> Image.Image:

@@ -151,7 +151,8 @@ def test_a_workflow_with_what_is_no_number_is_reported(kind, value):
 
 
 def test_a_number_in_quotes_is_one_as_it_is_for_comfyui():
-    assert list(value_problems("steps", "20", "INT", {"min": 1, "max": 30})) == []
+    for value in ("1", "20", "30"):
+        assert list(value_problems("steps", value, "INT", {"min": 1, "max": 30})) == []
     assert list(value_problems("steps", "20", "INT", {"min": 1, "max": 9})) == ["steps is 20; it must be from 1 to 9."]
 
 
@@ -709,7 +710,7 @@ class Shelf:
             self.inputs.clear()
         if outcome == DONE:
             key = inputs(prompt, "ConsisLoRACatalogLoad")["name"]
-            files = f"{key}{self.suffix}", f"name,scores,files\n{key},good,../../evil{self.suffix}".encode()
+            files = f"{key}{self.suffix}", f"name,scores,seconds,files\n{key},good,7.5,../../evil{self.suffix}".encode()
             self.files |= {files[0]: picture(self.suffix), RESULTS: files[1]}
         return outcome
 
@@ -760,7 +761,7 @@ def test_results_come_home_under_our_names_whatever_the_server_calls_them(made, 
     results, _ = made(["a/cup"], server=Shelf(DONE, suffix=suffix))
     (result,) = results.values()
     assert (result.name, result.files) == ("a/cup", f"a/cup{suffix}")
-    assert (result.scores, result.content) == ("good", "cup.png")
+    assert (result.scores, result.seconds, result.content) == ("good", 7.5, "cup.png")
     assert (tmp_path / "out" / "a" / f"cup{suffix}").read_bytes() == picture(suffix)
     assert len(made(["a/cup"], server=Shelf())[0]) == 1  # done
 

@@ -2,6 +2,7 @@
 
 import io
 import os
+import re
 import shutil
 import struct
 import sys
@@ -360,6 +361,15 @@ def test_a_jpeg_of_which_a_part_is_missing_is_damaged(tmp_path, jpeg, share):
         opened(jpeg[: int(len(jpeg) * share)], tmp_path)
     with pytest.raises(ValueError, match="picture_half.jpg is damaged"):
         open_picture(CASES / "picture_half.jpg")
+
+
+@pytest.mark.parametrize("jpeg", [{"restart_marker_rows": 1}], indirect=True, ids=["restarts"])
+def test_a_jpeg_that_ends_at_a_restart_marker_or_near_one_is_damaged(tmp_path, jpeg):
+    markers = [match.start() for match in re.finditer(rb"\xff[\xd0-\xd7]", jpeg)]
+    for end in (markers[5], markers[len(markers) // 2], markers[-1]):
+        for beside in (-5, -1, 0, 1, 2, 4):
+            with pytest.raises(ValueError, match="a part of the picture is missing"):
+                opened(jpeg[: end + beside], tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -475,6 +475,12 @@ def test_a_summary_counts_each_wanted_picture_once():
     assert (summary["loras"], summary["lora_uses"]) == (3, 32)
 
 
+def test_a_retry_that_is_accepted_where_the_first_try_failed_is_no_first_try():
+    retry = Result("cup_seed1", "k", files="cup_seed1.png", retry_of="cup", decision="accepted")
+    summary = summarise([Result("cup", error="out of memory"), retry])
+    assert (summary["accepted_at_first_try"], summary["accepted_after_retries"]) == (0, 1)
+
+
 def test_a_summary_says_nothing_that_it_does_not_know():
     assert summary_text(summarise([Result("a", files="a.png")])) == (
         "1 pictures made of 1 wanted ones: 0 accepted at the first try, 0 after retries, 0 rejected, 1 undecided."
