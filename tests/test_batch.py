@@ -801,6 +801,13 @@ def test_what_is_done_is_not_done_again_and_what_failed_is(made):
     made(["one", "two", "three"])
 
 
+def test_a_job_that_has_changed_or_whose_picture_is_gone_is_done_again(made, tmp_path):
+    results, _ = made(["a", "b"], DONE, DONE)
+    (tmp_path / "out" / results["b"].files).unlink()
+    made(["a", "b"], DONE)
+    made(["b"], DONE)  # with another seed than before
+
+
 def test_a_lost_job_is_queued_again_but_not_for_ever(made):
     results, server = made(["one", "two"], None, DONE, None, None, None)
     assert server.prompts[0] == server.prompts[1]

@@ -227,7 +227,9 @@ def test_weights_of_1_x_1_convolutions_are_those_of_linear_layers(shape, tmp_pat
     assert equal_parts(lora_file.read(tmp_path / "x.safetensors").parts, plain_parts())
 
 
-@pytest.mark.parametrize("dtype", lora_file.FLOATS, ids=str)
+@pytest.mark.parametrize(
+    "dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2]
+)
 def test_weights_of_every_precision_are_read(dtype, tmp_path):
     state = {key: tensor.to(dtype) for key, tensor in load_file(CASES / "lora_plain.safetensors").items()}
     save_file(state, tmp_path / "x.safetensors")
