@@ -765,14 +765,14 @@ def train_each(nodes, model, *shifts, **changes):
 def test_the_time_left_is_that_of_all_steps_to_go_and_at_the_end_the_least_memory_is_told(pack, comfy, monkeypatch):
     import comfy.model_management
 
-    stage, told = image_stage(100, 50), []
+    stage, captions = image_stage(100, 50), []
     progress = pack.host.progress.Progress(comfy_model(), stage, None, run=(1, 3))
     for second, (step, free) in enumerate([(11, 9e9), (21, 2e9), (100, 4e9)]):
         monkeypatch.setattr(time, "monotonic", lambda now=10.0 * second: now)
         monkeypatch.setattr(comfy.model_management, "get_free_memory", lambda device, free=free: free)
         progress.show(StepEvent(step, "image", "noise", (1.0,), 1e-4, 1.0, torch.zeros(1, 4, 8, 8)))
-        told.append(progress.time_and_memory(step))
-    assert told == ["9.0 GB free", "2:59 left, 2.0 GB free", "took 0:20, at least 2.0 GB free"]
+        captions.append(progress.time_and_memory(step))
+    assert captions == ["9.0 GB free", "2:59 left, 2.0 GB free", "took 0:20, at least 2.0 GB free"]
 
 
 def test_each_image_gets_the_lora_it_would_get_alone_and_is_never_trained_again(nodes, comfy, steps, store):
