@@ -802,7 +802,9 @@ def test_the_bar_goes_on_from_one_image_to_the_next(nodes, comfy, monkeypatch):
     shown = []
     monkeypatch.setattr(comfy.utils, "PROGRESS_BAR_HOOK", lambda done, total, *_, **__: shown.append((done, total)))
     train_each(nodes, comfy_model(), 0, 1, at_once=1)
-    assert shown == [(step, 6) for step in range(1, 7)]
+    done, totals = zip(*shown, strict=True)  # newer ComfyUI shows ten a second at most
+    assert list(done) == sorted(set(done)) and done[-1] == 6
+    assert set(totals) == {6}
 
 
 def test_cancel_among_several_images_keeps_what_is_done_and_goes_on(nodes, comfy, steps, store):

@@ -676,9 +676,10 @@ def graph_form(workflow: Workflow, object_info: dict) -> dict:
 
 
 def in_app(key: str, node: Node, object_info: dict) -> list[str]:
-    """The widgets of a node that the app mode shows."""
+    """The widgets of a node that the app mode shows; not those whose value comes through a link."""
     known = specs(node.type, object_info)
-    return [name for name in APP.get(key, []) if name in known and acts(name, node)]
+    own = [name for name in APP.get(key, []) if name in known and not isinstance(node.inputs.get(name), From)]
+    return [name for name in own if acts(name, node)]
 
 
 def acts(widget: str, node: Node) -> bool:
