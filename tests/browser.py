@@ -51,6 +51,8 @@ def opened(context: BrowserContext, server, static: Path | None = None) -> Page:
         page.route(
             lambda url: file_at(static, url), lambda route: route.fulfill(path=file_at(static, route.request.url))
         )
+    page.goto(f"{server.url}/api/system_stats")
+    page.evaluate("localStorage.clear()")  # or newer frontends open the workflow that an earlier page had last
     page.goto(server.url)
     page.wait_for_function(UP)
     return page
