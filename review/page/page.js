@@ -322,9 +322,10 @@ function send(item, decision, reason, by) {
       state.undo = state.undo.filter((one) => one.name !== name);
       state.chosen = name;
       state.etag = "";
+      show();
     }
     setUnderWay(underWay - 1);
-    await refresh().catch(show); // `watch` tells it
+    await refresh().catch(() => {}); // `watch` tells it
     return isTaken;
   });
   return posting;
